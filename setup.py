@@ -1,0 +1,32 @@
+"""Package metadata; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cpsp-dist",
+    version="0.1.0",
+    description="Distributed, large-scale trainer for audio-visual event localization with CPSP",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["cpsp_dist", "cpsp_dist.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "deepspeed>=0.19",
+        "accelerate>=1.0",
+        "webdataset>=1.0",
+        "submitit>=1.5",
+        "mlflow>=3.0",
+        "numpy>=1.26",
+        "pydantic>=2.6",
+        "PyYAML>=6.0",
+        "h5py>=3.10",
+        "google-crc32c>=1.5",
+        "scikit-learn>=1.3",  # the demo corpus's digit scans
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["cpsp-dist=cpsp_dist.cli:main"]},
+)

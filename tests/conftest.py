@@ -1,0 +1,88 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = REPO.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference vectors and real features that lies beside the checkout, where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (reference vectors, avdigits), which this machine lacks")
+    return SHARED
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a subprocess of a test runs in: no launcher's variables, one thread a rank, the repo importable."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    return env | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` (of a test module's top level) in `world` real processes with gloo; their results, by rank.
+
+    Inside, `torch.distributed` is initialised (also for one rank). Any failure or a passed limit ends all of them and
+    fails the test with the output of the rank that failed.
+    """
+    torch.save({"module": function.__module__, "function": function.__name__, "args": args}, tmp_path / "call.pt")
+    port = free_port()
+    processes = []
+    for rank in range(world):
+        env = environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / "tests")]),
+        )
+        with open(tmp_path / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, str(REPO / "tests" / "rank_worker.py"), str(tmp_path)]
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=REPO))
+    try:
+        for rank, process in enumerate(processes):
+            try:
+                code = process.wait(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                code = "no end within the limit"
+            if code != 0:
+                logs = "\n".join(f"--- rank {r}\n{(tmp_path / f'rank{r}.log').read_text()[-3000:]}" for r in range(world))
+                pytest.fail(f"rank {rank}: {code}\n{logs}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`ranks(function, world, *args)`: see `run_ranks`. Each call gets a folder of its own."""
+    count = iter(range(1000))
+
+    def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+        folder = tmp_path / f"ranks{next(count)}"
+        folder.mkdir()
+        return run_ranks(function, world, folder, *args, timeout=timeout)
+
+    return run
