@@ -24,11 +24,12 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The network. Channel and category counts are no settings: they come from the shards."""
 
-    name: Literal["psp"] = "psp"
+    name: Literal["psp", "avel", "avsdn", "cmran"] = Field("psp", description="psp is the network of CPSP and SSPSP")
     supervision: Literal["full", "weak"] = Field("full", description="full: a label for each second; weak: a video's")
     threshold: float = Field(0.099, ge=0, lt=1, description="similarity below which PSP prunes a segment pair")
     dropout: float = Field(0.1, ge=0, lt=1)
     sees: Literal["both", "audio", "visual"] = Field("both", description="the other modality is blanked")
+    weights: str | None = Field(None, description="to start from: of `cpsp-dist import-checkpoint`, or a checkpoint's")
 
 
 class DataSettings(Section):
@@ -43,16 +44,38 @@ class DataSettings(Section):
 
 
 class ObjectiveSettings(Section):
-    """Weights (0 turns an objective off) and parameters of the objectives; published fully supervised defaults."""
+    """Weights (0 turns an objective off) and parameters of the objectives; published fully supervised defaults.
+
+    The published code has mistakes that change results. They are mended here; the value `published` of the keys at the
+    end brings each of them back, for comparison.
+    """
 
     event: float = Field(1.0, ge=0)
     category: float = Field(1.0, ge=0)
     avps: float = Field(100.0, ge=0, description="audio-visual pair similarity (pair level)")
     psa_s: float = Field(0.01, ge=0, description="event against background segments of a video (segment level)")
     psa_v: float = Field(1.0, ge=0, description="a class's videos against the others (video level)")
+    sspsp: float = Field(0.0, ge=0, description="self-supervised: an audio segment against all visual segments")
     temperature: float = Field(0.6, gt=0, description="of PSA_S")
     margin: float = Field(0.2, ge=0, description="of PSA_V")
     negatives: int = Field(3, ge=1, description="hardest negatives of PSA_V")
+    mining: Literal["published", "supcon"] = Field(
+        "published", description="PSA_V with hardest pairs and a margin; supcon: a reconstruction of its InfoNCE form"
+    )
+    supcon_temperature: float = Field(0.1, gt=0, description="of PSA_V with mining=supcon (published: eta)")
+    sspsp_temperature: float = Field(0.1, gt=0)
+    psa_s_form: Literal["rows", "published_rows", "published"] = Field(
+        "rows", description="published: sums over the wrong axis, no gradient; published_rows: right, plus a constant"
+    )
+    background: Literal["masked", "published"] = Field(
+        "masked", description="a video without event has no class; published: it has class 0 (full supervision)"
+    )
+    few_negatives: Literal["averaged", "published"] = Field(
+        "averaged", description="an anchor with fewer negatives than asked for uses them; published: it adds 0"
+    )
+    weak_category: Literal["cross_entropy", "published"] = Field(
+        "cross_entropy", description="published: multi-label margin loss of probabilities, as if they were logits"
+    )
 
 
 class PoolSettings(Section):
@@ -85,7 +108,7 @@ class TrainSettings(Section):
 
 class EngineSettings(Section):
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
-    zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
 
@@ -127,6 +150,9 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if self.train.precision == "fp64" and self.engine.kind != "ddp":
             raise ValueError("train.precision=fp64 needs engine.kind=ddp: DeepSpeed's ZeRO has no float64")
+        by_segment = [f"objectives.{name}" for name in ("event", "avps", "psa_s") if getattr(self.objectives, name)]
+        if self.model.supervision == "weak" and by_segment:
+            raise ValueError(f"model.supervision=weak has no segment labels: set {', '.join(by_segment)} to 0")
         return self
 
 
@@ -147,18 +173,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _merge(merged, _nested(key.split("."), yaml.load(value, Loader=_Loader)))
         except yaml.YAMLError:
             mistakes.append(f"override '{text}': '{value}' is not a YAML value")
-    try:
-        config = Config.model_validate(merged)
-    except ValidationError as error:
-        mistakes += [_explain(dict(e)) for e in error.errors()]
-    if mistakes:
+    config, found = _validate(merged)
+    mistakes += found
+    if config is None or mistakes:
         raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
     return config
 
 
-def flat(config: BaseModel) -> dict[str, Any]:
-    """{'train.seed': 1, …}: the configuration with dotted keys, as tracked and compared."""
-    return dict(_flatten(config.model_dump(mode="json"), ""))
+def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The configuration, or its mistakes. Checks between keys run only where the keys themselves are right, so once
+    more without the wrong ones."""
+    try:
+        return Config.model_validate(content), []
+    except ValidationError as error:
+        errors = [dict(e) for e in error.errors()]
+    wrong: list[Any] = [e["loc"] for e in errors if e["type"] not in ("missing", "value_error")]
+    rest = _without(content, wrong)
+    more = _validate(rest)[1] if rest != content else []
+    told = [_explain(e) for e in errors]
+    return None, told + [mistake for mistake in more if mistake not in told]
+
+
+def _without(content: Any, paths: list[tuple[Any, ...]]) -> Any:
+    """`content` less what stands at the end of each path (a path into a list drops the list)."""
+    if not isinstance(content, dict):
+        return content
+    dropped = {p[0] for p in paths if len(p) == 1 or not isinstance(content.get(p[0]), dict)}
+    return {k: _without(v, [p[1:] for p in paths if p[0] == k]) for k, v in content.items() if k not in dropped}
+
+
+def flat(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """{'train.seed': 1, …}: a configuration, or its dump, with dotted keys, as tracked and compared."""
+    return dict(_flatten(config.model_dump(mode="json") if isinstance(config, Config) else config, ""))
 
 
 def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -236,7 +282,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.add(key)

@@ -112,7 +112,7 @@ class Manifest:
         index = {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
-            "name": self.folder.name,
+            "name": self.folder.name.removesuffix(".part"),
             "cpsp_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "table": {"url": TABLE_NAME, "sha256": hashlib.sha256(table.read_bytes()).hexdigest()},

@@ -21,6 +21,8 @@ SHARED = REPO.parent / "shared"
 def shared() -> Path:
     """The folder of reference vectors and real features that lies beside the checkout, where there is one."""
     if not SHARED.is_dir():
+        if os.environ.get("CPSP_REQUIRE_SHARED"):
+            pytest.fail("CPSP_REQUIRE_SHARED is set, but there is no ../shared")
         pytest.skip("needs ../shared (reference vectors, avdigits), which this machine lacks")
     return SHARED
 
@@ -39,7 +41,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `function(*args)` (of a test module's top level) in `world` real processes with gloo; their results, by rank.
+    """Call `function(*args)` (of a test module's top level) in `world` real gloo processes; results by rank.
 
     Inside, `torch.distributed` is initialised (also for one rank). Any failure or a passed limit ends all of them and
     fails the test with the output of the rank that failed.
@@ -66,13 +68,35 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
             except subprocess.TimeoutExpired:
                 code = "no end within the limit"
             if code != 0:
-                logs = "\n".join(f"--- rank {r}\n{(tmp_path / f'rank{r}.log').read_text()[-3000:]}" for r in range(world))
+                logs = "\n".join(
+                    f"--- rank {r}\n{(tmp_path / f'rank{r}.log').read_text()[-3000:]}" for r in range(world)
+                )
                 pytest.fail(f"rank {rank}: {code}\n{logs}")
     finally:
         for process in processes:
             process.kill()
             process.wait()
     return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="session")
+def keypad_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small keypad corpus in AVE's layout: 48 train, 16 val, 16 test videos."""
+    from cpsp_dist.keypad import generate
+
+    folder = tmp_path_factory.mktemp("keypad") / "features"
+    generate(folder, {"train": 48, "val": 16, "test": 16}, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def keypad_shards(keypad_features: Path) -> Path:
+    """The same, packed by the command."""
+    from cpsp_dist.cli import main
+
+    out = keypad_features.parent / "shards"
+    assert main(["shards", "pack", "--layout", "ave-h5", "--source", str(keypad_features), "--out", str(out)]) == 0
+    return out
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Modules here import nothing heavy at their top: `--help` has to answer at once.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from cpsp_dist import __version__
@@ -30,7 +29,3 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return guarded(lambda: args.handler(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,44 @@
+# Two commands do everything, set-up included:
+#   make demo    pack, train, evaluate and compare on a small corpus
+#   make test    lint, types and tests
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# Threads of each process: two ranks or test workers share a laptop's cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//;1,4p' Makefile
+
+install: $(VENV)/.installed
+
+# Made again only when the requirements change.
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 2; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
+		{ echo "error: '$(PYTHON) -m venv' failed; install the venv module of your Python (python3-venv)"; exit 2; }
+	@echo "Installing into $(VENV) (about 2 GB; minutes on a first call)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	@$(VENV)/bin/cpsp-dist demo
+
+test: lint
+	@$(RUN) -m pytest
+
+lint: install
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: install
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Benchmarks: what this machine and this program do, measured in one run."""

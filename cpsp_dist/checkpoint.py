@@ -1,0 +1,158 @@
+"""Checkpoints of a run: whole tensors by name, so any world size, ZeRO stage or engine can continue from them.
+
+A checkpoint is a folder `step-00000123` that appears by one rename after everything in it is on disk; `commit.json`
+holds the hash of each of its files. There is nothing to save of the random states: each step seeds itself from
+(seed, step, rank), and the order of samples is a function of (seed, position).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cpsp_dist.engine import TrainingState
+from cpsp_dist.errors import DataError
+
+COMMIT = "commit.json"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: optimizer steps done. position: samples delivered, over all ranks and epochs.
+        best_accuracy, best_step: best accuracy (percent) on val so far, and the step of that checkpoint.
+        run_id: the MLflow run. config: the resolved configuration. fingerprint: the shards'. world: ranks that wrote.
+    """
+
+    step: int = 0
+    position: int = 0
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    run_id: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    world: int = 1
+    finished: bool = False
+
+
+class Checkpoints:
+    """The checkpoints below a run's output folder. Writing is for one process; anybody may read."""
+
+    def __init__(self, output: str | Path):
+        self.folder = Path(output) / "checkpoints"
+
+    def save(self, state: TrainingState, progress: Progress, keep: int) -> Path:
+        """Write a checkpoint and remove all but the `keep` newest and the best one.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are intact.
+        """
+        target = self.path(progress.step)
+        part = self.folder / f".{target.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(state.weights, part / WEIGHTS)
+        moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
+        save_file(moments, part / OPTIMIZER)
+        described = asdict(progress) | {"updates": state.updates}
+        (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+        (part / COMMIT).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        for path in part.iterdir():
+            _sync(path)
+        _sync(part)
+        if target.exists():  # the same step again: after a resume from an older checkpoint
+            shutil.rmtree(target)
+        part.rename(target)
+        _sync(self.folder)
+        for old in self.steps()[:-keep]:
+            if old != progress.best_step:
+                shutil.rmtree(self.path(old))
+        return target
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising; not yet verified."""
+        return sorted(int(p.name.split("-")[1]) for p in self.folder.glob("step-*") if p.is_dir())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def newest_valid(self) -> tuple[int | None, list[str]]:
+        """The newest step whose files are all as they were written, and a line about each newer one passed over."""
+        passed_over: list[str] = []
+        for step in reversed(self.steps()):
+            mistakes = list(self.verify(step))
+            if not mistakes:
+                return step, passed_over
+            passed_over.append(f"{self.path(step)}: passed over: {'; '.join(mistakes)}")
+        return None, passed_over
+
+    def verify(self, step: int) -> Iterable[str]:
+        """What is wrong with a checkpoint; nothing when every file is there and unchanged."""
+        folder = self.path(step)
+        try:
+            hashes = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+            expected = {name: str(digest) for name, digest in hashes.items()}
+        except (OSError, ValueError, AttributeError):
+            yield f"{COMMIT} is missing or damaged"
+            return
+        for name in (WEIGHTS, OPTIMIZER, PROGRESS):
+            if not (folder / name).is_file():
+                yield f"{name} is missing"
+            elif _sha256(folder / name) != expected.get(name):
+                yield f"{name} is damaged"
+
+    def load(self, step: int) -> tuple[TrainingState, Progress]:
+        """The state and progress of a checkpoint.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        folder = self.path(step)
+        try:
+            weights = _read(folder / WEIGHTS)
+            moments: dict[str, dict[str, Any]] = {}
+            for key, tensor in _read(folder / OPTIMIZER).items():
+                moment, name = key.split("/", 1)
+                moments.setdefault(moment, {})[name] = tensor
+            described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            updates = described.pop("updates")
+            return TrainingState(weights, moments, updates), Progress(**described)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory: safetensors alone maps the file, which may be removed or written anew."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,21 @@
+"""`cpsp-dist demo`: the whole road on the keypad corpus."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("demo", help="make, pack, train, evaluate and compare on the keypad corpus (minutes)")
+    parser.add_argument("--config", default="configs/keypad.yaml", help="(default: %(default)s)")
+    parser.add_argument("--output", default="runs/demo", help="folder for all of it, made anew (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes to train on (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the config file")
+    parser.set_defaults(handler=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from cpsp_dist.demo import demo
+
+    demo(args.config, args.output, seeds=args.seeds, ranks=args.ranks, overrides=args.overrides)

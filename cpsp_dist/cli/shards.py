@@ -1,0 +1,130 @@
+"""`cpsp-dist shards …`: pack features into shards, check them, look at them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from cpsp_dist.errors import UserError
+from cpsp_dist.packing import LAYOUTS
+
+
+def register(commands: argparse._SubParsersAction) -> None:
+    shards = commands.add_parser("shards", help="pack features into shards, verify, look at them")
+    actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _register_pack(actions)
+
+    verify = actions.add_parser("verify", help="read every byte against the manifest's hashes")
+    verify.add_argument("folder", type=Path, help="folder of shards")
+    verify.set_defaults(handler=_verify)
+
+    info = actions.add_parser("info", help="splits, sizes, types and classes of a folder of shards")
+    info.add_argument("folder", type=Path, help="folder of shards")
+    info.set_defaults(handler=_info)
+
+    preview = actions.add_parser("preview", help="show samples' labels over their seconds")
+    preview.add_argument("folder", type=Path, help="folder of shards")
+    preview.add_argument("--split", help="of this split only")
+    preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
+    preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
+    preview.set_defaults(handler=_preview)
+
+    keypad = actions.add_parser("keypad", help="generate the demo corpus, in AVE's file layout")
+    keypad.add_argument("--out", type=Path, required=True, help="folder to make")
+    for split, size in (("train", 600), ("val", 100), ("test", 200)):
+        keypad.add_argument(f"--{split}", type=int, default=size, metavar="N", help=f"videos (default {size})")
+    keypad.add_argument("--seed", type=int, default=0)
+    keypad.set_defaults(handler=_keypad)
+
+
+def _register_pack(actions: argparse._SubParsersAction) -> None:
+    pack = actions.add_parser(
+        "pack",
+        help="pack features in a published layout into tar shards",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pack features into webdataset tar shards with a manifest.\n\nlayouts:\n"
+        + "\n".join(f"  {name:14} {about}" for name, (_, _, about) in LAYOUTS.items()),
+    )
+    pack.add_argument("--layout", required=True, choices=LAYOUTS, help="how the features are stored")
+    pack.add_argument("--out", type=Path, required=True, help="folder to make")
+    source = pack.add_argument_group("source", "A file with its usual name in --source needs no flag of its own.")
+    source.add_argument("--source", type=Path, help="folder of the features")
+    source.add_argument("--visual", "--video", type=Path, help="visual features: a file or folder, by layout")
+    source.add_argument("--audio", type=Path, help="audio features: a file or folder, by layout")
+    source.add_argument("--labels", "--label", type=Path, help="segment labels: a file or folder, by layout")
+    source.add_argument("--mil", type=Path, help="video labels (mil_labels.h5)")
+    source.add_argument("--annotations", type=Path, help="Annotations.txt")
+    source.add_argument("--categories", type=Path, help="class names, one a line, in class order")
+    source.add_argument("--csv", type=Path, help="category,video_id,split of every video")
+    source.add_argument(
+        "--visual-order",
+        choices=("auto", "last", "first"),
+        default="auto",
+        help="axes of a visual map: channels last [T,7,7,C] or first [T,C,7,7]; stored channels last (default auto)",
+    )
+    pack.add_argument("--visual-dtype", choices=("float16", "float32"), default="float16", help="default float16")
+    pack.add_argument("--shard-mb", type=float, default=130, help="megabytes (10^6 bytes) a shard, about (default 130)")
+    pack.add_argument("--seed", type=int, default=0, help="of the one shuffle at packing (default 0)")
+    pack.add_argument("--overwrite", action="store_true", help="replace shards that are in --out already")
+    pack.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
+    pack.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="videos that cannot be packed: list them and stop, or leave them out (listed in skipped.txt)",
+    )
+    pack.set_defaults(handler=_pack)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.pack import pack
+    from cpsp_dist.packing.plan import PackOptions
+    from cpsp_dist.packing.preview import describe
+    from cpsp_dist.packing.source import SourceOptions, open_source
+
+    if args.shard_mb <= 0:
+        raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: has to be 1 or more")
+    source = open_source(SourceOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SourceOptions)}))
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    options = PackOptions(args.visual_dtype, args.shard_mb, args.seed, args.on_error)
+    manifest = pack(source, args.out, options, overwrite=args.overwrite, workers=args.workers)
+    print(describe(manifest))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.verify import verify
+
+    manifest = verify(args.folder)
+    print(f"{args.folder}: {len(manifest.samples):,} samples in {len(manifest.shards)} shards, every byte as packed")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.packing.preview import describe
+
+    print(describe(Manifest.load(args.folder)))
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.packing.preview import preview
+
+    for line in preview(Manifest.load(args.folder), args.split, args.n, args.key):
+        print(line)
+    return 0
+
+
+def _keypad(args: argparse.Namespace) -> int:
+    from cpsp_dist.keypad import generate
+
+    generate(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.seed)
+    print(f"{args.out}: keypad with {args.train} train, {args.val} val, {args.test} test videos, in AVE's layout")
+    return 0

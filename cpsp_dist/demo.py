@@ -1,0 +1,101 @@
+"""The demo: keypad features made and packed, then PSP and CPSP, with local and gathered pools, compared."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpsp_dist.config import load_config
+from cpsp_dist.errors import UserError
+from cpsp_dist.report import compare
+
+#: What is compared: name, settings. All at one global batch and the same seeds.
+KINDS = {
+    "psp": ["objectives.avps=0", "objectives.psa_s=0", "objectives.psa_v=0"],
+    "cpsp-local-pool": ["pool.scope=local"],
+    "cpsp-gathered-pool": ["pool.scope=gather"],
+}
+MARK = "cpsp-dist-demo"
+RUN_LIMIT_SECONDS = 1800
+
+
+def demo(config: str, output: str, *, seeds: int, ranks: int, overrides: Sequence[str]) -> None:
+    """Run the demo in `output`, which is made anew.
+
+    Raises:
+        UserError: a mistake in the configuration, `output` is somebody else's folder, or a run that failed.
+    """
+    load_config(config, overrides)  # mistakes are told before anything is made
+    began = time.monotonic()
+    folder = Path(output)
+    _make_anew(folder)
+    shards = folder / "shards"
+    say = _Steps(3 + len(KINDS) * seeds)
+    say("Make the keypad corpus: digits on a wall, telephone tones, ten seconds each (AVE's h5 layout)")
+    _run(["-m", "cpsp_dist", "shards", "keypad", "--out", str(folder / "features")])
+    say("Pack the features into WebDataset shards")
+    _run(["-m", "cpsp_dist", "shards", "pack", "--layout", "ave-h5", "--source", str(folder / "features")]
+         + ["--out", str(shards)])  # fmt: skip
+    _run(["-m", "cpsp_dist", "shards", "preview", str(shards), "-n", "4"])
+    for seed in range(1, seeds + 1):
+        for name, settings in KINDS.items():
+            say(f"Train {name}, seed {seed}, on {ranks} ranks")
+            run = f"{name}-seed{seed}"
+            _run(
+                ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "cpsp_dist.train"]
+                + ["--config", config, f"data.shards={shards}", f"output={folder / run}", f"train.seed={seed}"]
+                + ["tracking.experiment=demo", f"tracking.run_name={run}", *settings, *overrides],
+                quiet=["[Gloo]", "torch/distributed/run.py"],
+            )
+    say("Compare the runs (test accuracy in percent; mean ± standard deviation over seeds)")
+    store = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+    print(compare(store, "demo", ["accuracy/test", "accuracy/best_val", "videos_per_second"], mean=True))
+    print(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
+    print(f"  cpsp-dist compare --experiment demo --uri sqlite:///{folder / 'mlflow.db'}")
+    print(f"  mlflow ui --backend-store-uri sqlite:///{folder / 'mlflow.db'}    then open http://127.0.0.1:5000\n")
+
+
+def _make_anew(folder: Path) -> None:
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(f"--output {folder}: exists and is not an earlier demo's; choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
+class _Steps:
+    """Numbered headings."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+
+    def __call__(self, text: str) -> None:
+        self.done += 1
+        print(f"\n[{self.done}/{self.total}] {text}", flush=True)
+
+
+def _run(arguments: Sequence[str], quiet: Sequence[str] = ()) -> None:
+    """Run python with `arguments`, passing on its lines but those of launchers that hold a text of `quiet`."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    # Ends a run that hangs without a word, too.
+    limit = threading.Timer(RUN_LIMIT_SECONDS, process.kill)
+    limit.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not any(text in line for text in quiet):
+                print("    " + line, end="", flush=True)
+        code = process.wait()
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait()
+    if code != 0:
+        raise UserError(f"failed with exit code {code}: python {' '.join(arguments)}")

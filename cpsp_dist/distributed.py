@@ -1,0 +1,126 @@
+"""Which rank this process is, under any launcher, and the few collectives that are not part of a loss.
+
+Launchers only set the environment; this is the one place that reads it. Order: RANK and WORLD_SIZE (torchrun,
+accelerate, deepspeed, submitit), then a Slurm step (srun), then a single process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cpsp_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world`, `local_rank` on its machine, and the device it computes on."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def discover(env: Mapping[str, str] = os.environ) -> Ranks:
+    """The place of this process, from its environment.
+
+    Raises:
+        UserError: half of a launcher's variables, or more ranks on this machine than GPUs.
+    """
+    if "RANK" in env:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise UserError(f"RANK is set but {', '.join(missing)} is not; start through a launcher, or unset RANK")
+        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        # Inside srun. A batch script itself has SLURM_PROCID too, but no step, and is one process.
+        rank = int(env["SLURM_PROCID"])
+        world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+        local = int(env.get("SLURM_LOCALID", "0"))
+    else:
+        rank, world, local = 0, 1, 0
+    gpus = torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise UserError(f"local rank {local}, but this machine shows {gpus} GPU(s); start at most one rank for each")
+    return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
+
+
+def connect(ranks: Ranks, timeout: int) -> None:
+    """Join the other ranks; no collective waits longer than `timeout` seconds.
+
+    Raises:
+        UserError: the others did not come in time.
+    """
+    # torch 2.13 renames collectives that torch 2.4 has, and tells it at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # One spelling of the environment for everything below (deepspeed reads these itself).
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
+    if "MASTER_PORT" not in os.environ:
+        # Two jobs on one node must not meet. A single process takes any free port.
+        job = os.environ.get("SLURM_JOB_ID")
+        os.environ["MASTER_PORT"] = str(20000 + int(job) % 20000) if job and ranks.world > 1 else "0"
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    try:
+        dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo",
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=ranks.device if ranks.device.type == "cuda" else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world} could not meet the others at {place} within {timeout} s: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def disconnect() -> None:
+    """Leave together: without the barrier a rank that ends early can abort one that is still closing."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks; the input is left alone."""
+    total = values.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def _slurm_first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise UserError("several ranks, but MASTER_ADDR is not set and there is no Slurm node list to take it from")
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cannot expand the Slurm node list '{nodes}' ({error}); export MASTER_ADDR") from None
+    return listing.stdout.split()[0]

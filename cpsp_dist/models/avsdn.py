@@ -1,0 +1,50 @@
+"""AVSDN (Lin et al., ICASSP 2019: dual-modality sequence to sequence), as the published comparison has it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpsp_dist.models.avel import ResidualFusion
+from cpsp_dist.models.parts import AudioGuidedAttention, BiLSTM, Classifier, Network, Output, cosine, exact
+
+
+class AVSDN(Network):
+    """Two LSTMs read the modalities; their fused last states start a third, which reads both. Has no dropout."""
+
+    def __init__(
+        self,
+        *,
+        supervision: Literal["full", "weak"],
+        visual_channels: int,
+        audio_channels: int,
+        categories: int,
+        sees: Literal["both", "audio", "visual"],
+    ) -> None:
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        hidden = 128
+        self.attention = AudioGuidedAttention(self.visual_channels)
+        self.lstm_audio = BiLSTM(self.audio_channels, hidden)
+        self.lstm_video = BiLSTM(self.visual_channels, hidden)
+        self.lstm_a_v = BiLSTM(self.visual_channels + self.audio_channels, hidden)
+        self.fuse = ResidualFusion(hidden)
+        self.classifier = Classifier(2 * hidden, categories, supervision)
+        for layer in (self.classifier.event, self.classifier.category):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, visual: Tensor, audio: Tensor) -> Output:
+        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        visual, audio = self.inputs(visual, audio)
+        visual, attention = self.attention(visual, audio, self.visual_in)
+        with exact(audio):
+            both = torch.cat([audio, visual], dim=-1)
+            audio, audio_state = self.lstm_audio(audio)
+            visual, visual_state = self.lstm_video(visual)
+            # (hidden, cell), each [2 directions, B, 128]
+            hidden, cell = (self.fuse(F.relu(a), F.relu(v)) for a, v in zip(audio_state, visual_state, strict=True))
+            fusion = F.relu(self.lstm_a_v(both, (hidden, cell))[0])
+            event, category, video = self.classifier(fusion)
+            return Output(event, category, video, fusion, audio, visual, cosine(audio, visual), attention)

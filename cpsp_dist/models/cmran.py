@@ -1,0 +1,169 @@
+"""CMRAN (Xu et al., ACM MM 2020: cross-modal relation-aware networks), as the published comparison has it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpsp_dist.models.parts import Classifier, Network, Output, cosine, exact
+
+WIDTH = 256
+MAP = 512  # visual channels inside
+
+
+class CMRAN(Network):
+    """Spatial-channel attention, relations within each modality, across the two, and their interaction.
+
+    The published weak variant has 2 heads in the interaction, the full one 4.
+    """
+
+    def __init__(
+        self,
+        *,
+        supervision: Literal["full", "weak"],
+        visual_channels: int,
+        audio_channels: int,
+        categories: int,
+        dropout: float,
+        sees: Literal["both", "audio", "visual"],
+    ) -> None:
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        self.v_fc = nn.Linear(self.visual_channels, MAP)
+        self.map_dropout = nn.Dropout(min(2 * dropout, 0.99))  # published: 0.2 here, 0.1 everywhere else
+        self.attention = SpatialChannelAttention(self.audio_channels)
+        self.video_encoder = Encoder(MAP, layers=2, dropout=dropout)
+        self.audio_encoder = Encoder(self.audio_channels, layers=2, dropout=dropout)
+        self.video_decoder = Decoder(MAP, dropout=dropout)
+        self.audio_decoder = Decoder(self.audio_channels, dropout=dropout)
+        self.interaction = Interaction(heads=4 if supervision == "full" else 2, dropout=dropout)
+        self.classifier = Classifier(WIDTH, categories, supervision, pooling="max")
+
+    def forward(self, visual: Tensor, audio: Tensor) -> Output:
+        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        visual, audio = self.inputs(visual, audio)
+        if self.visual_in is not None:
+            visual = self.visual_in(visual)
+        visual, attention = self.attention(self.map_dropout(F.relu(self.v_fc(visual))), audio)
+        with exact(audio):
+            heard = self.audio_decoder(audio, self.video_encoder(visual))
+            seen = self.video_decoder(visual, self.audio_encoder(audio))
+            fusion = self.interaction(heard, seen)
+            event, category, video = self.classifier(fusion)
+            return Output(event, category, video, fusion, heard, seen, cosine(heard, seen), attention)
+
+
+class SpatialChannelAttention(nn.Module):
+    """Audio weighs first the channels of the maps, then their positions.
+
+    visual [B, T, P, 512], audio [B, T, A] -> attended visual features [B, T, 512], attention [B, T, P].
+    """
+
+    def __init__(self, audio_channels: int) -> None:
+        super().__init__()
+        self.affine_video_1 = nn.Linear(MAP, MAP)
+        self.affine_audio_1 = nn.Linear(audio_channels, MAP)
+        self.affine_bottleneck = nn.Linear(MAP, 256)
+        self.affine_v_c_att = nn.Linear(256, MAP)
+        self.affine_video_2 = nn.Linear(MAP, 256)
+        self.affine_audio_2 = nn.Linear(audio_channels, 256)
+        self.affine_v_s_att = nn.Linear(256, 1)
+
+    def forward(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        # The audio's factor is the same at each position, so it can wait until after the mean over them.
+        query = F.relu(self.affine_video_1(visual)).mean(2) * F.relu(self.affine_audio_1(audio))
+        channels = self.affine_v_c_att(F.relu(self.affine_bottleneck(query))).sigmoid()
+        visual = visual * (channels + 1).to(visual.dtype).unsqueeze(2)
+        query = F.relu(self.affine_video_2(visual)) * F.relu(self.affine_audio_2(audio)).unsqueeze(2)
+        scores = torch.tanh(self.affine_v_s_att(query)).squeeze(-1)
+        attention = F.softmax(scores.to(audio.dtype), dim=-1)
+        attended = torch.matmul(attention.to(visual.dtype).unsqueeze(-2), visual).squeeze(-2)
+        return attended.to(audio.dtype), attention
+
+
+class Attention(nn.Module):
+    """Multi-head attention: query [B, T, 256], memory [B, S, 256] -> [B, T, 256].
+
+    Not `nn.MultiheadAttention`: it reads weights of a module inside it without calling it, which ZeRO-3 cannot see.
+    """
+
+    def __init__(self, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.key = nn.Linear(WIDTH, WIDTH)
+        self.value = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        for layer in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(layer.weight, gain=2**-0.5)  # as if the three were one matrix [768, 256]
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, x in ((self.query, query), (self.key, memory), (self.value, memory))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Relation(nn.Module):
+    """One layer: attention and a feed-forward network, each with a residual and a norm behind it."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(4, dropout)
+        self.linear1 = nn.Linear(WIDTH, 2048)
+        self.linear2 = nn.Linear(2048, WIDTH)
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        x = self.norm1(query + self.dropout(self.attention(query, memory)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class Encoder(nn.Module):
+    """Relations between the segments of one modality. [B, T, channels] -> [B, T, 256]."""
+
+    def __init__(self, channels: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.affine_matrix = nn.Linear(channels, WIDTH)
+        self.layers = nn.ModuleList(Relation(dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.affine_matrix(x)
+        for layer in self.layers:
+            x = layer(x, x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Relations of one modality's segments to the encoded other, and to themselves. -> [B, T, 256]."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.affine_matrix = nn.Linear(channels, WIDTH)
+        self.layer = Relation(dropout)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x = self.affine_matrix(x)
+        return self.layer(x, torch.cat([other, x], dim=1))
+
+
+class Interaction(nn.Module):
+    """The product of the modalities looks again at both. audio, visual [B, T, 256] -> [B, T, 256]."""
+
+    def __init__(self, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(heads, dropout)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, audio: Tensor, visual: Tensor) -> Tensor:
+        product = audio * visual
+        return self.norm(product + self.dropout(self.attention(product, torch.cat([audio, visual], dim=1))))

@@ -1,0 +1,154 @@
+"""What the networks share: their output, the way features come in, the audio-guided attention, the classifiers."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POSITIONS = 49
+PUBLISHED_AUDIO = 128
+PUBLISHED_VISUAL = (512, 1024)  # VGG-19 and ResNet maps
+
+
+class Output(NamedTuple):
+    """What a network says about B videos. A named tuple, so that DeepSpeed's ZeRO-3 hooks find the tensors in it."""
+
+    event_logits: Tensor  # [B, T] is the segment an event?
+    category_logits: Tensor  # [B, K] which one
+    video_logits: Tensor | None  # [B, K] weak supervision: the category as pooled over gated segments, else None
+    fusion: Tensor  # [B, T, D] fused segment features
+    audio: Tensor  # [B, T, D]
+    visual: Tensor  # [B, T, D]
+    similarity: Tensor  # [B, T] cosine of `audio` and `visual`
+    attention: Tensor | None  # [B, T, P] where the audio made the network look, where it has such a map
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` [..., D] scaled to length 1; a zero vector stays zero, with gradient zero (`F.normalize`'s is 1e12 there)."""
+    squares = x.square().sum(-1, keepdim=True)
+    nonzero = squares > 1e-24
+    return torch.where(nonzero, x / torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """[..., D], [..., D] -> [...]."""
+    return (unit(x) * unit(y)).sum(-1)
+
+
+class Network(nn.Module):
+    """Base of all networks: brings the features to a published size, in the right dtype, without a blanked modality.
+
+    The published networks take 128 audio and 512 or 1024 visual channels. For other counts a linear layer stands in
+    front (to 128 and 512); at the published sizes there is none.
+    """
+
+    def __init__(
+        self, *, visual_channels: int, audio_channels: int, sees: Literal["both", "audio", "visual"] = "both"
+    ) -> None:
+        super().__init__()
+        self.sees = sees
+        fits = visual_channels in PUBLISHED_VISUAL
+        self.visual_channels = visual_channels if fits else PUBLISHED_VISUAL[0]
+        self.visual_in = None if fits else nn.Linear(visual_channels, self.visual_channels)
+        self.audio_channels = PUBLISHED_AUDIO
+        self.audio_in = None if audio_channels == PUBLISHED_AUDIO else nn.Linear(audio_channels, PUBLISHED_AUDIO)
+
+    def forward(self, visual: Tensor, audio: Tensor) -> Output:
+        raise NotImplementedError
+
+    def inputs(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, 7, 7, C], [B, T, A] -> [B, T, 49, C], [B, T, 128]. The maps are still to go through `visual_in`."""
+        if visual.shape[2] * visual.shape[3] != POSITIONS:
+            raise ValueError(f"visual maps must have 7 by 7 positions, not {visual.shape[2]} by {visual.shape[3]}")
+        device = visual.device.type
+        dtype = next(self.parameters()).dtype
+        # Under autocast the maps are brought to its dtype once, here, and not again by each of their two uses.
+        wide = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        visual = torch.zeros_like(visual, dtype=wide) if self.sees == "audio" else visual.to(wide)
+        audio = torch.zeros_like(audio, dtype=dtype) if self.sees == "visual" else audio.to(dtype)
+        visual = visual.flatten(2, 3)
+        if self.audio_in is not None:
+            with exact(audio):
+                audio = self.audio_in(audio)
+        return visual, audio
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """No autocast inside: only the products over all positions of the maps gain from it, and LSTMs fail in it."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class AudioGuidedAttention(nn.Module):
+    """Weighs the positions of a map by what is heard (AVEL, Tian et al. 2018, section 4.2).
+
+    visual [B, T, P, C], audio [B, T, A] -> attended visual features [B, T, C], attention [B, T, P]. With `front`, a
+    linear layer that maps [..., C'] to [..., C], `visual` is [B, T, P, C'].
+    """
+
+    def __init__(self, visual_channels: int, audio_channels: int = PUBLISHED_AUDIO, hidden: int = 512) -> None:
+        super().__init__()
+        self.affine_audio = nn.Linear(audio_channels, hidden)
+        self.affine_video = nn.Linear(visual_channels, hidden)
+        self.affine_v = nn.Linear(hidden, POSITIONS, bias=False)
+        self.affine_g = nn.Linear(hidden, POSITIONS, bias=False)
+        self.affine_h = nn.Linear(POSITIONS, 1, bias=False)
+        for layer in (self.affine_audio, self.affine_video, self.affine_v, self.affine_g, self.affine_h):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, visual: Tensor, audio: Tensor, front: nn.Linear | None = None) -> tuple[Tensor, Tensor]:
+        if front is None:
+            projected = self.affine_video(visual)
+        else:
+            # Two linear layers in a row are one. At 64 channels this is a fifth of the work of applying both to each
+            # of the positions; weights and gradients are the same.
+            with exact(audio):
+                weight, bias = self.affine_video.weight @ front.weight, self.affine_video(front.bias)
+            projected = F.linear(visual, weight, bias)
+        seen = self.affine_v(F.relu(projected))  # [B, T, P, 49]
+        heard = self.affine_g(F.relu(self.affine_audio(audio)))  # [B, T, P]: one number a position
+        scores = self.affine_h(torch.tanh(seen + heard.unsqueeze(-1))).squeeze(-1)
+        attention = F.softmax(scores.to(audio.dtype), dim=-1)
+        attended = torch.matmul(attention.to(visual.dtype).unsqueeze(-2), visual).squeeze(-2).to(audio.dtype)
+        if front is not None:
+            with exact(audio):
+                attended = front(attended)  # the weights of the positions sum to 1: before or after is the same
+        return attended, attention
+
+
+class BiLSTM(nn.LSTM):
+    """[B, T, inputs] -> [B, T, 2·hidden], batch first, one layer, both directions."""
+
+    def __init__(self, inputs: int, hidden: int = 128) -> None:
+        super().__init__(inputs, hidden, batch_first=True, bidirectional=True)
+
+
+class Classifier(nn.Module):
+    """fusion [B, T, D] -> event logits [B, T], category logits [B, K], video logits [B, K] (weak supervision) or None.
+
+    Weakly supervised (multiple-instance learning), a video's logits are the largest over its segments of
+    sigmoid(event logit) · category logits.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        categories: int,
+        supervision: Literal["full", "weak"],
+        pooling: Literal["mean", "max"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.weak = supervision == "weak"
+        self.pooling = pooling
+        self.event = nn.Linear(width, 1)
+        self.category = nn.Linear(width, categories)
+
+    def forward(self, fusion: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        event = self.event(fusion).squeeze(-1)
+        category = self.category(fusion.mean(1) if self.pooling == "mean" else fusion.max(1).values)
+        if not self.weak:
+            return event, category, None
+        gated = event.sigmoid().unsqueeze(-1) * category.unsqueeze(1)  # [B, T, K]
+        return event, category, gated.max(1).values

@@ -1,0 +1,45 @@
+"""Weights from a file into a network: exactly its parameters, or every difference told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cpsp_dist.errors import DataError
+
+
+def load_weights(path: str | Path, model: nn.Module) -> None:
+    """Put the weights in a .safetensors file (of `cpsp-dist import-checkpoint`, or of a checkpoint) into `model`.
+
+    Raises:
+        DataError: not such a file, or its parameters are not exactly those of `model`; each of them is listed.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable .safetensors file ({error})") from None
+    require_fit(state, model, path)
+    model.load_state_dict(state)
+
+
+def require_fit(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
+    """Raises DataError unless `state`, read from `path`, holds the parameters of `model`, of its shapes and finite."""
+    wanted = model.state_dict()
+    mistakes = [f"unknown parameter {key} {_shape(value)}" for key, value in state.items() if key not in wanted]
+    for key, value in wanted.items():
+        if key not in state:
+            mistakes.append(f"missing parameter {key} {_shape(value)}")
+        elif state[key].shape != value.shape:
+            mistakes.append(f"{key} has shape {_shape(state[key])}, the model's is {_shape(value)}")
+        elif not state[key].isfinite().all():
+            mistakes.append(f"{key} holds a value that is not finite")
+    if mistakes:
+        raise DataError(f"{path}: not the parameters of this model:\n  " + "\n  ".join(mistakes))
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"

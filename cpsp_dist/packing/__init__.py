@@ -1,0 +1,17 @@
+"""Packing: features in a published layout become tar shards and a manifest.
+
+`source.py` is the interface between a layout and the packer, one file for each layout implements it, `pack.py` writes
+the shards, `index.py` reads a shard back into table rows, `verify.py` and `preview.py` look at finished shards.
+
+To add a layout: write a file with a class that takes `SourceOptions` and is a `source.Source`, and name it here. If it
+has a csv of videos, it is a `per_video.PerVideo`, and all to write is a `Store`: where a video's array lies.
+"""
+
+#: layout name -> (module in this package, class, what it is)
+LAYOUTS = {
+    "ave-h5": ("ave_h5", "AveH5", "AVE: visual_feature.h5, audio_feature.h5, right_labels.h5, *_order.h5"),
+    "ave-pickles": ("ave_pickles", "AvePickles", "AVE with visual maps as {split}/{id}.pkl, the rest in h5 files"),
+    "avel100k-zip": ("avel100k_zip", "Avel100kZip", "VGGSound-AVEL100k: a csv, and a zipped pickle for each video"),
+    "npy": ("npy_files", "NpyFiles", "a csv, and {id}.npy for each video in folders of visual, audio, labels"),
+    "h5-by-id": ("h5_by_id", "H5Files", "a csv, and h5 files keyed by video id"),
+}

@@ -1,0 +1,270 @@
+"""The AVE layout: one HDF5 file for each of visual features, audio features and labels, a row for each video.
+
+- `visual_feature.h5` [N, T, 7, 7, C] (or channels first), `audio_feature.h5` [N, T, A], `right_labels.h5` or
+  `labels.h5` [N, T, K+1] one-hot with background last. Key `avadataset` or `dataset`; any float type.
+- Splits from `{train,val,test}_order.h5` (key `order`, row numbers), else from `{train,val,test}Set.txt`, whose lines
+  are looked up in `Annotations.txt`.
+- `Annotations.txt` (`Category&VideoID&Quality&StartTime&EndTime`, with or without that header) names row 0, 1, …; a row
+  beyond its last line has no id and is called `row000222`. Class names: `categories.txt`, else Annotations.
+- `mil_labels.h5` [N, K+1] tells the category of a video without any event; else Annotations does; else it is -1.
+
+A source with `mil_labels.h5` alone is refused: evaluation needs a label for each second also where training does not.
+The `*_noisy.h5` files (background-only clips that some weakly supervised work adds) are of no split and are not read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.manifest import SPLITS
+from cpsp_dist.packing.source import (
+    Entry,
+    Features,
+    SourceOptions,
+    channels_last,
+    find_files,
+    is_channels_first,
+    read_lines,
+)
+
+FILES = {
+    "audio": ("audio_feature.h5", "audio_features.h5"),
+    "labels": ("right_labels.h5", "labels.h5"),
+    "mil": ("mil_labels.h5",),
+    "annotations": ("Annotations.txt",),
+    "categories": ("categories.txt",),
+}
+HEADER = "Category&VideoID&Quality&StartTime&EndTime"
+CHUNK = 2000  # label rows read at once
+
+
+class AveH5:
+    visual_names: tuple[str, ...] = ("visual_feature.h5", "visual_features.h5")
+
+    def __init__(self, options: SourceOptions):
+        if options.source is None:
+            raise UserError(f"the {options.layout} layout needs --source, the folder of *_order.h5 or *Set.txt files")
+        names = {"visual": self.visual_names} | FILES
+        files = find_files(options, names, optional={"mil", "annotations", "categories"})
+        self.options = options
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        visual, audio, labels = (path for name in ("visual", "audio", "labels") if (path := files[name]))
+        self._files = [audio, labels]
+        self._audio, label_data = _open(audio), _open(labels)
+        self._check_shapes(label_data)
+        self._open_visual(visual)
+        self._events, of_events, bad_rows = _read_labels(label_data)
+        videos, classes = len(self._events), label_data.shape[2] - 1
+        annotations = _read_annotations(files["annotations"], videos)
+        if annotations and len(annotations) < videos:
+            self.notes.append(
+                f"{files['annotations']} names rows 0 to {len(annotations) - 1} of {videos}; no ids after"
+            )
+        self.ids = [a[1] for a in annotations] + [f"row{row:06d}" for row in range(len(annotations), videos)]
+        self.categories = _class_names(files["categories"], annotations, of_events, classes)
+        bad_rows = _disagreements(self.categories, annotations, of_events) | bad_rows
+        category = self._categories_by_row(files["mil"], annotations, of_events, classes)
+        self.entries = []
+        for row, split in sorted(self._splits(options.source, annotations).items()):
+            entry = Entry(row, self.ids[row], split, category[row])
+            if row in bad_rows:
+                self.problems.append(f"{entry.name}: {bad_rows[row]}")
+            else:
+                self.entries.append(entry)
+        self._note_repeated_ids()
+
+    def read(self, entry: Entry) -> Features:
+        visual, where = self._visual_map(entry)
+        visual = channels_last(visual, self.options.visual_order, where)
+        return Features(visual, _read_row(self._audio, entry), self._events[entry.row].astype(np.uint8))
+
+    def files(self, entry: Entry) -> list[Path]:
+        return self._files
+
+    def _open_visual(self, path: Path) -> None:
+        """Get ready to read visual maps from `--visual`."""
+        self._files.append(path)
+        self._visual = _open(path)
+        if self._visual.ndim != 5:
+            raise DataError(f"{path}: shape {list(self._visual.shape)}, expected [N, T, 7, 7, C]")
+        is_channels_first(self._visual.shape[1:], self.options.visual_order, f"{path} (after the video axis)")
+        _same_videos(self._visual, self._audio)
+
+    def _visual_map(self, entry: Entry) -> tuple[np.ndarray, str]:
+        """A video's map in either axis order, and the file it comes from."""
+        return _read_row(self._visual, entry), self._visual.file.filename
+
+    def _check_shapes(self, labels: h5py.Dataset) -> None:
+        for data, wanted in ((self._audio, "[N, T, A]"), (labels, "[N, T, K+1]")):
+            if data.ndim != 3:
+                raise DataError(f"{data.file.filename}: shape {list(data.shape)}, expected {wanted}")
+        _same_videos(self._audio, labels)
+
+    def _categories_by_row(
+        self, mil: Path | None, annotations: list[list[str]], of_events: np.ndarray, classes: int
+    ) -> list[int]:
+        """The class of each video: by its events, else mil_labels, else Annotations, else -1."""
+        known = of_events
+        if mil is not None:
+            known = np.where(of_events >= 0, of_events, _read_mil(_open(mil), len(of_events), classes))
+        number = {name: k for k, name in enumerate(self.categories)}
+        named = [number.get(a[0], -1) for a in annotations] + [-1] * (len(known) - len(annotations))
+        return [int(k) if k >= 0 else name for k, name in zip(known, named, strict=True)]
+
+    def _splits(self, folder: Path, annotations: list[list[str]]) -> dict[int, str]:
+        """{row: split}; rows out of range or listed twice become problems."""
+        orders = {split: folder / f"{split}_order.h5" for split in SPLITS}
+        texts = {split: folder / f"{split}Set.txt" for split in SPLITS}
+        rows: dict[str, list[int]] = {}
+        if any(path.is_file() for path in orders.values()):
+            for split, path in orders.items():
+                if path.is_file():
+                    rows[split] = [int(row) for row in _open(path, "order")[...].ravel()]
+        elif any(path.is_file() for path in texts.values()):
+            if not annotations:
+                raise DataError(f"{folder}: the *Set.txt files need Annotations.txt, which gives the row numbers")
+            row_of = {_line_key(parts): row for row, parts in enumerate(annotations)}
+            for split, path in texts.items():
+                rows[split] = []
+                for line in read_lines(path) if path.is_file() else []:
+                    row = row_of.get(_line_key(line.split("&"))) if line != HEADER else None
+                    if row is not None:
+                        rows[split].append(row)
+                    elif line != HEADER:
+                        self.problems.append(f"{path}: line '{line}' is not in Annotations.txt")
+        else:
+            raise UserError(f"{folder}: no train_order.h5 (val, test) and no trainSet.txt (val, test): no splits")
+        split_of: dict[int, str] = {}
+        for split, numbers in rows.items():
+            for row in numbers:
+                if not 0 <= row < len(self.ids):
+                    self.problems.append(f"split {split}: row {row} is out of range, there are {len(self.ids)} videos")
+                elif row in split_of:
+                    name = Entry(row, self.ids[row], split, -1).name
+                    self.problems.append(f"{name}: listed in {split_of[row]} and again in {split}")
+                else:
+                    split_of[row] = split
+        if unused := len(self.ids) - len(split_of):
+            self.notes.append(f"{unused} of {len(self.ids)} videos are in no split and are not packed")
+        return split_of
+
+    def _note_repeated_ids(self) -> None:
+        # AVE cuts several rows from one video, some into different splits: its published splits, so no mistake here.
+        splits_of = defaultdict(set)
+        for entry in self.entries:
+            splits_of[entry.video_id].add(entry.split)
+        if (repeated := len(self.entries) - len(splits_of)) > 0:
+            across = sum(len(splits) > 1 for splits in splits_of.values())
+            self.notes.append(
+                f"{len(self.entries)} rows are cut from {len(splits_of)} videos ({repeated} repeat an id); "
+                f"{across} videos are in more than one split"
+            )
+
+
+def _open(path: Path | None, key: str | None = None) -> h5py.Dataset:
+    """The one array of an HDF5 file: under `key`, or AVE's two names for it."""
+    assert path is not None
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable HDF5 file, or cut short ({error})") from None
+    for name in (key,) if key else ("avadataset", "dataset"):
+        if isinstance(data := file.get(name), h5py.Dataset):
+            if data.dtype.kind not in "fiu":
+                raise DataError(f"{path}: '{name}' holds {data.dtype}, not numbers")
+            return data
+    expected = f"'{key}'" if key else "'avadataset' or 'dataset'"
+    raise DataError(f"{path}: no array {expected} in it; there are: {', '.join(file) or 'none'}")
+
+
+def _read_row(data: h5py.Dataset, entry: Entry) -> np.ndarray:
+    try:
+        row: np.ndarray = data[entry.row]
+    except OSError as error:
+        raise DataError(f"{data.file.filename}: row cannot be read, damaged file? ({error})") from None
+    return row
+
+
+def _read_labels(labels: h5py.Dataset) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Events [N, T] bool, the category [N] of each video's events (-1 without any), and what is wrong by row."""
+    events, categories, bad = [], [], {}
+    for start in range(0, len(labels), CHUNK):
+        try:
+            chunk = labels[start : start + CHUNK]
+        except OSError as error:
+            raise DataError(f"{labels.file.filename}: cannot be read, damaged file? ({error})") from None
+        seen = chunk[..., :-1].any(axis=1)  # [n, K]
+        one_hot = np.isin(chunk, (0, 1)).all(axis=(1, 2)) & (chunk.sum(axis=2) == 1).all(axis=1)
+        for i in np.flatnonzero(~one_hot):
+            bad[start + int(i)] = f"label is not one-hot over {labels.shape[2] - 1} classes and background"
+        for i in np.flatnonzero(one_hot & (seen.sum(axis=1) > 1)):
+            bad[start + int(i)] = f"label has events of several classes: {np.flatnonzero(seen[i]).tolist()}"
+        events.append(chunk[..., :-1].any(axis=2))
+        categories.append(np.where(seen.any(axis=1), seen.argmax(axis=1), -1))
+    if not events:
+        raise DataError(f"{labels.file.filename}: no videos in it")
+    return np.concatenate(events), np.concatenate(categories), bad
+
+
+def _read_mil(mil: h5py.Dataset, videos: int, classes: int) -> np.ndarray:
+    """[N]: each video's class, -1 for background."""
+    if mil.shape != (videos, classes + 1):
+        raise DataError(f"{mil.file.filename}: shape {list(mil.shape)}, expected [{videos}, {classes + 1}]")
+    values = mil[...]
+    return np.where(values[:, :-1].any(axis=1), values[:, :-1].argmax(axis=1), -1)
+
+
+def _read_annotations(path: Path | None, videos: int) -> list[list[str]]:
+    """[Category, VideoID, Quality, StartTime, EndTime] of row 0, 1, …"""
+    if path is None:
+        return []
+    lines = read_lines(path)
+    if lines and lines[0] == HEADER:
+        lines = lines[1:]
+    rows = [line.split("&") for line in lines]
+    for number, parts in enumerate(rows):
+        if len(parts) != 5:
+            raise DataError(f"{path}: row {number}, '{lines[number]}', is not of the form {HEADER}")
+    if len(rows) > videos:
+        raise DataError(f"{path}: {len(rows)} rows, but the labels are of {videos} videos; not of one data set")
+    return rows
+
+
+def _line_key(parts: list[str]) -> tuple[str, ...]:
+    return (parts[0], parts[1], *parts[3:]) if len(parts) == 5 else tuple(parts)
+
+
+def _class_names(path: Path | None, annotations: list[list[str]], of_events: np.ndarray, classes: int) -> list[str]:
+    """Names in class order: of the categories file, else what the annotations call the videos of each class."""
+    if path is not None:
+        names = read_lines(path)
+        if len(names) != classes or len(set(names)) != classes:
+            raise DataError(f"{path}: {len(set(names))} different names, but the labels have {classes} classes")
+        return names
+    votes: dict[int, Counter[str]] = defaultdict(Counter)
+    for parts, k in zip(annotations, of_events, strict=False):
+        votes[int(k)][parts[0]] += 1
+    return [votes[k].most_common(1)[0][0] if k in votes else f"class {k}" for k in range(classes)]
+
+
+def _disagreements(names: list[str], annotations: list[list[str]], of_events: np.ndarray) -> dict[int, str]:
+    """Rows whose annotation contradicts their label: of a shifted or a foreign file, mostly."""
+    return {
+        row: f"Annotations.txt says '{parts[0]}', its label says '{names[k]}'; is it the right Annotations file?"
+        for row, (parts, k) in enumerate(zip(annotations, of_events, strict=False))
+        if k >= 0 and parts[0] != names[k]
+    }
+
+
+def _same_videos(data: h5py.Dataset, other: h5py.Dataset) -> None:
+    if data.shape[:2] != other.shape[:2]:
+        raise DataError(
+            f"{data.file.filename}: {data.shape[0]} videos of {data.shape[1]} segments, but "
+            f"{other.file.filename} has {other.shape[0]} of {other.shape[1]}"
+        )

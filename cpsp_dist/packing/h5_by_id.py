@@ -1,0 +1,52 @@
+"""HDF5 files keyed by video id: `file[id]` is the array, or a group with `visual`, `audio` and `labels` in it.
+
+So the three may be three files, or one given three times. Csv and shapes: see `per_video.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from cpsp_dist.errors import DataError
+from cpsp_dist.packing.per_video import PerVideo
+
+MEMBERS = {"visual": ("visual", "video"), "audio": ("audio",), "labels": ("labels", "label")}  # names in a group
+
+
+class H5ById:
+    def __init__(self, path: Path, kind: str):
+        self.path, self.kind = path, kind
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            raise DataError(f"--{kind} {path}: not a readable HDF5 file, or cut short ({error})") from None
+
+    def ids(self) -> set[str]:
+        return set(self._file)
+
+    def file(self, video_id: str) -> Path:
+        return self.path
+
+    def load(self, video_id: str) -> np.ndarray:
+        found = self._file[video_id]
+        if isinstance(found, h5py.Group):
+            found = next((found[name] for name in MEMBERS[self.kind] if name in found), found)
+        if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":
+            raise DataError(f"{self.path}: '{video_id}' has no array of numbers '{self.kind}'")
+        try:
+            array: np.ndarray = found[...]
+            return array
+        except OSError as error:
+            raise DataError(f"{self.path}: '{video_id}' cannot be read, damaged file? ({error})") from None
+
+
+class H5Files(PerVideo):
+    store = H5ById
+    names = {  # noqa: RUF012
+        "visual": ("video*.h5", "visual*.h5", "*.h5"),
+        "audio": ("audio*.h5", "*.h5"),
+        "labels": ("label*.h5", "*labels.json", "*annos.json", "*.h5"),
+    }

@@ -1,0 +1,228 @@
+"""Packs a source into a folder of shards: in parallel, and from where it was when it was stopped.
+
+A finished shard has a note of what it was made from, in the work folder. A later call keeps the shard if it still is
+what the note says, byte for byte, and its source files have not changed; everything else is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpsp_dist.errors import DataError
+from cpsp_dist.manifest import Field, Manifest
+from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
+from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan, plan_key, sample_bytes, schema
+from cpsp_dist.packing.source import Source, SourceOptions, open_source
+from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, workplace
+from cpsp_dist.packing.write import write_shard
+from cpsp_dist.progress import Progress
+
+MAX_PROBLEMS = 20  # reading stops after so many: a wrong option would fail every video
+SKIPPED_NAME = "skipped.txt"
+DONE = ".done"
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all shards."""
+
+    source: Source
+    part: Path
+    fields: dict[str, Field]
+    on_error: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A shard (None: none of its videos can be packed) and the problems of videos that it lacks."""
+
+    name: str
+    shard: IndexedShard | None
+    problems: list[str]
+
+
+def pack(
+    source: Source, out: Path, options: PackOptions, *, overwrite: bool = False, workers: int | None = None
+) -> Manifest:
+    """Pack the videos of `source` into the folder `out`, which appears only when it is complete.
+
+    The bytes depend on the source and `options` alone, not on `workers` (processes; None: by cores and size) or on
+    having been stopped in between. With `options.on_error` "skip", what cannot be packed is left out, told, and listed
+    in `skipped.txt`.
+
+    Raises:
+        DataError: the problems of the source's videos, a line each; nothing is left behind.
+        UserError: `out` is there already, or the disk is too full.
+        Interrupted: a worker process was killed; what is finished stays for the next call.
+    """
+    if source.problems and options.on_error == "raise":
+        raise report(source.problems)
+    if not source.entries:
+        raise report(source.problems) if source.problems else DataError("the source has no videos to pack")
+    fields = schema(source, options.visual_dtype)
+    plans = plan(source.entries, fields, options)
+    size = sample_bytes(fields) * len(source.entries)
+    if workers is None:
+        workers = min(_cores(), 1 + int(size / 1e9))
+    with workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
+        check_space(part, size - sum(path.stat().st_size for path in part.glob("*.tar")))
+        job = Job(source, part, fields, options.on_error)
+        outcomes: dict[str, Outcome] = {}
+        problems = list(source.problems)
+        with (
+            Progress(len(source.entries), "videos", "packing") as shown,
+            contextlib.closing(_run(job, plans, min(workers, len(plans)), shown.update)) as running,
+        ):
+            for outcome in running:
+                outcomes[outcome.name] = outcome
+                problems += outcome.problems
+                if options.on_error == "raise" and len(problems) >= MAX_PROBLEMS:
+                    raise report(problems, stopped=len(outcomes) < len(plans))
+        shards = [(p.name, shard) for p in plans if (shard := outcomes[p.name].shard) is not None]
+        if problems and (options.on_error == "raise" or not shards):
+            raise report(problems)
+        _tell_skipped(problems, part / SKIPPED_NAME, out)
+        assemble(part, shards, source.categories).save()
+    return Manifest.load(out)
+
+
+def _cores() -> int:
+    """That this process may use: under Slurm often fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(job: Job, plans: list[ShardPlan], workers: int, done: Callable[[int], None]) -> Generator[Outcome]:
+    """The outcome of every shard, as they finish; here with one worker, else in processes of their own."""
+    if workers <= 1:
+        for planned in plans:
+            yield make_shard(job, planned, lambda: done(1))
+        return
+    # spawn: a fork would share the parent's open HDF5 files, which HDF5 does not allow.
+    context = multiprocessing.get_context("spawn")
+    count, stop = context.Value("q", 0), context.Event()
+    start = (job.source.options, job.part, job.fields, job.on_error, count, stop)
+    counted = 0
+    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
+        try:
+            left = {pool.submit(_work, planned) for planned in plans}
+            while left:
+                ready, left = wait(left, POLL_SECONDS, FIRST_COMPLETED)
+                done(count.value - counted)
+                counted = count.value
+                for future in ready:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise Interrupted("a packing process was killed, perhaps for want of memory; try fewer --workers") from None
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    pass
+
+
+_job: Job  # of this worker process
+_done: Callable[[], None]
+
+
+def _start_worker(
+    options: SourceOptions, part: Path, fields: dict[str, Field], on_error: str, count: Any, stop: Any
+) -> None:
+    global _job, _done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    def done() -> None:
+        with count.get_lock():
+            count.value += 1
+        if stop.is_set():
+            raise _Stopped
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _job, _done = Job(open_source(options), part, fields, on_error), done
+
+
+def _work(planned: ShardPlan) -> Outcome:
+    return make_shard(_job, planned, _done)
+
+
+def make_shard(job: Job, planned: ShardPlan, done: Callable[[], None]) -> Outcome:
+    """Write and index one shard, unless it is there and right; `done` is called for each video."""
+    path, work = job.part / planned.name, job.part / WORK_NAME
+    note, stamp = work / (planned.name + DONE), _stamp(job.source, planned)
+    if outcome := _finished(path, note, stamp):
+        for _ in planned.entries:
+            done()
+        return outcome
+    draft = work / f"{planned.name}.{os.getpid()}"
+    samples, problems = write_shard(draft, job.source, planned, job.fields, done)
+    if not samples or (problems and job.on_error == "raise"):
+        path.unlink(missing_ok=True)
+        return Outcome(planned.name, None, problems)
+    shard = index_shard(draft)
+    draft.rename(path)
+    note.write_text(json.dumps({"stamp": stamp, "sha256": shard.sha256, "problems": problems}))
+    return Outcome(planned.name, shard, problems)
+
+
+def _finished(path: Path, note: Path, stamp: str) -> Outcome | None:
+    """The shard at `path`, if it was finished from the same files and still is what it was."""
+    try:
+        noted = json.loads(note.read_text())
+        if noted["stamp"] != stamp:
+            return None
+        shard = index_shard(path)
+        return Outcome(path.name, shard, noted["problems"]) if shard.sha256 == noted["sha256"] else None
+    except (OSError, ValueError, KeyError, DataError):
+        return None  # not finished, or damaged since: written again
+
+
+def _stamp(source: Source, planned: ShardPlan) -> str:
+    """Changes with the size or time of any file that the shard's videos are read from."""
+    digest = hashlib.sha256()
+    for path in sorted({path for entry in planned.entries for path in source.files(entry)}):
+        with contextlib.suppress(OSError):  # a missing file is told when it is read
+            stat = path.stat()
+            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _tell_skipped(problems: list[str], path: Path, out: Path) -> None:
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
+    path.write_text("\n".join(problems) + "\n", encoding="utf-8")
+    listed = problems[:MAX_PROBLEMS]
+    more = [f"and {len(problems) - len(listed)} more: {out / SKIPPED_NAME}"] if len(problems) > len(listed) else []
+    print("\n  ".join([f"note: left out {len(problems)} videos:", *listed, *more]), file=sys.stderr)
+
+
+def report(problems: list[str], stopped: bool = False) -> DataError:
+    """One error of all problems: a single line for one, a list for several; `stopped`: there may be more."""
+    if len(problems) == 1:
+        return DataError(problems[0])
+    listed = problems[:MAX_PROBLEMS]
+    more = [f"and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
+    there = " so far, where packing stopped" if stopped else ""
+    return DataError(f"{len(problems)} problems in the source{there}:\n  " + "\n  ".join(listed + more))

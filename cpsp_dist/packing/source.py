@@ -1,0 +1,147 @@
+"""A source of features: the one interface between a layout on disk and the packer."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.packing import LAYOUTS
+
+GRID = 7  # visual maps are 7 x 7 cells
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a layout's files are. Only `layout` is needed; what is None is looked for in `source` by its usual name."""
+
+    layout: str
+    source: Path | None = None
+    visual: Path | None = None
+    audio: Path | None = None
+    labels: Path | None = None
+    mil: Path | None = None
+    annotations: Path | None = None
+    categories: Path | None = None
+    csv: Path | None = None
+    visual_order: str = "auto"  # "last": [T, 7, 7, C]; "first": [T, C, 7, 7]; "auto": by the shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One video of a source, as known before its features are read. `category` is -1 where there is none."""
+
+    row: int
+    video_id: str
+    split: str
+    category: int
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"video {self.video_id} (row {self.row})"
+
+
+@dataclass(frozen=True)
+class Features:
+    """visual [T, 7, 7, C] and audio [T, A] of any float type, label [T] of 0 and 1."""
+
+    visual: np.ndarray
+    audio: np.ndarray
+    label: np.ndarray
+
+
+class Source(Protocol):
+    """What a layout's reader offers. Opening it raises UserError for files that are missing or of the wrong form.
+
+    Attributes:
+        options: what it was opened with; another process opens it again.
+        categories: names, in class order.
+        entries: every video that can be packed, in row order.
+        problems: videos that cannot, a line each.
+        notes: what is worth knowing and no mistake, a line each.
+    """
+
+    options: SourceOptions
+    categories: list[str]
+    entries: list[Entry]
+    problems: list[str]
+    notes: list[str]
+
+    def read(self, entry: Entry) -> Features:
+        """The features of one video; raises DataError naming the file."""
+
+    def files(self, entry: Entry) -> list[Path]:
+        """The files that `read` takes a video's features from: if they change, it has to be packed again."""
+
+
+def open_source(options: SourceOptions) -> Source:
+    """The reader of `options.layout`, opened."""
+    module, name, _ = LAYOUTS[options.layout]
+    source: Source = getattr(importlib.import_module(f"cpsp_dist.packing.{module}"), name)(options)
+    return source
+
+
+def channels_last(visual: np.ndarray, order: str, where: str) -> np.ndarray:
+    """A view of `visual` ([T, 7, 7, C] or [T, C, 7, 7]) with its channels last; see `is_channels_first`."""
+    return np.moveaxis(visual, 1, 3) if is_channels_first(visual.shape, order, where) else visual
+
+
+def is_channels_first(shape: tuple[int, ...], order: str, where: str) -> bool:
+    """Whether a visual map of `shape` is [T, C, 7, 7] rather than [T, 7, 7, C].
+
+    Raises:
+        DataError: neither, both (C = 7: --visual-order has to tell), or not what `order` says.
+    """
+    text = f"[{', '.join(map(str, shape))}]"
+    last = len(shape) == 4 and shape[1:3] == (GRID, GRID)
+    first = len(shape) == 4 and shape[2:4] == (GRID, GRID)
+    if order == "auto" and last and first:
+        raise DataError(f"{where}: {text} can be read both ways; say --visual-order last or first")
+    if not (first if order == "first" else last if order == "last" else first or last):
+        wanted = {"last": "[T, 7, 7, C]", "first": "[T, C, 7, 7]", "auto": "[T, 7, 7, C] or [T, C, 7, 7]"}[order]
+        hint = "; the other --visual-order fits" if first or last else ""
+        raise DataError(f"{where}: wrong axis order or shape {text}, expected {wanted}{hint}")
+    return first if order == "auto" else order == "first"
+
+
+def find_files(options: SourceOptions, names: dict[str, tuple[str, ...]], optional: set[str]) -> dict[str, Path | None]:
+    """Paths by option name: given by flag, else the first of `names` that lies in the source folder.
+
+    Raises:
+        UserError: every path that is missing, in one message.
+    """
+    if options.source is not None and not options.source.is_dir():
+        raise UserError(f"--source {options.source}: no such folder")
+    found: dict[str, Path | None] = {}
+    missing: list[str] = []
+    for option, candidates in names.items():
+        given: Path | None = getattr(options, option)
+        if given is not None:
+            found[option] = given
+            if not given.exists():
+                missing.append(f"--{option} {given}: no such file or folder")
+            continue
+        matches = (sorted(options.source.glob(c)) for c in candidates) if options.source else ()
+        paths = next((m for m in matches if m), [])
+        found[option] = paths[0] if len(paths) == 1 else None
+        if len(paths) > 1:
+            missing.append(f"--{option}: several files fit in {options.source}: {', '.join(p.name for p in paths)}")
+        elif not paths and option not in optional:
+            place = f"{options.source}: no {' or '.join(candidates)} here" if options.source else "no --source"
+            missing.append(f"{place}; give it with --{option}")
+    if missing:
+        raise UserError("; ".join(missing))
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable text file ({error})") from None

@@ -1,0 +1,66 @@
+"""Every byte of a folder of shards against its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from cpsp_dist.errors import DataError
+from cpsp_dist.manifest import ARRAY_FIELDS, INDEX_NAME, TABLE_NAME, Manifest, Shard
+from cpsp_dist.packing.index import index_shard
+from cpsp_dist.progress import Progress
+
+MAX_LISTED = 20
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest, if every byte is as packed.
+
+    Raises:
+        DataError: all damage found, a line each: which shard, which sample, which byte.
+    """
+    manifest = Manifest.load(folder)
+    found = _table_damage(folder)
+    with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
+        for number, shard in enumerate(manifest.shards):
+            found += _shard_damage(manifest, number, shard)
+            shown.update(shard.filesize // 10**6)
+    if found:
+        more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
+        raise DataError("\n  ".join([f"{folder}: {len(found)} damaged places", *found[:MAX_LISTED], *more]))
+    return manifest
+
+
+def _table_damage(folder: Path) -> list[str]:
+    recorded = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["table"]["sha256"]
+    path = folder / TABLE_NAME
+    if hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
+        return [f"{path}: not the table that was packed; the offsets below may be wrong"]
+    return []
+
+
+def _shard_damage(manifest: Manifest, number: int, shard: Shard) -> list[str]:
+    path = manifest.path(shard)
+    rows = np.array(manifest.samples[shard.first : shard.first + shard.nsamples])
+    found = []
+    try:
+        indexed = index_shard(path)
+        if indexed.sha256 == shard.sha256:
+            indexed.rows["shard"], indexed.rows["video"] = number, rows["video"]
+            return [] if np.array_equal(indexed.rows, rows) else [f"{path}: differs from its rows in the sample table"]
+    except DataError as error:
+        found.append(str(error))
+    # The hash tells that a byte changed, the samples' checksums tell where.
+    with open(path, "rb") as file:
+        for row in rows:
+            for name in (*ARRAY_FIELDS, "json"):
+                file.seek(int(row[name]))
+                data = file.read(int(row["json_size"]) if name == "json" else manifest.fields[name].nbytes)
+                if google_crc32c.value(data) != row[f"{name}_crc"]:
+                    place = f"bytes {row[name]} to {int(row[name]) + len(data) - 1}"
+                    found.append(f"{path}: {place}: {name} of sample {row['key'].decode()} is damaged")
+    return found or [f"{path}: sha256 differs, yet every sample is whole: the tar headers between them changed"]

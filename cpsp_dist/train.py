@@ -1,0 +1,54 @@
+"""The training command: `python -m cpsp_dist.train --config configs/X.yaml [key=value ...]`.
+
+The same module under python, torchrun, accelerate launch, srun and submitit; launchers only set the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cpsp_dist.errors import guarded
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cpsp_dist.train",
+        description="Train a model for audio-visual event localization. A run whose output folder has a checkpoint "
+        "goes on from there, on any number of ranks.",
+        epilog="Example: python -m cpsp_dist.train --config configs/keypad.yaml train.epochs=2 output=runs/try",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file: train.seed=2")
+    parser.add_argument("--fresh", action="store_true", help="refuse to go on from checkpoints in the output folder")
+    parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="go on from a checkpoint of another configuration or data",
+    )
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+
+    def run() -> None:
+        from cpsp_dist.config import load_config
+
+        config = load_config(args.config, args.overrides)
+        from cpsp_dist import distributed
+        from cpsp_dist.loop import train
+
+        ranks = distributed.discover()
+        distributed.connect(ranks, config.engine.timeout)
+        train(config, ranks, fresh=args.fresh, allow_config_change=args.allow_config_change)
+        distributed.disconnect()
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Pack features into shards: the same as `cpsp-dist shards pack`."""
+
+import sys
+
+from cpsp_dist.cli import main
+
+sys.exit(main(["shards", "pack", *sys.argv[1:]]))

@@ -1,0 +1,119 @@
+"""The configuration: every shipped file loads; every mistake is told, at once, with the nearest key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from cpsp_dist.config import Config, flat, load_config
+from cpsp_dist.engine import deepspeed_settings
+from cpsp_dist.errors import ConfigError
+
+RUN_CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert load_config(path).data.shards
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs/deepspeed").glob("*.json")), ids=lambda p: p.name)
+def test_every_shipped_deepspeed_file_fits(path):
+    config = load_config(REPO / "configs/keypad.yaml", [f"engine.deepspeed={path}", "engine.zero=2"])
+    merged = deepspeed_settings(config, world=4)
+    assert merged["zero_optimization"]["stage"] == 2
+    assert merged["zero_optimization"].items() >= json.loads(path.read_text())["zero_optimization"].items()
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_accelerate_file_loads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).deepspeed_config["deepspeed_multinode_launcher"] == "standard"
+
+
+def test_published_settings_are_the_defaults():
+    default = Config.model_validate({"data": {"shards": "data/ave-shards"}, "output": "runs/ave_full"})
+    assert load_config(REPO / "configs/ave_full.yaml") == default
+
+
+def test_all_mistakes_at_once_with_the_nearest_key(tmp_path):
+    path = write(tmp_path, "data: {shards: x}\ntrain: {learing_rate: 1e-3, epochs: '3'}\nmodle: {}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, ["train.gama=3", "foo", "pool.scope=all", "train.accumulation=7"])
+    text = str(raised.value)
+    for mistake in (
+        "unknown key 'train.learing_rate'; did you mean 'train.learning_rate'?",
+        "unknown key 'train.gama'; did you mean 'train.gamma'?",
+        "unknown key 'modle'; did you mean 'model'?",
+        "train.epochs='3': input should be a valid integer",
+        "override 'foo': write it as section.key=value",
+        "pool.scope='all': input should be 'gather' or 'local'",
+        "global_batch 64 is not a multiple of accumulation 7",
+    ):
+        assert mistake in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train: {epochs: 1, epochs: 2}", "key 'epochs' is given twice"),
+        ("extends: c.yaml", "extends itself"),
+        ("extends: none.yaml", "cannot read this config file (extended by"),
+        ("- 1", "a config file holds sections"),
+        ("a: [", "not valid YAML"),
+        ("output: x", "'data' is missing"),
+        ("data: {shards: x}\ntrain: {precision: fp64}", "needs engine.kind=ddp"),
+    ],
+)
+def test_one_mistake(tmp_path, text, told):
+    with pytest.raises(ConfigError, match=r"c\.yaml") as raised:
+        load_config(write(tmp_path, text))
+    assert told in str(raised.value)
+
+
+def test_missing_file_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read this config file: No such file") as raised:
+        load_config(tmp_path / "none.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_extends_and_overrides_win_in_order(tmp_path):
+    write(tmp_path, "data: {shards: base}\ntrain: {epochs: 7, clip: 2.0}\n", "base.yaml")
+    path = write(tmp_path, "extends: base.yaml\ntrain: {epochs: 8}\n")
+    config = load_config(path, ["train.clip=null", "train.learning_rate=1e-4", "train.milestones=[1, 2]"])
+    assert (config.train.epochs, config.train.clip, config.data.shards) == (8, None, "base")
+    assert (config.train.learning_rate, config.train.milestones) == (1e-4, (1, 2))
+
+
+def test_flat_names_every_setting_once():
+    config = load_config(REPO / "configs/keypad.yaml")
+    assert flat(config)["train.milestones"] == [6, 9]
+    assert flat(config) == flat(config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ('{"train_batch_size": 3, "zero_optimization": {"stage": 1}}', "train_batch_size, zero_optimization.stage"),
+    ],
+)
+def test_mistakes_in_the_deepspeed_file(tmp_path, content, told):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    config = load_config(REPO / "configs/keypad.yaml", [f"engine.deepspeed={path}"])
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed") as raised:
+        deepspeed_settings(config, world=1)
+    assert told in str(raised.value)

@@ -1,0 +1,111 @@
+"""Engines: the state that leaves one enters any other, whatever its ZeRO stage, precision and rank count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cpsp_dist import distributed
+from cpsp_dist.batch import Batch
+from cpsp_dist.config import Config
+from cpsp_dist.engine import Engine, TrainingState, build_engine
+
+KINDS = [
+    *[("deepspeed", zero, precision) for zero in range(4) for precision in ("fp32", "bf16")],
+    ("ddp", 0, "fp32"),
+    ("ddp", 0, "fp64"),
+]
+
+
+class Small(nn.Module):
+    """Sizes that no world size divides: padding of partitions is at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(13, 7)
+        self.lstm = nn.LSTM(7, 5, batch_first=True, bidirectional=True)
+        self.norm = nn.LayerNorm(10)
+        self.last = nn.Linear(10, 1, bias=False)
+
+    def forward(self, visual, audio):
+        return self.last(self.norm(self.lstm(torch.relu(self.first(visual)))[0])) + 0 * audio.sum()
+
+
+def engine(kind: str, zero: int, precision: str, state: TrainingState | None, accumulation: int = 1) -> Engine:
+    train = {"precision": precision, "global_batch": 12, "clip": 0.5, "accumulation": accumulation}
+    config = Config.model_validate({"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train})
+    return build_engine(Small(), config, distributed.discover(), state)
+
+
+def train_steps(wrapped: Engine, steps: range, accumulation: int = 1) -> list[float]:
+    ranks, norms = distributed.discover(), []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, 6, 13, generator=generator).chunk(accumulation)
+        y = torch.randn(12, 6, 1, generator=generator).chunk(accumulation)
+        for part in range(accumulation):
+            mine = x[part].chunk(ranks.world)[ranks.rank], y[part].chunk(ranks.world)[ranks.rank]
+            batch = Batch(mine[0], mine[0], *[mine[1]] * 5)
+            out = wrapped(batch)
+            wrapped.backward((out.to(torch.promote_types(out.dtype, torch.float32)) - mine[1]).square().mean())
+            norm = wrapped.step(1e-2)
+        norms.append(norm)
+    return norms
+
+
+def exchange(states: dict[tuple, TrainingState]) -> dict[str, object]:
+    """Train every kind 3 steps and on; restart it from its own state, and from each given state."""
+    found: dict[str, object] = {"norms": {}, "states": {}, "bitwise": {}, "taken_over": {}}
+    for kind in KINDS:
+        whole = engine(*kind, None)
+        found["norms"][kind] = train_steps(whole, range(3))
+        half = found["states"][kind] = whole.capture()
+        train_steps(whole, range(3, 6))
+        again = engine(*kind, half)
+        train_steps(again, range(3, 6))
+        found["bitwise"][kind] = same(whole.capture(), again.capture())
+        foreign = states.get(("deepspeed", 2, "fp32"))
+        if foreign is not None:
+            found["taken_over"][kind] = same(engine(*kind, foreign).capture(), foreign)
+    return found
+
+
+def same(one: TrainingState, two: TrainingState) -> bool:
+    parts = [(one.weights, two.weights), *[(one.moments[m], two.moments[m]) for m in one.moments]]
+    return one.updates == two.updates and all(torch.equal(a[n], b[n].to(a[n])) for a, b in parts for n in a)
+
+
+def test_state_is_whole_and_moves_between_all_engines(ranks):
+    (one,) = ranks(exchange, 1, {}, timeout=200)
+    on_three = ranks(exchange, 3, one["states"], timeout=300)
+    for found in (one, *on_three):
+        assert set(found["bitwise"]) == set(KINDS)
+        assert all(found["bitwise"].values()), found["bitwise"]
+    for found in on_three:
+        assert set(found["taken_over"]) == set(KINDS)
+        assert all(found["taken_over"].values()), found["taken_over"]
+        for kind in KINDS:
+            tolerance = 3e-2 if kind[2] == "bf16" else 1e-6
+            assert found["norms"][kind] == pytest.approx(one["norms"][("ddp", 0, "fp64")], rel=tolerance), kind
+            assert found["norms"][kind] == on_three[0]["norms"][kind], "all ranks see one norm"
+
+
+def accumulated(accumulation: int) -> dict[tuple, dict[str, torch.Tensor]]:
+    weights = {}
+    for kind in (("deepspeed", 0, "fp32"), ("deepspeed", 2, "fp32"), ("ddp", 0, "fp32")):
+        wrapped = engine(*kind, None, accumulation)
+        train_steps(wrapped, range(3), accumulation)
+        weights[kind] = wrapped.capture().weights
+    return weights
+
+
+def test_accumulated_parts_are_one_batch(ranks):
+    """Mean-squared error over 3 parts of 4 is that over 12: the same weights, on one rank and on two."""
+    (expected,) = ranks(accumulated, 1, 1)
+    for world in (1, 2):
+        for found in ranks(accumulated, world, 3):
+            for kind, weights in found.items():
+                for name, tensor in weights.items():
+                    torch.testing.assert_close(tensor, expected[kind][name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,247 @@
+"""The trainer from end to end, in real processes: one process against many, killed against uninterrupted, errors."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, environment, free_port
+from safetensors.torch import load_file
+
+from cpsp_dist import distributed
+from cpsp_dist.checkpoint import WEIGHTS, Checkpoints
+from cpsp_dist.config import load_config
+from cpsp_dist.distributed import Ranks
+from cpsp_dist.loop import train
+from cpsp_dist.tracking import finished_runs
+
+KEYPAD = REPO / "configs" / "keypad.yaml"
+
+
+def overrides(shards: Path, output: Path, *more: str) -> list[str]:
+    """A small run that is the same on any world size: no dropout."""
+    small = [
+        "train.global_batch=8",
+        "train.steps=20",
+        "model.dropout=0",
+        "evaluation.every_epochs=99",
+        "data.threads=1",
+    ]
+    return [f"data.shards={shards}", f"output={output}", *small, *more]
+
+
+def newest_weights(output: Path) -> dict[str, torch.Tensor]:
+    checkpoints = Checkpoints(output)
+    weights = load_file(checkpoints.path(checkpoints.steps()[-1]) / WEIGHTS)
+    return {name: tensor.clone() for name, tensor in weights.items()}  # the file itself is only mapped
+
+
+def losses(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/total" in line]
+
+
+def train_each(shards: Path, folder: Path, kinds: dict[str, list[str]]) -> None:
+    """Train every kind, one after the other, in the group that is there."""
+    here = distributed.discover()
+    ranks = Ranks(here.rank, here.world, here.local_rank, torch.device("cpu"))
+    for name, settings in kinds.items():
+        train(load_config(KEYPAD, overrides(shards, folder / name, "tracking.enabled=false", *settings)), ranks)
+
+
+SGD = ["train.optimizer=sgd", "train.learning_rate=0.05", "tracking.every_steps=1"]
+ENGINES = {
+    "ddp-fp64": [*SGD, "engine.kind=ddp", "train.precision=fp64"],
+    **{f"zero{stage}": [*SGD, f"engine.zero={stage}"] for stage in range(4)},
+}
+
+
+def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
+    """Half batches on two ranks and the whole batch on one: the same losses and parameters after 20 SGD steps."""
+    for world in (1, 2):
+        ranks(train_each, world, keypad_shards, tmp_path / f"world{world}", ENGINES, timeout=400)
+    for name in ENGINES:
+        tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
+        one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
+        history = [losses(one), losses(two)]
+        assert len(history[0]) == 20
+        assert {"loss/event", "loss/category", "loss/avps", "loss/psa_s", "loss/psa_v"} < set(history[0][0])
+        for at_one, at_two in zip(*history, strict=True):
+            assert at_two == pytest.approx(at_one, rel=tolerance, abs=tolerance), name
+        weights = newest_weights(one), newest_weights(two)
+        assert weights[0]["propagation.v_fc.weight"].dtype == (torch.float64 if name == "ddp-fp64" else torch.float32)
+        for key in weights[0]:
+            torch.testing.assert_close(weights[1][key], weights[0][key], rtol=tolerance, atol=tolerance)
+
+
+def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path):
+    kinds = {f"bf16-zero{z}": ["train.precision=bf16", f"engine.zero={z}", "train.steps=12"] for z in (0, 2, 3)}
+    ranks(train_each, 2, keypad_shards, tmp_path, kinds, timeout=300)
+    first, *others = (losses(tmp_path / name) for name in kinds)
+    assert first[-1]["loss/total"] < first[0]["loss/total"]
+    for other in others:
+        assert other[-1]["loss/total"] == pytest.approx(first[-1]["loss/total"], rel=0.05)
+
+
+class Training:
+    """A run of the training command on `world` ranks, as a launcher would start it."""
+
+    def __init__(self, world: int, arguments: list[str]):
+        port = free_port()
+        self.processes = []
+        for rank in range(world):
+            env = environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(KEYPAD), *arguments]
+            self.processes.append(
+                subprocess.Popen(
+                    command, env=env, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+            )
+
+    def wait(self, timeout: float = 240) -> str:
+        """Rank 0's output, after all ranks ended well."""
+        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        assert [p.returncode for p in self.processes] == [0] * len(self.processes), "\n".join(outputs)
+        return outputs[0]
+
+    def kill_at(self, step: int, victim: int) -> bool:
+        """SIGKILL rank `victim` once step `step` was told, then the others, as a launcher does. False: it had ended."""
+        told = False
+        assert self.processes[0].stdout is not None
+        for line in self.processes[0].stdout:
+            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+                told = True
+                break
+        for process in [self.processes[victim], *self.processes]:
+            process.kill()
+        for process in self.processes:
+            process.communicate(timeout=60)
+        return told
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_killed_run_ends_with_the_same_weights(keypad_shards, tmp_path, zero):
+    """SIGKILL at random steps, started again each time: bit for bit the uninterrupted run, dropout on, and in MLflow
+    one run with every step once."""
+    seed = random.randrange(1000)
+    print("seed", seed)  # pytest shows it on failure
+    chance = random.Random(seed)
+    more = ["model.dropout=0.1", "tracking.every_steps=1", "checkpoint.every_steps=3", f"engine.zero={zero}"]
+    Training(2, overrides(keypad_shards, tmp_path / "a" / "whole", *more)).wait()
+    arguments = overrides(keypad_shards, tmp_path / "b" / "killed", *more)
+    for least in (1, 8):
+        step = chance.randint(least, least + 7)
+        assert Training(2, arguments).kill_at(step, victim=chance.randrange(2))
+    assert "going on from" in Training(2, arguments).wait()
+
+    whole, killed = newest_weights(tmp_path / "a" / "whole"), newest_weights(tmp_path / "b" / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    runs = finished_runs(f"sqlite:///{tmp_path / 'b' / 'mlflow.db'}", "cpsp")
+    assert [run["status"] for run in runs] == ["FINISHED"]
+    assert logged_steps(tmp_path / "b" / "mlflow.db") == list(range(1, 21))
+    # Once finished, it says so and trains no more.
+    again = Training(2, arguments).wait()
+    assert "(finished)" in again
+    assert "step 20/20" not in again
+
+
+def logged_steps(store: Path) -> list[int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    run = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id])[0]
+    return sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss/total"))
+
+
+def test_another_world_size_and_engine_goes_on(keypad_shards, tmp_path):
+    """12 steps on one rank with ZeRO 2, the rest on two with ZeRO 3: as on one rank throughout.
+
+    Adam moves a weight by up to 1e-3 a step and turns rounding of a tiny gradient into a visible difference; losing its
+    moments, or a sample, would show a hundred times the tolerance.
+    """
+    Training(1, overrides(keypad_shards, tmp_path / "one")).wait()
+    moved = overrides(keypad_shards, tmp_path / "moved", "engine.zero=2", "checkpoint.every_steps=4")
+    Training(1, [*moved, "tracking.every_steps=1"]).kill_at(13, victim=0)
+    Training(2, [*moved, "engine.zero=3"]).wait()
+    expected, found = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "moved")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4)
+
+
+def launch(launcher: list[str], arguments: list[str]) -> str:
+    command = [sys.executable, *launcher, "-m", "cpsp_dist.train", "--config", str(KEYPAD), *arguments]
+    done = subprocess.run(command, env=environment(), cwd=REPO, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_torchrun_and_accelerate_give_the_same_loss(keypad_shards, tmp_path):
+    launchers = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "accelerate": ["-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
+        + ["--config_file", str(REPO / "configs/accelerate/one_machine.yaml")],
+    }
+    told = {}
+    for name, launcher in launchers.items():
+        small = ["train.steps=3", "tracking.every_steps=1", "tracking.enabled=false"]
+        launch(launcher, overrides(keypad_shards, tmp_path / name, *small))
+        told[name] = losses(tmp_path / name)
+    assert len(told["torchrun"]) == 3
+    assert told["torchrun"] == told["accelerate"]
+
+
+def user_error(arguments: list[str]) -> str:
+    """The one line that a mistaken call prints; checks exit code 2."""
+    command = [sys.executable, "-m", "cpsp_dist.train", *arguments]
+    done = subprocess.run(command, env=environment(), cwd=REPO, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_mistakes_are_one_line_with_exit_code_2(keypad_shards, tmp_path):
+    out = tmp_path / "run"
+    config = ["--config", str(KEYPAD), f"output={out}"]
+    assert "none.yaml: cannot read" in user_error(["--config", "none.yaml"])
+    assert "did you mean 'train.epochs'" in user_error([*config, "train.epoch=1"])
+    assert f"{tmp_path}/nothing: no such folder" in user_error([*config, f"data.shards={tmp_path}/nothing"])
+    shards = [*config, f"data.shards={keypad_shards}"]
+    told = user_error([*shards, "train.global_batch=64"])
+    assert "48" in told
+    assert "64" in told
+    assert not out.exists(), "a refused run leaves nothing behind"
+
+
+def test_changed_settings_are_refused_with_the_difference(keypad_shards, tmp_path):
+    base = overrides(keypad_shards, tmp_path / "run", "train.steps=2", "tracking.enabled=false")
+    Training(1, base).wait()
+    config = ["--config", str(KEYPAD)]
+    told = user_error([*config, *base, "objectives.psa_v=0.5"])
+    assert "objectives.psa_v 1.0 -> 0.5" in told
+    assert "remove it, or set another output" in user_error([*config, *base, "--fresh"])
+    Training(1, [*base, "train.steps=3", "--allow-config-change"]).wait()
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 2  # a finished run stays finished
+
+
+def test_damaged_checkpoint_is_passed_over(keypad_shards, tmp_path):
+    base = overrides(keypad_shards, tmp_path / "run", "train.steps=4", "checkpoint.every_steps=2")
+    base += ["tracking.enabled=false"]
+    Training(1, base).wait()
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.steps() == [2, 4]
+    expected = newest_weights(tmp_path / "run")
+    weights = checkpoints.path(4) / WEIGHTS
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    output = Training(1, base).wait()
+    assert "step-00000004: passed over: weights.safetensors is damaged" in output
+    found = newest_weights(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
