@@ -23,6 +23,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.6",
         "PyYAML>=6.0",
+        "safetensors>=0.4",
         "h5py>=3.10",
         "google-crc32c>=1.5",
         "awscrt>=0.20",  # its crc32c lets other threads run meanwhile, and is twice as fast

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import Manifest
-from cpsp_dist.models import build_model
+from cpsp_dist.models import load_weights, model_for
 from cpsp_dist.stream import TrainStream
 from cpsp_dist.tracking import Tracker, tracking_uri
 
@@ -86,7 +87,7 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
         results = _final_results(config, manifest, ranks, checkpoints, progress)
         tracker.log(progress.step, results)
     if ranks.first:
-        (Path(config.output) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _write_json(config, "results.json", results)
         _say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
         _say(f"results in {config.output}/results.json; runs in {tracking_uri(config.output)}")
     return results
@@ -129,7 +130,7 @@ def _train(
             tracker.log(progress.step, meter.read(step, norm, learning_rate))
         meter.pause()
         if schedule.ends_epoch(step) and _evaluates(config, schedule, step) and "val" in manifest.splits:
-            accuracy = evaluate(engine, manifest, "val", config, ranks)["accuracy"]
+            accuracy = 100 * evaluate(engine, manifest, "val", config, ranks)["accuracy"]
             tracker.log(progress.step, {"accuracy/val": accuracy})
             if progress.best_accuracy is None or accuracy > progress.best_accuracy:
                 progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
@@ -219,17 +220,12 @@ def _make_folder(output: str) -> None:
 
 
 def _new_model(config: Config, manifest: Manifest) -> nn.Module:
+    """The network as every rank begins with it: from the seed, or from `model.weights`."""
     torch.manual_seed(config.train.seed)
-    return build_model(
-        config.model.name,
-        supervision=config.model.supervision,
-        visual_channels=manifest.fields["visual"].shape[-1],
-        audio_channels=manifest.fields["audio"].shape[-1],
-        categories=len(manifest.categories),
-        threshold=config.model.threshold,
-        dropout=config.model.dropout,
-        sees=config.model.sees,
-    )
+    model = model_for(config.model, manifest)
+    if config.model.weights is not None:
+        load_weights(config.model.weights, model)
+    return model
 
 
 def _find_state(
@@ -307,15 +303,24 @@ def _save(checkpoints: Checkpoints, engine: Engine, progress: Progress, config: 
 def _final_results(
     config: Config, manifest: Manifest, ranks: Ranks, checkpoints: Checkpoints, progress: Progress
 ) -> dict[str, float]:
-    """Accuracy of the weights that were best on val (the last ones without a val split), on val and test."""
-    chosen = progress.best_step or progress.step
-    state, _ = checkpoints.load(chosen)
-    model = PlainModel(_new_model(config, manifest), state.weights, ranks.device)
-    return {
-        f"accuracy/{name}": evaluate(model, manifest, split, config, ranks)["accuracy"]
-        for split, name in (("val", "best_val"), ("test", "test"))
-        if split in manifest.splits
-    }
+    """Percentages of the weights that were best on val (the last ones without a val split), on val and test.
+
+    What lies behind them goes to `evaluation_val.json` and `evaluation_test.json` in the run's folder.
+    """
+    state, _ = checkpoints.load(progress.best_step or progress.step)
+    model = PlainModel(model_for(config.model, manifest), state.weights, ranks.device)
+    results: dict[str, float] = {}
+    for split, name in (("val", "best_val"), ("test", "test")):
+        if split in manifest.splits:
+            found = evaluate(model, manifest, split, config, ranks)
+            results |= {f"accuracy/{name}": 100 * found["accuracy"], f"boundary_f1/{name}": 100 * found["boundary_f1"]}
+            if ranks.first:
+                _write_json(config, f"evaluation_{split}.json", found)
+    return results
+
+
+def _write_json(config: Config, name: str, content: Any) -> None:
+    (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _say(line: str) -> None:

@@ -108,7 +108,10 @@ class Manifest:
     def save(self) -> None:
         """Write the table, then `index.json`: a folder with an index is complete."""
         table = self.folder / TABLE_NAME
-        np.save(table, np.asarray(self.samples))
+        part = self.folder / (TABLE_NAME + ".part")
+        with open(part, "wb") as file:
+            np.save(file, np.asarray(self.samples))
+        part.replace(table)
         index = {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,

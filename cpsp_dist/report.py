@@ -1,4 +1,4 @@
-"""The table of runs: what differs between them, and what came out."""
+"""What came out: the evaluation of a run, and the table of runs with what differs between them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from cpsp_dist.tracking import finished_runs
+from cpsp_dist.tracking import all_runs
 
 #: Settings that tell runs apart but are no reason for a column: the run's name says it.
 UNTOLD = ("output", "tracking.run_name")
+
+
+def format_evaluation(found: dict[str, Any]) -> str:
+    """Accuracy, by category and by second, for people."""
+    rows = [
+        {"category": name, "segments": shares["segments"]}
+        | {key: f"{100 * shares[key]:.1f}" for key in ("precision", "recall", "f1")}
+        for name, shares in found["categories"].items()
+    ]
+    seconds = " ".join(f"{100 * share:.0f}" for share in found["seconds"])
+    return (
+        f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n"
+        f"segment accuracy {100 * found['accuracy']:.2f} %, event-boundary F1 {100 * found['boundary_f1']:.1f} %\n"
+        f"accuracy at each second (%): {seconds}\n\n{format_table(rows)}"
+    )
 
 
 def compare(uri: str, experiment: str, metrics: Sequence[str], *, mean: bool = False, as_json: bool = False) -> str:
@@ -21,7 +36,7 @@ def compare(uri: str, experiment: str, metrics: Sequence[str], *, mean: bool = F
     Raises:
         UserError: no such store or experiment, or no run in it.
     """
-    runs = finished_runs(uri, experiment)
+    runs = all_runs(uri, experiment)
     keys = sorted({key for run in runs for key in run["params"]} - set(UNTOLD) - ({"train.seed"} if mean else set()))
     differing = [key for key in keys if len({run["params"].get(key) for run in runs}) > 1]
     rows = _means(runs, differing, metrics) if mean else [_row(run, differing, metrics) for run in runs]

@@ -140,7 +140,7 @@ class Tracker:
                   f"points are in {self.file}, training goes on", file=sys.stderr, flush=True)  # fmt: skip
 
 
-def finished_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
+def all_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
     """All runs of an experiment, oldest first: {'name', 'status', 'params': {}, 'metrics': {}}.
 
     Raises:
@@ -168,6 +168,9 @@ def finished_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
 
 def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # A server that is down is noticed within seconds; mlflow's own default is minutes for each request.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import logging
 
     import mlflow

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+
+from cpsp_dist.packing.pack import pack
+from cpsp_dist.packing.plan import PackOptions
+from cpsp_dist.packing.source import SourceOptions, open_source
 
 os.environ["WDS_SECURE"] = "1"
 import webdataset
@@ -85,6 +90,65 @@ def write_avel(folder: Path, videos: int = 12, **options: Any) -> dict[str, np.n
     (folder / "avel.csv").write_text("\n".join(lines) + "\n")
     (folder / "categories.txt").write_text("\n".join(CATEGORIES) + "\n")
     return data
+
+
+def write_npy(folder: Path, videos: int = 12) -> dict[str, np.ndarray]:
+    """The same videos as `.npy` files, channels last."""
+    data = write_avel(folder, videos)
+    for row in range(videos):
+        for name, array in (
+            ("video", data["visual"][row]),
+            ("audio", data["audio"][row]),
+            ("label", data["mask"][row]),
+        ):
+            (folder / name / f"{video_id(row)}.zip").unlink()
+            np.save(folder / name / f"{video_id(row)}.npy", array)
+    return data
+
+
+def write_h5_by_id(folder: Path, videos: int = 12) -> dict[str, np.ndarray]:
+    """The same in h5 files keyed by id: visual in one of its own, audio and labels as groups of another."""
+    data = write_avel(folder, videos)
+    for name in ("video", "audio", "label"):
+        shutil.rmtree(folder / name)
+    with h5py.File(folder / "video.h5", "w") as visual, h5py.File(folder / "audio_label.h5", "w") as rest:
+        for row in range(videos):
+            visual[video_id(row)] = data["visual"][row]
+            rest[f"{video_id(row)}/audio"] = data["audio"][row]
+            rest[f"{video_id(row)}/label"] = data["mask"][None, row]
+    (folder / "label.h5").symlink_to("audio_label.h5")
+    return data
+
+
+def write_ave_pickles(folder: Path, videos: int = 12) -> dict[str, np.ndarray]:
+    """AVE with visual maps as pickles, channels first."""
+    data = write_ave(folder, videos)
+    (folder / "visual_feature.h5").unlink()
+    for row in range(videos):
+        path = folder / "visual" / split_of(row) / f"{video_id(row)}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(np.moveaxis(data["visual"][row], 3, 1).astype(np.float64)))
+    return data
+
+
+def write_packed(folder: Path, videos: int = 12) -> dict[str, np.ndarray]:
+    """Shards of `write_ave`, packed as float32."""
+    source = folder.with_name(folder.name + "-of-shards")
+    data = write_ave(source, videos)
+    options = PackOptions("float32", seed=9)
+    pack(open_source(SourceOptions("ave-h5", source=source)), folder, options, workers=1)
+    shutil.rmtree(source)
+    return data
+
+
+WRITERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+    "ave-h5": write_ave,
+    "ave-pickles": write_ave_pickles,
+    "avel100k-zip": write_avel,
+    "npy": write_npy,
+    "h5-by-id": write_h5_by_id,
+    "packed": write_packed,
+}
 
 
 def read_back(folder: Path) -> Iterator[dict[str, Any]]:

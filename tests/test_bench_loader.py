@@ -12,32 +12,46 @@ import pytest
 from conftest import environment
 from tiny_shards import write_shards
 
-from cpsp_dist.bench.loader import bench_loader
+from cpsp_dist.bench.loader import bench_loader, noise_shards
 from cpsp_dist.errors import DataError
 
 
 def test_reads_at_half_the_rate_of_memcpy_or_more():
-    """Issue 2's floor, crc32c checked: 0.5 MB samples, page cache warm. A busy machine gets three attempts."""
+    """Issue 2's floor, crc32c checked: 0.5 MB samples, page cache warm. A busy machine gets four attempts."""
     results = []
-    for _ in range(3):
-        results.append(bench_loader(None, samples=768, rounds=7))
-        if results[-1]["memcpy_ratio"] >= 0.5:
-            break
+    with noise_shards(768) as shards:
+        while len(results) < 4 and not any(result["memcpy_ratio"] >= 0.5 for result in results):
+            results.append(bench_loader(shards, samples=768, rounds=7))
     assert results[-1]["sample_bytes"] == 10 * 7 * 7 * 512 * 2 + 10 * 128 * 4 + 10
     assert results[-1]["check_crc"]
-    assert max(result["memcpy_ratio"] for result in results) >= 0.5, results
+    assert results[-1]["memcpy_ratio"] >= 0.5, results
 
 
 def test_command_prints_json_and_cleans_up(tmp_path):
     command = [sys.executable, "-c", "import sys; from cpsp_dist.cli import main; sys.exit(main())"]
-    command += ["bench", "loader", "--json", "--samples", "64", "--batch", "16", "--rounds", "1", "--threads", "1", "3"]
+    command += [
+        "bench",
+        "loader",
+        "--json",
+        "--samples",
+        "64",
+        "--batch",
+        "16",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "3",
+        "--cold",
+    ]
     done = subprocess.run(command, env=environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert list(result["threads"]) == ["1", "3"]
     assert result["memcpy_ratio"] == max(row["memcpy_ratio"] for row in result["threads"].values())
     assert result["samples"] == 64
-    for row in result["threads"].values():
+    assert list(result["cold"]) == ["1", "3"]
+    for row in (*result["threads"].values(), *result["cold"].values()):
         assert row["samples_per_second"] > 0
         assert row["cpu_ms_per_sample"] > 0
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, environment
-from packing_sources import files_under, video_id, write_ave, write_avel, write_h5, write_zip
+from packing_sources import WRITERS, files_under, video_id, write_ave, write_avel, write_h5, write_zip
 
 from cpsp_dist.cli import main
 from cpsp_dist.manifest import Manifest
@@ -65,6 +67,11 @@ def test_pack_info_verify_preview(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines[0].split()[3] == "".join("█" if e else "▁" for e in data["mask"][4])
     assert main(["shards", "preview", str(out), "--split", "test", "-n", "2"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["test", "test"]
+    picture = tmp_path / "preview.png"
+    assert main(["shards", "preview", str(out), "-n", "3", "--png", str(picture)]) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (line,) = fails(capsys, "shards", "preview", out, "--png", tmp_path / "nowhere" / "x.png")
+    assert_matches(r"--png .*x\.png: cannot be written", line)
 
 
 def test_keypad_then_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +301,66 @@ def test_zip_mistakes(
     if name != "not in json":  # there it is all twelve
         assert len(lines) == 1, lines
     assert files_under(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+P3 = f"{video_id(3)}.pkl"
+OTHER_MISTAKES = {
+    "cut npy": (
+        "npy",
+        lambda s: truncate(s / "audio" / f"{video_id(3)}.npy"),
+        rf"{video_id(3)}\.npy: not a readable .npy",
+    ),
+    "npy of objects": (
+        "npy",
+        lambda s: np.save(s / "audio" / f"{video_id(3)}.npy", np.array([Evil()]), allow_pickle=True),
+        rf"{video_id(3)}\.npy: not a readable .npy file",
+    ),
+    "no npy": ("npy", lambda s: (s / "label" / f"{video_id(3)}.npy").unlink(), r"\(row 3\): missing: .*label"),
+    "not folders": (
+        "npy",
+        lambda s: (shutil.rmtree(s / "video"), (s / "video").write_text("")),
+        r"--visual .*not a folder",
+    ),
+    "cut h5": ("h5-by-id", lambda s: truncate(s / "video.h5", 0.7), r"--visual .*video\.h5: not a readable HDF5 file"),
+    "not in h5": ("h5-by-id", lambda s: drop(s / "video.h5", video_id(3)), r"\(row 3\): missing: .*video\.h5"),
+    "no array in h5": (
+        "h5-by-id",
+        lambda s: drop(s / "audio_label.h5", f"{video_id(3)}/audio"),
+        rf"'{video_id(3)}' has no array of numbers 'audio'",
+    ),
+    "missing pickle": ("ave-pickles", lambda s: (s / "visual" / "test" / P3).unlink(), rf"\(row 3\): missing: .*{P3}"),
+    "malicious pickle": (
+        "ave-pickles",
+        lambda s: (s / "visual" / "test" / P3).write_bytes(pickle.dumps(Evil())),
+        rf"{P3}: refused: .* would run '\w+\.system'",
+    ),
+    "path as id": (
+        "ave-pickles",
+        lambda s: (s / "Annotations.txt").write_text("bark&../train/_video1&good&0&10\n"),
+        r"video \.\./train/_video1 \(row 0\): not a video id",
+    ),
+    "no pickle folder": (
+        "ave-pickles",
+        lambda s: shutil.rmtree(s / "visual"),
+        r"no visual or .* give it with --visual",
+    ),
+}
+
+
+def drop(path: Path, key: str) -> None:
+    with h5py.File(path, "a") as file:
+        del file[key]
+
+
+@pytest.mark.parametrize("name", OTHER_MISTAKES)
+def test_mistakes_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    layout, harm, told = OTHER_MISTAKES[name]
+    WRITERS[layout](tmp_path / "source")
+    harm(tmp_path / "source")
+    lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", layout))
+    assert len(lines) == 1 or name == "path as id", lines  # there, the other rows have no ids, so no pickles
+    assert_matches(told, "\n".join(lines))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

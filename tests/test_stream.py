@@ -5,11 +5,14 @@ The oracle is plain: all orders of all epochs as one list, cut into global batch
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
+import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from cpsp_dist.manifest import ARRAY_FIELDS, Field, Manifest
 from cpsp_dist.stream import EvalStream, TrainStream, permutation
 from cpsp_dist.stream import files as stream_files
 from cpsp_dist.stream import ring as stream_ring
+from cpsp_dist.stream.order import Lanes
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
@@ -60,9 +64,16 @@ def copied(written, tmp_path) -> Written:
 
 def endless(n: int, seed: int, first: int, count: int) -> list[int]:
     """The oracle: rows at positions [first, first + count) of all epochs, one after the other."""
-    epochs = range((first + count) // n + 1)
-    rows = np.concatenate([permutation(n, seed, epoch)(np.arange(n)) for epoch in epochs])
-    return rows[first : first + count].tolist()
+    return endless_of(lambda epoch: permutation(n, seed, epoch)(np.arange(n)).tolist(), first, count)
+
+
+def endless_of(rows_of_epoch: Callable[[int], list[int]], first: int, count: int) -> list[int]:
+    rows: list[int] = []
+    for epoch in itertools.count():
+        if len(rows) >= first + count:
+            return rows[first : first + count]
+        rows += rows_of_epoch(epoch)
+    raise AssertionError
 
 
 def real(batch: Batch) -> list[int]:
@@ -94,10 +105,11 @@ def assert_as_written(batch: Batch, written: Written) -> None:
     threads=st.integers(1, 4),
     depth=st.integers(1, 4),
     position=st.integers(0, 200),
+    access=st.sampled_from(["map", "read"]),
     data=st.data(),
 )
 def test_delivers_the_order_from_any_position_with_the_arrays_as_written(
-    folders, sizes, seed, threads, depth, position, data
+    folders, sizes, seed, threads, depth, position, access, data
 ):
     """Resuming, straddled epochs, threads and depth at once: always what the oracle says."""
     written = folders(train=sizes)
@@ -105,7 +117,7 @@ def test_delivers_the_order_from_any_position_with_the_arrays_as_written(
     batch_size = data.draw(st.integers(1, n))
     steps = 2 * n // batch_size + 2
     with TrainStream(
-        written.manifest, "train", global_batch=batch_size, seed=seed, threads=threads, depth=depth
+        written.manifest, "train", global_batch=batch_size, seed=seed, threads=threads, depth=depth, access=access
     ) as stream:
         assert stream.samples == n
         got = []
@@ -146,6 +158,86 @@ def test_the_world_may_change_at_every_step(folders, sizes, worlds, data):
         assert rows == endless(n, 9, position, batch_size)
         assert slots == {-(-batch_size // world)}
         position += batch_size
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=SIZES,
+    worlds=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    order=st.sampled_from(["full", "lanes"]),
+    epoch_end=st.sampled_from(["carry", "drop", "pad"]),
+    data=st.data(),
+)
+def test_every_order_and_epoch_end_gives_its_global_batches_once_in_any_world(
+    folders, sizes, worlds, order, epoch_end, data
+):
+    written = folders(train=sizes)
+    n = sum(sizes)
+    accumulation = data.draw(st.integers(1, min(n, 3)))
+    batch_size = accumulation * data.draw(st.integers(1, n // accumulation + (2 if epoch_end == "pad" else 0)))
+    position = batch_size * data.draw(st.integers(0, 5))
+
+    def rows_of_epoch(epoch: int) -> list[int]:
+        make = Lanes(sizes, 5, epoch) if order == "lanes" else permutation(n, 5, epoch)
+        rows = make(np.arange(n)).tolist()
+        if epoch_end == "drop":
+            return rows[: n // batch_size * batch_size]
+        return rows + [-1] * (-n % batch_size if epoch_end == "pad" else 0)
+
+    for world in worlds:
+        streams = [
+            TrainStream(
+                written.manifest,
+                "train",
+                global_batch=batch_size,
+                seed=5,
+                rank=rank,
+                world=world,
+                accumulation=accumulation,
+                order=order,
+                epoch_end=epoch_end,
+            )
+            for rank in range(world)
+        ]
+        iterators = [stream.batches(position, count=accumulation) for stream in streams]
+        micro = batch_size // accumulation
+        for part in range(accumulation):
+            rows = []
+            for iterator in iterators:
+                batch = next(iterator)
+                assert_as_written(batch, written)
+                rows += real(batch)
+            wanted = [row for row in endless_of(rows_of_epoch, position + part * micro, micro) if row >= 0]
+            assert sorted(rows) == sorted(wanted)
+            if order == "full":
+                assert rows == wanted
+        for stream in streams:
+            stream.close()
+        position += batch_size
+
+
+def test_padding_fills_an_epochs_last_batch_with_nothing(written):
+    with TrainStream(written.manifest, "train", global_batch=8, seed=0, epoch_end="pad") as stream:
+        batches = [(real(batch), batch.valid.tolist()) for batch in stream.batches(count=6)]
+    assert [len(rows) for rows, _ in batches] == [8, 8, 6, 8, 8, 6]
+    assert batches[2][1] == [True] * 6 + [False] * 2
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(row for rows, _ in epoch for row in rows) == list(range(22))
+
+
+def test_with_lanes_a_rank_stays_with_its_shards(folders):
+    """64 shards, 64 lanes, 8 ranks: each rank opens its lanes' shards, not all of them."""
+    written = folders(train=[4] * 64)
+    table = written.manifest.samples
+    opened = []
+    for rank in range(8):
+        with TrainStream(
+            written.manifest, "train", global_batch=64, seed=1, rank=rank, world=8, order="lanes"
+        ) as stream:
+            rows = [row for batch in stream.batches(count=4) for row in real(batch)]
+        opened.append({int(shard) for shard in table["shard"][rows]})
+    assert [len(shards) for shards in opened] == [8] * 8
+    assert set().union(*opened) == set(range(64))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -413,6 +505,71 @@ def test_skipping_is_told(copied, caplog):
     assert [record.message for record in caplog.records if str(path) in record.message]
 
 
+def test_a_shard_cut_short_while_it_is_open_is_an_error(copied):
+    """With `access="read"`; a mapping would end the process, which is why network file systems are not mapped."""
+    manifest = copied.manifest
+    with TrainStream(manifest, "train", global_batch=22, seed=0, access="read") as stream:
+        batches = stream.batches(count=1)
+        for shard in range(4):
+            stream._files[shard]
+        path = manifest.path(manifest.shards[3])
+        with open(path, "r+b") as file:
+            file.truncate(manifest.shards[3].filesize // 2)
+        with pytest.raises(DataError, match=f"{path}: sample .*: the shard ends at byte"):
+            next(batches)
+
+
+def test_a_disk_error_names_the_sample_and_can_be_skipped(written, monkeypatch):
+    preadv = os.preadv
+    bad = written.manifest.samples[5]
+
+    def failing(fd, buffers, offset):
+        if offset == bad["visual"] and os.readlink(f"/proc/self/fd/{fd}").endswith("train-0001.tar"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with (
+        EvalStream(written.manifest, "train", batch=22, access="read") as stream,
+        pytest.raises(DataError, match=f"train-0001.tar: sample '{bad['key'].decode()}', field visual .*error"),
+    ):
+        next(iter(stream))
+    with EvalStream(written.manifest, "train", batch=22, access="read", on_error="skip") as stream:
+        assert real(next(iter(stream))) == [row for row in range(22) if row != 5]
+
+
+def test_short_reads_are_continued(written, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
+    with EvalStream(written.manifest, "val", batch=3, access="read") as stream:
+        for batch in stream:
+            assert_as_written(batch, written)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/", "ext4"), ("/data/x", "nfs4"), ("/data/local/y", "xfs"), ("/with blank/z", "lustre"), ("/database", "ext4")],
+)
+def test_the_file_system_decides_how_shards_are_read(tmp_path, path, kind):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+        "30 22 0:40 / /data rw,relatime shared:9 master:1 - nfs4 server:/export rw\n"
+        "31 30 254:16 / /data/local rw - xfs /dev/vdb rw\n"
+        "32 22 0:41 / /with\\040blank rw - lustre 10.0.0.1@tcp:/lfs rw\n"
+    )
+    assert stream_files.file_system(Path(path), mounts) == kind
+    assert stream_files.file_system(Path(path), tmp_path / "not there") == ""
+
+
+@pytest.mark.parametrize(("kind", "mapped"), [("ext4", True), ("nfs4", False), ("fuse.sshfs", False), ("", False)])
+def test_network_file_systems_are_not_mapped(written, monkeypatch, kind, mapped):
+    monkeypatch.setattr(stream_files, "file_system", lambda path: kind)
+    assert stream_files.ShardFiles(written.manifest).mapped == mapped
+    assert stream_files.ShardFiles(written.manifest, "map").mapped
+    assert not stream_files.ShardFiles(written.manifest, "read").mapped
+
+
 def test_a_shard_cut_short_after_the_start_is_an_error(copied):
     manifest = copied.manifest
     shard = manifest.path(manifest.shards[3])
@@ -539,7 +696,16 @@ def test_shards_of_another_form(written, name, field):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rank": 2, "world": 2}, {"threads": 0}, {"depth": 0}, {"on_error": "ignore"}, {"accumulation": 3}],
+    [
+        {"rank": 2, "world": 2},
+        {"threads": 0},
+        {"depth": 0},
+        {"on_error": "ignore"},
+        {"accumulation": 3},
+        {"order": "shuffled"},
+        {"epoch_end": "repeat"},
+        {"access": "mmap"},
+    ],
 )
 def test_arguments_that_make_no_sense(written, wrong):
     with pytest.raises(ValueError):

@@ -18,7 +18,7 @@ from cpsp_dist.checkpoint import WEIGHTS, Checkpoints
 from cpsp_dist.config import load_config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.loop import train
-from cpsp_dist.tracking import finished_runs
+from cpsp_dist.tracking import all_runs
 
 KEYPAD = REPO / "configs" / "keypad.yaml"
 
@@ -142,7 +142,7 @@ def test_killed_run_ends_with_the_same_weights(keypad_shards, tmp_path, zero):
 
     whole, killed = newest_weights(tmp_path / "a" / "whole"), newest_weights(tmp_path / "b" / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    runs = finished_runs(f"sqlite:///{tmp_path / 'b' / 'mlflow.db'}", "cpsp")
+    runs = all_runs(f"sqlite:///{tmp_path / 'b' / 'mlflow.db'}", "cpsp")
     assert [run["status"] for run in runs] == ["FINISHED"]
     assert logged_steps(tmp_path / "b" / "mlflow.db") == list(range(1, 21))
     # Once finished, it says so and trains no more.

@@ -1,19 +1,20 @@
 """How fast the streaming reader is, against one core's memcpy of the same bytes in the same run.
 
-Every round measures memcpy and each number of threads, one after the other, so that a machine's moods hit all of them;
-the figures are medians over rounds. Page cache warm.
+Every round measures memcpy and each way of reading, one after the other, so that a machine's moods hit all of them; the
+figures are medians over rounds. Warm: the shards are in the page cache; cold: they are thrown out of it before.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,18 @@ SEGMENTS, CHANNELS, AUDIO = 10, 512, 128
 STEADY = 0.1
 
 
+class Way(NamedTuple):
+    """One thing to measure; `prepare` is not timed."""
+
+    prepare: Callable[[], None]
+    run: Callable[[], None]
+
+
+class Times(NamedTuple):
+    wall: float  # seconds
+    cpu: float  # seconds, of all threads of the process
+
+
 def bench_loader(
     shards: Path | None,
     *,
@@ -40,101 +53,131 @@ def bench_loader(
     threads: Sequence[int] = (1, 2),
     rounds: int = 5,
     check_crc: bool = True,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Read `samples` samples of `shards` (None: made for the purpose, and removed) again and again.
 
-    Returns `memcpy_ratio` (samples a second over memcpy's, with the fastest of `threads`), and under `threads` for each
-    number its ratio, samples a second and CPU milliseconds a sample (of all threads of the process together).
+    Returns `memcpy_ratio` (samples a second over memcpy's: warm, with the fastest of `threads`), and under `threads`
+    (and `cold`) for each number its ratio, samples a second and CPU milliseconds a sample.
+
+    Raises:
+        DataError: fewer samples than one batch.
     """
-    with _shards(shards, samples) as folder:
+    with noise_shards(samples) if shards is None else _given(shards) as folder:
         manifest = Manifest.load(folder)
         there = min(samples, len(manifest.rows(split)))
         if there < batch:
             raise DataError(f"{folder}: split '{split}' has {there} samples, fewer than one batch of {batch}")
         samples = there - there % batch
-        streams = {
-            count: TrainStream(
+
+        def stream(count: int) -> TrainStream:
+            return TrainStream(
                 manifest, split, global_batch=batch, seed=0, threads=count, depth=depth, check_crc=check_crc
             )
-            for count in threads
-        }
-        sample_bytes = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
-        memcpy = _Memcpy(samples, batch * (depth + 1), sample_bytes)
-        ways = {0: memcpy.run} | {n: _Reading(stream, samples // batch).run for n, stream in streams.items()}
-        times = _measure(ways, rounds)
-        for stream in streams.values():
-            stream.close()
 
-    ratios = {n: [m[0] / r[0] for m, r in zip(times[0], times[n], strict=True)] for n in threads}
-    table = {
-        n: {
-            "memcpy_ratio": statistics.median(ratios[n]),
-            "samples_per_second": samples / statistics.median(wall for wall, _ in times[n]),
-            "cpu_ms_per_sample": 1e3 * statistics.median(cpu for _, cpu in times[n]) / samples,
-        }
-        for n in threads
-    }
+        sample_bytes = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
+        ways = {"memcpy": _memcpy(samples, batch * (depth + 1), sample_bytes)}
+        ways |= {f"warm {n}": _warm(stream(n), samples // batch) for n in threads}
+        if cold:
+            paths = [manifest.path(shard) for shard in manifest.shards if shard.split == split]
+            ways |= {f"cold {n}": _cold(lambda n=n: stream(n), samples // batch, paths) for n in threads}  # type: ignore[misc]
+        times = _measure(ways, rounds)
+
+    def figures(kind: str) -> dict[int, dict[str, float]]:
+        return {n: _figures(times[f"{kind} {n}"], times["memcpy"], samples) for n in threads}
+
+    warm = figures("warm")
+    memcpy = _figures(times["memcpy"], times["memcpy"], samples)
     return {
-        "memcpy_ratio": max(row["memcpy_ratio"] for row in table.values()),
-        "memcpy_samples_per_second": samples / statistics.median(wall for wall, _ in times[0]),
-        "memcpy_cpu_ms_per_sample": 1e3 * statistics.median(cpu for _, cpu in times[0]) / samples,
+        "memcpy_ratio": max(row["memcpy_ratio"] for row in warm.values()),
+        "memcpy_samples_per_second": memcpy["samples_per_second"],
+        "memcpy_cpu_ms_per_sample": memcpy["cpu_ms_per_sample"],
         "sample_bytes": sample_bytes,
         "samples": samples,
         "batch": batch,
-        "rounds": len(times[0]),
+        "rounds": len(times["memcpy"]),
         "check_crc": check_crc,
-        "threads": table,
+        "threads": warm,
+    } | ({"cold": figures("cold")} if cold else {})
+
+
+def _figures(times: list[Times], memcpy: list[Times], samples: int) -> dict[str, float]:
+    return {
+        "memcpy_ratio": statistics.median(_ratios(times, memcpy)),
+        "samples_per_second": samples / statistics.median(t.wall for t in times),
+        "cpu_ms_per_sample": 1e3 * statistics.median(t.cpu for t in times) / samples,
     }
 
 
-def _measure(ways: dict[int, Any], rounds: int) -> dict[int, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each way, by round; a round of each beforehand warms everything up."""
-    times: dict[int, list[tuple[float, float]]] = {n: [] for n in ways}
+def _ratios(times: list[Times], memcpy: list[Times]) -> list[float]:
+    return [m.wall / t.wall for m, t in zip(memcpy, times, strict=True)]
+
+
+def _measure(ways: dict[str, Way], rounds: int) -> dict[str, list[Times]]:
+    """Times by way and round; a round beforehand warms everything up."""
+    times: dict[str, list[Times]] = {name: [] for name in ways}
     for number in range(4 * rounds + 1):
-        for n, run in ways.items():
+        for name, way in ways.items():
+            way.prepare()
             wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            way.run()
             if number:
-                times[n].append((time.perf_counter() - wall, time.process_time() - cpu))
-        if number >= rounds and all(_steady(times[0], times[n]) for n in ways if n):
+                times[name].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
+        if number >= rounds and all(_steady(_ratios(t, times["memcpy"])) for t in times.values()):
             break
     return times
 
 
-def _steady(memcpy: list[tuple[float, float]], reading: list[tuple[float, float]]) -> bool:
-    ratios = [m[0] / r[0] for m, r in zip(memcpy, reading, strict=True)]
+def _steady(ratios: list[float]) -> bool:
     low, middle, high = np.percentile(ratios, (25, 50, 75))
     return bool(high - low <= STEADY * middle)
 
 
-class _Memcpy:
+def _memcpy(samples: int, slots: int, sample_bytes: int) -> Way:
     """One core copies the samples, in memory one after the other, into as many slots as the reader has."""
+    source = np.random.default_rng(0).integers(0, 256, (samples, sample_bytes), np.uint8)
+    target = np.zeros((slots, sample_bytes), np.uint8)
 
-    def __init__(self, samples: int, slots: int, sample_bytes: int) -> None:
-        self.source = np.random.default_rng(0).integers(0, 256, (samples, sample_bytes), np.uint8)
-        self.target = np.zeros((slots, sample_bytes), np.uint8)
+    def run() -> None:
+        for row, slot in zip(source, itertools.cycle(target), strict=False):
+            np.copyto(slot, row)
 
-    def run(self) -> None:
-        for source, target in zip(self.source, itertools.cycle(self.target), strict=False):
-            np.copyto(target, source)
+    return Way(lambda: None, run)
 
 
-class _Reading:
-    """The reader from a standing start, so that nothing is read outside the measured time."""
+def _warm(stream: TrainStream, steps: int) -> Way:
+    return Way(lambda: None, lambda: _read(stream, steps))
 
-    def __init__(self, stream: TrainStream, steps: int) -> None:
-        self.stream, self.steps = stream, steps
 
-    def run(self) -> None:
-        for batch in self.stream.batches(count=self.steps):
-            assert bool(batch.valid.all())
+def _cold(new_stream: Callable[[], TrainStream], steps: int, paths: list[Path]) -> Way:
+    streams: list[TrainStream] = []
+
+    def prepare() -> None:
+        while streams:
+            streams.pop().close()  # what is mapped stays in the page cache
+        for path in paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # what is not yet written stays, too
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        streams.append(new_stream())
+
+    return Way(prepare, lambda: _read(streams[0], steps))
+
+
+def _read(stream: TrainStream, steps: int) -> None:
+    """From a standing start, so that nothing is read outside the measured time."""
+    for batch in stream.batches(count=steps):
+        assert bool(batch.valid.all())
 
 
 @contextmanager
-def _shards(given: Path | None, samples: int) -> Iterator[Path]:
-    if given is not None:
-        yield given
-        return
+def _given(shards: Path) -> Iterator[Path]:
+    yield shards
+
+
+@contextmanager
+def noise_shards(samples: int) -> Iterator[Path]:
+    """A folder of shards of so many samples of the published size, for as long as it is needed."""
     with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
         pack(_Noise(samples), Path(folder, "shards"), PackOptions(), workers=1)
         yield Path(folder, "shards")

@@ -16,14 +16,21 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     loader.add_argument("--shards", type=Path, help="folder of shards (default: 0.5 MB samples, made and removed)")
     loader.add_argument("--split", default="train", help="split to read (default: %(default)s)")
-    loader.add_argument("--samples", type=int, default=2000, help="so many samples a round (default: %(default)s)")
-    loader.add_argument("--batch", type=int, default=64, help="samples a batch (default: %(default)s)")
-    loader.add_argument("--depth", type=int, default=3, help="batches read ahead (default: %(default)s)")
-    loader.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
-    loader.add_argument("--rounds", type=int, default=5, help="at least so many (default: %(default)s)")
+    loader.add_argument("--samples", type=_count, default=2000, help="so many samples a round (default: %(default)s)")
+    loader.add_argument("--batch", type=_count, default=64, help="samples a batch (default: %(default)s)")
+    loader.add_argument("--depth", type=_count, default=3, help="batches read ahead (default: %(default)s)")
+    loader.add_argument("--threads", type=_count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    loader.add_argument("--rounds", type=_count, default=5, help="at least so many (default: %(default)s)")
     loader.add_argument("--no-crc", action="store_true", help="do not check the samples' crc32c")
+    loader.add_argument("--cold", action="store_true", help="measure also with the shards out of the page cache")
     loader.add_argument("--json", action="store_true", help="print JSON instead of a table")
     loader.set_defaults(handler=_loader)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 on")
+    return int(text)
 
 
 def _loader(args: argparse.Namespace) -> None:
@@ -40,20 +47,19 @@ def _loader(args: argparse.Namespace) -> None:
         threads=args.threads,
         rounds=args.rounds,
         check_crc=not args.no_crc,
+        cold=args.cold,
     )
     if args.json:
         print(json.dumps(result, indent=1))
         return
     checked = "crc32c checked" if result["check_crc"] else "crc32c not checked"
-    print(
-        f"{result['samples']:,} samples of {result['sample_bytes'] / 1e6:.2f} MB, batch {result['batch']}, {checked},"
-    )
-    print(f"page cache warm, medians of {result['rounds']} rounds")
-    print(f"{'':10} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
+    print(f"{result['samples']:,} samples of {result['sample_bytes'] / 1e6:.2f} MB, batch {result['batch']},", end=" ")
+    print(f"{checked}; medians of {result['rounds']} rounds")
+    print(f"{'':16} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
     rate, cpu = result["memcpy_samples_per_second"], result["memcpy_cpu_ms_per_sample"]
-    print(f"{'memcpy':10} {rate:10,.0f} {1:10.2f} {cpu:14.3f}")
-    for count, row in result["threads"].items():
-        name = f"{count} thread{'s' if count > 1 else ''}"
-        print(
-            f"{name:10} {row['samples_per_second']:10,.0f} {row['memcpy_ratio']:10.2f} {row['cpu_ms_per_sample']:14.3f}"
-        )
+    print(f"{'memcpy, 1 core':16} {rate:10,.0f} {1:10.2f} {cpu:14.3f}")
+    for kind, rows in (("warm", result["threads"]), ("cold", result.get("cold", {}))):
+        for count, row in rows.items():
+            name = f"{kind}, {count} thread{'s' if count > 1 else ''}"
+            rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
+            print(f"{name:16} {rate:10,.0f} {ratio:10.2f} {cpu:14.3f}")

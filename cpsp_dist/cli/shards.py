@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing import LAYOUTS
+
+if TYPE_CHECKING:
+    from cpsp_dist.packing.packed import Packed
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     shards = commands.add_parser("shards", help="pack features into shards, verify, look at them")
     actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
     _register_pack(actions)
+
+    _register_rework(actions)
 
     verify = actions.add_parser("verify", help="read every byte against the manifest's hashes")
     verify.add_argument("folder", type=Path, help="folder of shards")
@@ -29,6 +36,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     preview.add_argument("--split", help="of this split only")
     preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
     preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
+    preview.add_argument("--png", type=Path, metavar="FILE", help="also draw their features and labels")
     preview.set_defaults(handler=_preview)
 
     keypad = actions.add_parser("keypad", help="generate the demo corpus, in AVE's file layout")
@@ -78,6 +86,111 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
     pack.set_defaults(handler=_pack)
 
 
+def _register_rework(actions: argparse._SubParsersAction) -> None:
+    index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
+    index.add_argument("folder", type=Path, help="folder of tars, also of others' (see shards/README.md)")
+    index.add_argument("--categories", type=Path, help="class names, one a line, in class order")
+    index.set_defaults(handler=_index)
+
+    merge = actions.add_parser("merge", help="one folder of the shards of several")
+    merge.add_argument("folders", type=Path, nargs="+", help="folders of shards, of the same classes and shapes")
+    merge.add_argument("--out", type=Path, required=True, help="folder to make")
+    merge.set_defaults(handler=_merge)
+
+    subset = actions.add_parser("subset", help="pack a part of a folder of shards")
+    subset.add_argument("folder", type=Path, help="folder of shards")
+    subset.add_argument("--out", type=Path, required=True, help="folder to make")
+    size = subset.add_mutually_exclusive_group(required=True)
+    size.add_argument("--first", type=int, metavar="N", help="the first N videos of each class in each split")
+    size.add_argument(
+        "--fraction", type=float, metavar="F", help="this share of each class in each split, drawn by --seed"
+    )
+    subset.add_argument("--split", action="append", help="this split only; may be given again")
+    subset.set_defaults(handler=_subset)
+
+    split = actions.add_parser("split", help="pack a folder of shards as several, no video in two of them")
+    split.add_argument("folder", type=Path, help="folder of shards")
+    split.add_argument("--out", type=Path, required=True, help="folder in which to make one for each part")
+    split.add_argument(
+        "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share of each class"
+    )
+    split.set_defaults(handler=_split)
+    for parser in (subset, split):
+        parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the shuffle (default 0)")
+        parser.add_argument("--shard-mb", type=float, default=130, help="megabytes a shard, about (default 130)")
+        parser.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
+
+
+def _index(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.preview import describe
+    from cpsp_dist.packing.rework import rebuild
+    from cpsp_dist.packing.source import read_lines
+
+    print(describe(rebuild(args.folder, read_lines(args.categories) if args.categories else None)))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.preview import describe
+    from cpsp_dist.packing.rework import merge
+
+    print(describe(merge(args.folders, args.out)))
+    return 0
+
+
+def _subset(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.rework import subset
+
+    if args.first is not None and args.first < 1:
+        raise UserError(f"--first {args.first}: has to be 1 or more")
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise UserError(f"--fraction {args.fraction:g}: has to be above 0, and 1 at most")
+    source = _packed(args)
+    for split in args.split or ():
+        source.manifest.rows(split)  # tells which splits there are, if not this one
+    entries = [e for e in source.entries if not args.split or e.split in args.split]
+    source.entries = subset(entries, first=args.first, fraction=args.fraction, seed=args.seed)
+    _repack(args, source, args.out)
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.rework import cut
+
+    shares = {}
+    for part in args.part:
+        name, _, share = part.partition("=")
+        if not re.fullmatch(r"[\w-]+=\d*\.?\d+", part) or float(share) <= 0:
+            raise UserError(f"--part {part}: write it as NAME=SHARE, for example a=0.5")
+        shares[name] = float(share)
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already; choose another --out")
+    source = _packed(args)
+    parts = cut(source.entries, shares, args.seed)
+    if empty := [name for name, entries in parts.items() if not entries]:
+        raise UserError(f"{args.folder}: too few videos to give part '{empty[0]}' any; give it a larger share")
+    for name, entries in parts.items():
+        source.entries = entries
+        _repack(args, source, args.out / name)
+    return 0
+
+
+def _packed(args: argparse.Namespace) -> Packed:
+    from cpsp_dist.packing.packed import Packed
+    from cpsp_dist.packing.source import SourceOptions
+
+    return Packed(SourceOptions("packed", source=args.folder))
+
+
+def _repack(args: argparse.Namespace, source: Packed, out: Path) -> None:
+    from cpsp_dist.packing.pack import pack
+    from cpsp_dist.packing.plan import PackOptions
+    from cpsp_dist.packing.preview import describe
+
+    dtype = {"<f2": "float16", "<f4": "float32"}[source.manifest.fields["visual"].dtype]
+    print(describe(pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)))
+
+
 def _pack(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.pack import pack
     from cpsp_dist.packing.plan import PackOptions
@@ -115,9 +228,15 @@ def _info(args: argparse.Namespace) -> int:
 
 def _preview(args: argparse.Namespace) -> int:
     from cpsp_dist.manifest import Manifest
-    from cpsp_dist.packing.preview import preview
+    from cpsp_dist.packing.preview import draw, preview, select
 
-    for line in preview(Manifest.load(args.folder), args.split, args.n, args.key):
+    manifest = Manifest.load(args.folder)
+    rows = select(manifest, args.split, args.n, args.key)
+    if not rows:
+        raise UserError(f"-n {args.n}: has to be 1 or more")
+    if args.png:
+        draw(manifest, rows, args.png)
+    for line in preview(manifest, rows):
         print(line)
     return 0
 

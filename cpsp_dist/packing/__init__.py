@@ -1,7 +1,8 @@
 """Packing: features in a published layout become tar shards and a manifest.
 
-`source.py` is the interface between a layout and the packer, one file for each layout implements it, `pack.py` writes
-the shards, `index.py` reads a shard back into table rows, `verify.py` and `preview.py` look at finished shards.
+`source.py` is the interface between a layout and the packer, and one file for each layout implements it. `plan.py`
+decides what goes where, `write.py` writes a shard, `index.py` reads it back into table rows, `pack.py` runs it all.
+`verify.py` and `preview.py` look at finished shards, `rework.py` makes others of them.
 
 To add a layout: write a file with a class that takes `SourceOptions` and is a `source.Source`, and name it here. If it
 has a csv of videos, it is a `per_video.PerVideo`, and all to write is a `Store`: where a video's array lies.
@@ -14,4 +15,5 @@ LAYOUTS = {
     "avel100k-zip": ("avel100k_zip", "Avel100kZip", "VGGSound-AVEL100k: a csv, and a zipped pickle for each video"),
     "npy": ("npy_files", "NpyFiles", "a csv, and {id}.npy for each video in folders of visual, audio, labels"),
     "h5-by-id": ("h5_by_id", "H5Files", "a csv, and h5 files keyed by video id"),
+    "packed": ("packed", "Packed", "a folder of shards, to pack it with other options"),
 }

@@ -26,10 +26,12 @@ class AvePickles(AveH5):
         super().__init__(options)
         whole = []
         for entry in self.entries:
-            if (path := self._path(entry)).is_file():
-                whole.append(entry)
-            else:
+            if not entry.names_a_file:
+                self.problems.append(f"{entry.name}: not a video id")
+            elif not (path := self._path(entry)).is_file():
                 self.problems.append(f"{entry.name}: missing: {path}")
+            else:
+                whole.append(entry)
         self.entries = whole
         uses = Counter(self._path(entry) for entry in whole)
         if shared := sum(n for n in uses.values() if n > 1):

@@ -1,7 +1,7 @@
 """The VGGSound-AVEL100k layout: folders of `{video_id}.zip`, each with one `.pkl` of a numpy array.
 
-Csv, labels and shapes: see `per_video.py`. Pickles are read by `safe_pickle`, which runs nothing; names inside a zip are
-never used as paths, and what unpacks to far too much is refused.
+Csv and shapes: see `per_video.py`. Pickles are read by `safe_pickle`, which runs nothing; names inside a zip are never
+used as paths, and what unpacks to far too much is refused.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ class ZipFolder:
 
 class Avel100kZip(PerVideo):
     store = ZipFolder
-    names = {  # noqa: RUF012
-        "visual": ("video", "visual"),
-        "audio": ("audio",),
-        "labels": ("label", "labels", "*labels.json", "*annos.json"),
-    }
 
 
 def _only_pickle(path: Path) -> bytes:

@@ -6,6 +6,7 @@ So the three may be three files, or one given three times. Csv and shapes: see `
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -45,7 +46,7 @@ class H5ById:
 
 class H5Files(PerVideo):
     store = H5ById
-    names = {  # noqa: RUF012
+    names: ClassVar = {
         "visual": ("video*.h5", "visual*.h5", "*.h5"),
         "audio": ("audio*.h5", "*.h5"),
         "labels": ("label*.h5", "*labels.json", "*annos.json", "*.h5"),

@@ -33,8 +33,3 @@ class NpyFolder:
 
 class NpyFiles(PerVideo):
     store = NpyFolder
-    names = {  # noqa: RUF012
-        "visual": ("video", "visual"),
-        "audio": ("audio",),
-        "labels": ("label", "labels", "*labels.json", "*annos.json"),
-    }

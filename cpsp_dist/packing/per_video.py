@@ -41,10 +41,14 @@ class Store(Protocol):
 
 
 class PerVideo:
-    """A `Source`; each layout sets `store`, and `names`: what its files are called where no flag tells."""
+    """A `Source`; each layout sets `store`, and `names` (of files that no flag gives) where they are others."""
 
     store: ClassVar[type[Store]]
-    names: ClassVar[dict[str, tuple[str, ...]]]
+    names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "visual": ("video", "visual"),
+        "audio": ("audio",),
+        "labels": ("label", "labels", "*labels.json", "*annos.json"),
+    }
 
     def __init__(self, options: SourceOptions):
         common = {"csv": ("*.csv",), "categories": ("categories.txt", "*Categories.txt")}
@@ -93,7 +97,7 @@ class PerVideo:
             category, video_id, split = line["category"] or "", line["video_id"] or "", line["split"] or ""
             entry = Entry(row, video_id, split, number.get(category, -1))
             missing = [self._where(kind, entry) for kind, ids in present.items() if video_id not in ids]
-            if not video_id or video_id in (".", "..") or any(c in video_id for c in "/\\\0"):
+            if not entry.names_a_file:
                 problem = "not a video id"
             elif entry.category < 0:
                 problem = f"category '{category}' is not in the categories file"

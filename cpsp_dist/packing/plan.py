@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import FORMAT_VERSION, SPLITS, Field
-from cpsp_dist.packing.index import BLOCK
+from cpsp_dist.manifest import FORMAT_VERSION, Field
+from cpsp_dist.packing.index import BLOCK, split_order
 from cpsp_dist.packing.source import Entry, Source
 
 JSON_BYTES = 512  # room for a sample's json
@@ -43,9 +43,8 @@ def plan(entries: list[Entry], fields: dict[str, Field], options: PackOptions) -
     """Splits in their usual order, a split's samples shuffled once and cut into shards of equal count (within one)."""
     plans = []
     per_shard = max(1, int(options.shard_mb * 1e6 // sample_bytes(fields)))
-    splits = sorted({e.split for e in entries}, key=lambda s: (SPLITS.index(s) if s in SPLITS else len(SPLITS), s))
-    for split in splits:
-        members = sorted((e for e in entries if e.split == split), key=lambda e: _hash(options.seed, split, e.row))
+    for split in sorted({e.split for e in entries}, key=split_order):
+        members = sorted((e for e in entries if e.split == split), key=lambda e: keyed_hash(options.seed, split, e.row))
         count = math.ceil(len(members) / per_shard)
         cuts = [len(members) * i // count for i in range(count + 1)]
         for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
@@ -53,9 +52,9 @@ def plan(entries: list[Entry], fields: dict[str, Field], options: PackOptions) -
     return plans
 
 
-def _hash(seed: int, split: str, row: int) -> bytes:
-    # A hash, not a random generator: the order outlives library upgrades.
-    return hashlib.blake2b(f"{seed}/{split}/{row}".encode(), digest_size=16).digest()
+def keyed_hash(seed: int, *what: object) -> bytes:
+    """Sorts in an order as good as random; a hash, not a random generator, so that it outlives library upgrades."""
+    return hashlib.blake2b("/".join(map(str, (seed, *what))).encode(), digest_size=16).digest()
 
 
 def plan_key(source: Source, plans: list[ShardPlan], fields: dict[str, Field], options: PackOptions) -> str:

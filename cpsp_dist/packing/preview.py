@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
-from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.errors import UserError
 from cpsp_dist.manifest import Manifest
 from cpsp_dist.packing.index import NO_CATEGORY
+from cpsp_dist.packing.packed import read_field
 
 BACKGROUND, EVENT = "▁", "█"
 BAR = 30  # characters
@@ -57,44 +57,72 @@ def describe(manifest: Manifest) -> str:
     )
 
 
-def preview(manifest: Manifest, split: str | None, count: int, keys: list[str] | None = None) -> Iterator[str]:
-    """`train 000012-abc  digit three  ▁▁█████▁▁▁` for the first `count` samples, or those with these keys or ids.
+def select(manifest: Manifest, split: str | None, count: int, keys: list[str] | None = None) -> list[int]:
+    """Rows of the first `count` samples, or of those with these keys or video ids.
 
     Raises:
-        DataError: no such split, a damaged sample.
+        DataError: no such split.
         UserError: no sample of such a key.
     """
-    rows = list(manifest.rows(split)) if split else list(range(len(manifest.samples)))
-    if keys:
-        names = manifest.samples["key"].astype(str)
-        chosen = []
-        for key in keys:
-            # An id is what follows the row number in a key.
-            found = [r for r in rows if names[r] == key or names[r].partition("-")[2] == key]
-            if not found:
-                raise UserError(f"{manifest.folder}: no sample '{key}'{f' in split {split}' if split else ''}")
-            chosen += found
-        rows = chosen
-    else:
-        rows = rows[:count]
+    rows = manifest.rows(split) if split else range(len(manifest.samples))
+    if not keys:
+        return list(rows[:count])
+    names = manifest.samples["key"][rows.start : rows.stop].astype(str)
+    ids = np.char.partition(names, "-")[:, 2]  # an id is what follows the row number in a key
+    chosen: list[int] = []
+    for key in keys:
+        found = rows.start + np.flatnonzero((names == key) | (ids == key))
+        if not len(found):
+            raise UserError(f"{manifest.folder}: no sample '{key}'{f' in split {split}' if split else ''}")
+        chosen += found.tolist()
+    return chosen
+
+
+def preview(manifest: Manifest, rows: list[int]) -> Iterator[str]:
+    """`train 000012-abc  digit three  ▁▁█████▁▁▁` for each row; raises DataError for a damaged sample."""
     for row in rows:
-        sample = manifest.samples[row]
-        shard = manifest.shards[sample["shard"]]
-        label = np.frombuffer(_read(manifest, row, "label"), manifest.fields["label"].dtype)
-        info = json.loads(_read(manifest, row, "json"))
+        label = np.frombuffer(read_field(manifest, row, "label"), manifest.fields["label"].dtype)
         bar = "".join(EVENT if event else BACKGROUND for event in label)
-        yield f"{shard.split:5} {sample['key'].decode():24} {info['category_name'] or NO_CATEGORY:24} {bar}"
+        split, key, category = _names(manifest, row)
+        yield f"{split:5} {key:24} {category:24} {bar}"
 
 
-def _read(manifest: Manifest, row: int, name: str) -> bytes:
+def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
+    """A picture of samples: where the visual maps are strong (mean size over channels), the audio, the event segments.
+
+    Raises:
+        DataError: a damaged sample.
+        UserError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    segments = manifest.fields["label"].shape[0]
+    figure = Figure(figsize=(segments, 2.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(3 * len(rows), 1, squeeze=False, height_ratios=[7, 8, 1] * len(rows))[:, 0]
+    for number, row in enumerate(rows):
+        visual, audio, label = (
+            np.frombuffer(read_field(manifest, row, name), field.dtype).reshape(field.shape).astype(np.float32)
+            for name, field in manifest.fields.items()
+        )
+        strip = np.abs(visual).mean(axis=3).transpose(1, 0, 2)  # the maps of the segments, side by side
+        images = (strip.reshape(len(strip), -1), audio.T, label[None])
+        for axis, image, title in zip(axes[3 * number :], images, ("visual", "audio", "event"), strict=False):
+            axis.imshow(image, aspect="auto", cmap="gray" if title == "event" else "viridis", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        axes[3 * number].set_title("  ".join(_names(manifest, row)), loc="left", fontsize=9)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--png {path}: cannot be written ({error})") from None
+
+
+def _names(manifest: Manifest, row: int) -> tuple[str, str, str]:
+    """Split, key and class name of a sample."""
     sample = manifest.samples[row]
-    path = manifest.path(manifest.shards[sample["shard"]])
-    with open(path, "rb") as file:
-        file.seek(int(sample[name]))
-        data = file.read(int(sample["json_size"]) if name == "json" else manifest.fields[name].nbytes)
-    if google_crc32c.value(data) != sample[f"{name}_crc"]:
-        raise DataError(f"{path}: byte {sample[name]}: {name} of sample {sample['key'].decode()} is damaged")
-    return data
+    number = int(sample["category"])
+    category = manifest.categories[number] if number >= 0 else NO_CATEGORY
+    return manifest.shards[sample["shard"]].split, sample["key"].decode(), category
 
 
 def _bar(key: int, counts: dict[str, Counter[int]]) -> str:

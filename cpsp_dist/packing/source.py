@@ -45,6 +45,11 @@ class Entry:
         """How messages call it."""
         return f"video {self.video_id} (row {self.row})"
 
+    @property
+    def names_a_file(self) -> bool:
+        """Whether a path made of the id stays in its folder."""
+        return self.video_id not in ("", ".", "..") and not any(c in self.video_id for c in "/\\\0")
+
 
 @dataclass(frozen=True)
 class Features:

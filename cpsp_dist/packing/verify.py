@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import ARRAY_FIELDS, INDEX_NAME, TABLE_NAME, Manifest, Shard
@@ -60,7 +60,7 @@ def _shard_damage(manifest: Manifest, number: int, shard: Shard) -> list[str]:
             for name in (*ARRAY_FIELDS, "json"):
                 file.seek(int(row[name]))
                 data = file.read(int(row["json_size"]) if name == "json" else manifest.fields[name].nbytes)
-                if google_crc32c.value(data) != row[f"{name}_crc"]:
+                if crc32c(data) != row[f"{name}_crc"]:
                     place = f"bytes {row[name]} to {int(row[name]) + len(data) - 1}"
                     found.append(f"{path}: {place}: {name} of sample {row['key'].decode()} is damaged")
     return found or [f"{path}: sha256 differs, yet every sample is whole: the tar headers between them changed"]

@@ -14,10 +14,9 @@ import webdataset
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import Field
+from cpsp_dist.packing.index import KEY_BYTES
 from cpsp_dist.packing.plan import ShardPlan
 from cpsp_dist.packing.source import Entry, Features, Source
-
-KEY_BYTES = 48
 
 
 def write_shard(
@@ -25,8 +24,9 @@ def write_shard(
 ) -> tuple[int, list[str]]:
     """Write one shard, calling `done` after each video; how many samples it has, and what is wrong with the others."""
     problems: list[str] = []
-    # Everything that could differ between two runs or users is pinned; USTAR is what any tar reader reads.
-    pinned: dict[str, Any] = {"user": "", "group": "", "mode": 0o444, "mtime": 0, "format": "USTAR_FORMAT"}
+    # Everything that could differ between two runs or users is pinned. With a whole number as time and short names in
+    # ASCII, what Python's tarfile writes are plain USTAR headers.
+    pinned: dict[str, Any] = {"user": "", "group": "", "mode": 0o444, "mtime": 0}
     with (
         open(path, "wb") as file,
         webdataset.TarWriter(file, encoder=False, compress=False, **pinned) as writer,

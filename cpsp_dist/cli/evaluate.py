@@ -1,0 +1,24 @@
+"""`cpsp-dist evaluate`: the accuracy of a trained run, and what lies behind it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("evaluate", help="accuracy of a trained run's best weights: by category, by second")
+    parser.add_argument("run", help="output folder of a training run")
+    parser.add_argument("--split", default="test", help="(default: %(default)s)")
+    parser.add_argument("--shards", help="folder of shards (default: those it was trained on)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, the confusion table too")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import json
+
+    from cpsp_dist.evaluate import evaluate_run
+    from cpsp_dist.report import format_evaluation
+
+    found = evaluate_run(args.run, args.split, args.shards)
+    print(json.dumps(found, indent=1) if args.json else format_evaluation(found))

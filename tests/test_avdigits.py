@@ -1,0 +1,52 @@
+"""Real input: images and speech through pretrained encoders, in both file layouts, packed, trained and evaluated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import modalities
+import pytest
+from conftest import REPO, environment
+
+from cpsp_dist.cli import main
+from cpsp_dist.manifest import Manifest
+
+
+def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path):
+    """A short form (one seed, 12 of 60 epochs) of `tests/modalities.py`; the figures of the long one are in README."""
+    shards = tmp_path / "shards"
+    pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(shared / "avdigits/ave_h5")]
+    assert main([*pack, "--out", str(shards)]) == 0
+    modalities.run(str(shards), str(tmp_path), ["cpsp", "audio-only", "visual-only"], seeds=1, epochs=12)
+    accuracy = {
+        kind: json.loads((tmp_path / f"{kind}-seed1/results.json").read_text())["accuracy/test"]
+        for kind in ("cpsp", "audio-only", "visual-only")
+    }
+    assert accuracy["cpsp"] > 65, accuracy  # the published network: 74 to 78 after 60 epochs
+    assert accuracy["cpsp"] > max(accuracy["audio-only"], accuracy["visual-only"]) + 5, accuracy
+
+
+def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path):
+    source, shards, output = shared / "avdigits/avel100k_zip", tmp_path / "shards", tmp_path / "run"
+    pack = ["shards", "pack", "--layout", "avel100k-zip", "--csv", str(source / "avdigits.csv")]
+    pack += ["--categories", str(source / "categories.txt")]
+    pack += [word for name in ("audio", "video", "label") for word in (f"--{name}", str(source / name))]
+    assert main([*pack, "--out", str(shards)]) == 0
+    assert {name: len(rows) for name, rows in Manifest.load(shards).splits.items()} == {
+        "train": 37,
+        "val": 8,
+        "test": 15,
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cpsp_dist.train"]
+    settings = ["--config", str(REPO / "configs/avel100k_full.yaml"), f"data.shards={shards}", f"output={output}"]
+    settings += ["train.global_batch=16", "train.epochs=3", "tracking.enabled=false"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *settings], env=environment(), capture_output=True, text=True, timeout=300, cwd=REPO
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((output / "results.json").read_text())
+    assert results["accuracy/test"] == pytest.approx(round(results["accuracy/test"] * 1.5) / 1.5), "150 segments"
+    assert results["accuracy/test"] > 10

@@ -1,0 +1,113 @@
+"""What MLflow holds after a run, what `compare` makes of it, and that a dead server stops nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from conftest import REPO, environment, free_port
+
+from cpsp_dist.cli import main
+from cpsp_dist.config import flat, load_config
+from cpsp_dist.manifest import Manifest
+from cpsp_dist.report import compare, format_table
+
+CONFIG = REPO / "configs" / "keypad.yaml"
+
+
+def train(shards: Path, output: Path, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
+    settings += ["tracking.every_steps=2", "engine.kind=ddp", *more]
+    command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(CONFIG), *settings]
+    done = subprocess.run(
+        command, env=environment(**(env or {})), cwd=REPO, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def two_runs(keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    train(keypad_shards, folder / "gathered", "tracking.run_name=a-seed1")
+    train(keypad_shards, folder / "other", "tracking.run_name=a-seed2", "train.seed=2")
+    train(keypad_shards, folder / "local", "objectives.psa_v=0", "train.seed=2")
+    return folder
+
+
+def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    assert [run.info.run_name for run in runs] == ["a-seed1", "a-seed2", "local"]
+    run, output = runs[0], two_runs / "gathered"
+    settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp"]
+    settings += [f"data.shards={keypad_shards}", f"output={output}", "tracking.run_name=a-seed1"]
+    config = load_config(CONFIG, settings)
+    assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "1"}
+    for name in ("event", "category", "avps", "psa_s", "psa_v", "total"):
+        assert [p.step for p in client.get_metric_history(run.info.run_id, f"loss/{name}")] == [2, 4, 6]
+    for name in ("grad_norm", "learning_rate", "videos_per_second", "data_wait_share", "accuracy/val"):
+        assert name in run.data.metrics, name
+    results = json.loads((output / "results.json").read_text())
+    assert run.data.metrics["accuracy/test"] == results["accuracy/test"]
+    assert run.data.metrics["accuracy/best_val"] == results["accuracy/best_val"]
+    for name in ("torch", "deepspeed", "webdataset"):
+        assert run.data.tags[f"version.{name}"] == version(name)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert run.data.tags.get("git.commit", "") == head.stdout.strip()
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
+    artifact = client.download_artifacts(run.info.run_id, "config.json")
+    assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):
+    uri = f"sqlite:///{two_runs / 'mlflow.db'}"
+    assert main(["compare", "--uri", uri]) == 0
+    header, _, first, *_, last = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "state", "psa_v", "seed"]
+    results = json.loads((two_runs / "gathered" / "results.json").read_text())
+    assert first.split()[:4] == ["a-seed1", "finished", "1.0", "1"]
+    assert float(first.split()[4]) == pytest.approx(results["accuracy/test"], rel=1e-3)
+    assert last.split()[:4] == ["local", "finished", "0.0", "2"]
+
+    (both, alone) = json.loads(compare(uri, "cpsp", ["accuracy/test"], mean=True, as_json=True))
+    assert (both["runs"], both["seeds"], alone["runs"], alone["seeds"]) == ("a", 2, "local", 1)
+    second = json.loads((two_runs / "other" / "results.json").read_text())
+    mean = (results["accuracy/test"] + second["accuracy/test"]) / 2
+    assert both["accuracy/test"].split(" ± ")[0] == f"{mean:.2f}"
+
+
+def test_compare_tells_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
+    assert main(["compare", "--uri", f"sqlite:///{tmp_path}/none.db"]) == 2
+    assert main(["compare", "--uri", f"sqlite:///{two_runs / 'mlflow.db'}", "--experiment", "cps"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no MLflow store at" in first
+    assert "no experiment 'cps'" in second
+    assert "cpsp" in second
+
+
+def test_tables_align():
+    rows = [{"run": "a", "value": 1.0}, {"run": "longer", "value": None}]
+    assert format_table(rows) == "run     value\n------  -----\na           1\nlonger      -"
+
+
+def test_tracking_uri_of_the_environment(keypad_shards: Path, tmp_path: Path):
+    store = tmp_path / "elsewhere.db"
+    train(keypad_shards, tmp_path / "out" / "run", env={"MLFLOW_TRACKING_URI": f"sqlite:///{store}"})
+    assert "run" in compare(f"sqlite:///{store}", "cpsp", ["accuracy/test"])
+    assert not (tmp_path / "out" / "mlflow.db").exists()
+
+
+def test_a_dead_server_costs_the_page_not_the_training(keypad_shards: Path, tmp_path: Path):
+    dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = train(keypad_shards, tmp_path / "run", env=dead)
+    assert "warning: MLflow could not start a run" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6]
