@@ -25,12 +25,13 @@ setup(
         "PyYAML>=6.0",
         "safetensors>=0.4",
         "h5py>=3.10",
-        "google-crc32c>=1.5",
+        "awscrt>=0.20",  # crc32c at memory speed, without copies
+        "matplotlib>=3.7",  # preview --png
         "awscrt>=0.20",  # its crc32c lets other threads run meanwhile, and is twice as fast
         "scikit-learn>=1.3",  # the demo corpus's digit scans
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy"],
+        "dev": ["google-crc32c>=1.5", "pytest>=8", "hypothesis>=6", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["cpsp-dist=cpsp_dist.cli:main"]},
 )

@@ -58,9 +58,11 @@ class ObjectiveSettings(Section):
     sspsp: float = Field(0.0, ge=0, description="self-supervised: an audio segment against all visual segments")
     temperature: float = Field(0.6, gt=0, description="of PSA_S")
     margin: float = Field(0.2, ge=0, description="of PSA_V")
-    negatives: int = Field(3, ge=1, description="hardest negatives of PSA_V")
-    mining: Literal["published", "supcon"] = Field(
-        "published", description="PSA_V with hardest pairs and a margin; supcon: a reconstruction of its InfoNCE form"
+    negatives: int = Field(3, ge=1, description="negatives of PSA_V for each anchor")
+    mining: Literal["published", "proportional", "semihard", "supcon"] = Field(
+        "published",
+        description="published: the nearest negatives; proportional: so many for each 64 videos in the pool; semihard: "
+        "the nearest beyond the hardest positive; supcon: no margin, a reconstruction of the InfoNCE form",
     )
     supcon_temperature: float = Field(0.1, gt=0, description="of PSA_V with mining=supcon (published: eta)")
     sspsp_temperature: float = Field(0.1, gt=0)
@@ -79,9 +81,21 @@ class ObjectiveSettings(Section):
 
 
 class PoolSettings(Section):
-    """The pool of videos that PSA_V mines from."""
+    """The pool of videos that PSA_V mines from (and SSPSP's segments)."""
 
     scope: Literal["gather", "local"] = Field("gather", description="videos of all ranks, or each rank's own")
+    bank: int = Field(
+        0,
+        ge=0,
+        description="videos of earlier steps that PSA_V's pool has besides, without gradient; fewer than an epoch's, "
+        "for a video is remembered each time it is seen",
+    )
+
+    @model_validator(mode="after")
+    def _bank_is_gathered(self) -> PoolSettings:
+        if self.bank and self.scope == "local":
+            raise ValueError(f"bank={self.bank} needs scope=gather: every rank remembers the same videos")
+        return self
 
 
 class TrainSettings(Section):

@@ -26,11 +26,14 @@ from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import Manifest
 from cpsp_dist.models import load_weights, model_for
-from cpsp_dist.stream import TrainStream
+from cpsp_dist.stream import EvalStream, TrainStream
 from cpsp_dist.tracking import Tracker, tracking_uri
 
 #: Settings that do not change what is computed: a run may go on with others.
 FREE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
+
+#: Training videos whose features tell the scale that an encoder's features have.
+CALIBRATION_VIDEOS = 64
 
 
 @dataclass(frozen=True)
@@ -220,11 +223,15 @@ def _make_folder(output: str) -> None:
 
 
 def _new_model(config: Config, manifest: Manifest) -> nn.Module:
-    """The network as every rank begins with it: from the seed, or from `model.weights`."""
+    """The network as every rank begins with it: from the seed and the scale of the features, or `model.weights`."""
     torch.manual_seed(config.train.seed)
     model = model_for(config.model, manifest)
     if config.model.weights is not None:
         load_weights(config.model.weights, model)
+        return model
+    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS) as stream:
+        batch = next(iter(stream))
+        model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
     return model
 
 

@@ -11,7 +11,8 @@ process that has the whole global batch. Padding rows are taken out before anyth
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,24 @@ from torch import Tensor
 
 from cpsp_dist.batch import Batch
 from cpsp_dist.config import ObjectiveSettings
+from cpsp_dist.distributed import sum_over_ranks
 from cpsp_dist.models.parts import Output, unit
-from cpsp_dist.pool import Members, Mined, embed, gather, mine, share_members
+from cpsp_dist.pool import Bank, Gather, Members, Mined, Rows, Traffic, embed, health, mine, share_members
+
+#: The published batch: `mining: proportional` takes the published share of negatives, `negatives` of so many rows.
+PUBLISHED_POOL = 64
+#: What `Objectives.health` tells.
+HEALTH = (
+    "size",
+    "remembered",
+    "anchors_with_positive",
+    "active_hinges",
+    "positive_distance",
+    "negative_distance",
+    "suspected_false_negatives",
+    "gather_ms",
+    "gather_bytes",
+)
 
 
 def event_loss(event_logits: Tensor, event: Tensor) -> Tensor:
@@ -151,11 +168,16 @@ def sspsp(audio: Tensor, own: Tensor, visual: Tensor, temperature: float) -> Ten
     return F.cross_entropy(scaled, target.flatten(), reduction="none").view(videos, segments).mean(1)
 
 
+def over_ranks(values: Tensor, counted: Tensor, members: Members) -> Tensor:
+    """W · sum here / count everywhere. values: of what this rank counts; counted [W·b] bool: all slots that count."""
+    return members.ranks * values.sum() / counted.sum().clamp(min=1)
+
+
 class Objectives:
     """The weighted sum of the objectives that are switched on, scaled as described at the top of this file.
 
-    Makes the same collectives on every rank at every call: one of integers, and one more each for PSA_V and SSPSP over
-    the gathered pool.
+    Makes the same collectives on every rank at every call: one each for PSA_V and SSPSP over the gathered pool, under
+    way while the other objectives are computed, and one of integers. In training order: a `bank` remembers.
     """
 
     def __init__(
@@ -163,11 +185,16 @@ class Objectives:
         settings: ObjectiveSettings,
         *,
         pool: Literal["gather", "local"],
+        bank: int = 0,
         supervision: Literal["full", "weak"] = "full",
     ) -> None:
+        """pool: what PSA_V and SSPSP compare with; bank: rows of earlier steps that PSA_V's gathered pool also has."""
         self.settings = settings
         self.pool = pool
+        self.bank = Bank(bank) if bank and settings.psa_v else None
         self.weak = supervision == "weak"
+        self._device, self._traffic = torch.device("cpu"), Traffic()
+        self._health: Callable[[], dict[str, tuple[Tensor, Tensor]]] = dict
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's scaled loss, and each of its terms (unweighted, scaled, detached) by name, `total` among them.
@@ -181,39 +208,67 @@ class Objectives:
             total = sum(weighted, 0 * (output.event_logits.sum() + output.category_logits.sum()))
         return total, {name: value.detach() for name, value in terms.items()} | {"total": total.detach()}
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep, the same on every rank and for any number of ranks."""
+        return {} if self.bank is None else self.bank.state()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        if self.bank is not None:
+            self.bank.load(state)
+
+    def health(self) -> dict[str, float]:
+        """How the pool did at the last call and its backward pass, over all ranks, which call this together.
+
+        pool/ size: rows that an anchor is compared with; remembered: those of the bank; anchors_with_positive: share
+        of anchors with another video of their class in the pool; active_hinges: share of counted anchors that the
+        margin holds; positive_distance, negative_distance: means over hardest positives and mined negatives;
+        suspected_false_negatives: see `pool.health`; gather_ms: waited for collectives; gather_bytes: received by a
+        rank. A share of nothing is left out.
+        """
+        names = [f"pool/{name}" for name in HEALTH]
+        found = self._health()
+        traffic = {"gather_ms": self._traffic.milliseconds(), "gather_bytes": float(self._traffic.bytes)}
+        pairs = [(traffic[name], 1.0) if name in traffic else found.get(name, (0.0, 0.0)) for name in HEALTH]
+        sums = torch.tensor([[float(x) for x in pair] for pair in pairs], dtype=torch.float64)
+        sums = sum_over_ranks(sums.to(self._device))
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
     def _terms(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         settings = self.settings
         has_event, category = batch.event.any(1), batch.category
         if not self.weak:
             # A video that is background throughout shows nothing of its category.
             category = torch.where(has_event, category, 0 if settings.background == "published" else -1)
-        members = share_members(batch.valid, category, batch.video, has_event)
+        self._device, self._traffic = batch.valid.device, Traffic()
+        embeddings = embed(output.fusion) if settings.psa_v else None
+        gathered = None if embeddings is None else self._gather(embeddings)
+        visual = self._gather(output.visual) if settings.sspsp else None
+        members = share_members(batch.valid, category, batch.video, has_event, self._traffic)
         rows = batch.valid.nonzero().squeeze(1)
         event, category = batch.event[rows], category[rows]
 
-        def mean(values: Tensor, counted: Tensor) -> Tensor:
-            """W · sum here / count everywhere. values [rows of this rank], counted [W·b] bool."""
-            return members.ranks * values.sum() / counted.sum().clamp(min=1)
-
         terms: dict[str, Tensor] = {}
         if settings.event:
-            terms["event"] = mean(event_loss(output.event_logits[rows], event), members.valid)
+            terms["event"] = over_ranks(event_loss(output.event_logits[rows], event), members.valid, members)
         if settings.category and self.weak:
             assert output.video_logits is not None
             loss = weak_category_loss_published if settings.weak_category == "published" else category_loss
-            terms["category"] = mean(loss(output.video_logits[rows], category), members.pooled)
+            terms["category"] = over_ranks(loss(output.video_logits[rows], category), members.pooled, members)
         elif settings.category:
-            terms["category"] = mean(category_loss(output.category_logits[rows], category), members.pooled)
+            values = category_loss(output.category_logits[rows], category)
+            terms["category"] = over_ranks(values, members.pooled, members)
         if settings.avps:
-            terms["avps"] = mean(avps(output.similarity[rows], event), members.valid)
+            terms["avps"] = over_ranks(avps(output.similarity[rows], event), members.valid, members)
         if settings.psa_s:
             values = self._psa_s(output.fusion[rows], event)
-            terms["psa_s"] = mean(values, members.valid & members.event)
-        if settings.psa_v:
-            terms["psa_v"] = mean(*self._psa_v(embed(output.fusion), members))
-        if settings.sspsp:
-            visual, own = self._pool(output.visual, members, members.valid)
-            terms["sspsp"] = mean(sspsp(output.audio[rows], own, visual, settings.sspsp_temperature), members.valid)
+            terms["psa_s"] = over_ranks(values, members.valid & members.event, members)
+        if embeddings is not None and gathered is not None:
+            terms["psa_v"] = over_ranks(*self._psa_v(embeddings, gathered, members), members)
+        if visual is not None:
+            seen, own = self._pool(visual, members.valid, members)
+            values = sspsp(output.audio[rows], own, seen, settings.sspsp_temperature)
+            terms["sspsp"] = over_ranks(values, members.valid, members)
         return terms
 
     def _psa_s(self, fusion: Tensor, event: Tensor) -> Tensor:
@@ -222,32 +277,60 @@ class Objectives:
             return psa_s(fusion, event, temperature)
         return psa_s_published(fusion, event, temperature, rows=form == "published_rows")
 
-    def _psa_v(self, embeddings: Tensor, members: Members) -> tuple[Tensor, Tensor]:
-        """embeddings [b, D] of all slots -> values [A], and which slots [W·b] count."""
-        settings = self.settings
-        pool, own = self._pool(embeddings, members, members.pooled)
-        category, video = (self._pool_labels(x, members) for x in (members.category, members.video))
-        anchors = embeddings[members.pooled[members.own]]
+    def _psa_v(self, slots: Tensor, gathered: Gather | Tensor, members: Members) -> tuple[Tensor, Tensor]:
+        """slots [b, D]: this rank's embeddings, and what `_gather` made of them -> values [A], which slots count."""
+        settings, kept = self.settings, members.pooled
+        fresh, own = self._pool(gathered, kept, members)
+        where = slice(None) if self.pool == "gather" else members.own
+        pool = now = Rows(fresh, *(x[where][kept[where]] for x in (members.category, members.video)))
+        remembered = None
+        if self.bank is not None:
+            remembered = self.bank.besides(members, like=fresh)
+            pool = Rows(*(torch.cat(pair) for pair in zip(now, remembered, strict=True)))
+            self.bank.put(now)
+        anchors, mined = slots[kept[members.own]], None
         if settings.mining == "supcon":
-            values = supcon(anchors, own, pool, category, video, settings.supcon_temperature)
-            return values, members.with_positive(self.pool)
-        mined = mine(anchors, own, pool, category, video, settings.negatives)
-        if settings.few_negatives == "published":
-            return psa_v(anchors, pool, mined, settings.margin, silent=settings.negatives), members.pooled
-        return psa_v(anchors, pool, mined, settings.margin), members.with_negative(self.pool)
+            values, counted = supcon(anchors, own, *pool, settings.supcon_temperature), members.with_positive
+        else:
+            k = settings.negatives
+            if settings.mining == "proportional":
+                k = max(1, round(k * len(pool.rows) / PUBLISHED_POOL))
+            mined = mine(anchors, own, *pool, k, semihard=settings.mining == "semihard")
+            silent = k if settings.few_negatives == "published" else 0
+            values, counted = psa_v(anchors, pool.rows, mined, settings.margin, silent=silent), members.with_negative
+        self._remember_health(anchors, own, pool, mined, values, remembered)
+        if settings.few_negatives == "published" and mined is not None:
+            return values, kept
+        return values, counted(self.pool, remembered)
 
-    def _pool(self, slots: Tensor, members: Members, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """slots [b, …] of this rank, kept [W·b] -> the kept slots of the pool [N, …], and where ours are in it."""
-        ours = kept[members.own]
-        if self.pool == "gather":
-            return gather(slots)[kept], (kept.cumsum(0) - 1)[members.own][ours]
-        return slots[ours], torch.arange(int(ours.sum()), device=slots.device)
+    def _remember_health(
+        self, anchors: Tensor, own: Tensor, pool: Rows, mined: Mined | None, values: Tensor, remembered: Rows | None
+    ) -> None:
+        """Keep what `health` needs to tell; it is computed when asked for."""
+        anchors, values = anchors.detach(), values.detach()
+        pool = pool._replace(rows=pool.rows.detach())
 
-    def _pool_labels(self, labels: Tensor, members: Members) -> Tensor:
-        """labels [W·b] -> [N]: of the rows that `_pool` gives for `members.pooled`."""
-        if self.pool == "gather":
-            return labels[members.pooled]
-        return labels[members.own][members.pooled[members.own]]
+        def tell() -> dict[str, tuple[Any, Any]]:
+            found: dict[str, tuple[Any, Any]] = dict(health(anchors, own, pool, mined))
+            found["size"] = len(pool.rows), 1
+            if remembered is not None:
+                found["remembered"] = len(remembered.rows), 1
+            if mined is not None:
+                found["active_hinges"] = (values > 0).sum(), mined.chosen.any(1).sum()
+            return found
+
+        self._health = tell
+
+    def _gather(self, slots: Tensor) -> Gather | Tensor:
+        """slots [b, …] of this rank: every rank's, on the way; with local pools themselves."""
+        return Gather(slots, self._traffic) if self.pool == "gather" else slots
+
+    def _pool(self, slots: Gather | Tensor, kept: Tensor, members: Members) -> tuple[Tensor, Tensor]:
+        """What `_gather` gave, kept [W·b] -> the kept slots of the pool [N, …], and where ours are in it."""
+        if isinstance(slots, Gather):
+            return slots.wait()[kept], members.places(kept)
+        ours = slots[kept[members.own]]
+        return ours, torch.arange(len(ours), device=ours.device)
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -5,4 +5,5 @@ import sys
 
 from cpsp_dist.cli import main
 
-sys.exit(main(["shards", "pack", *sys.argv[1:]]))
+if __name__ == "__main__":
+    sys.exit(main(["shards", "pack", *sys.argv[1:]]))

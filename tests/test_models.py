@@ -166,3 +166,32 @@ def test_refusals() -> None:
 def test_output_is_a_tuple_of_tensors() -> None:
     """DeepSpeed's ZeRO-3 hooks look for tensors in tuples; a dataclass would be passed by."""
     assert issubclass(Output, tuple)
+
+
+@pytest.mark.parametrize("name", ["psp", "avel", "avsdn"])
+def test_layer_in_front_is_folded_exactly(name):
+    """The attention multiplies two layers into one; applying one after the other to each position is the oracle."""
+    torch.manual_seed(1)
+    model = build_model(name, visual_channels=24, audio_channels=128, categories=5, dropout=0).double()
+    visual, audio = torch.randn(2, 4, 7, 7, 24, dtype=torch.float64), torch.randn(2, 4, 128, dtype=torch.float64)
+
+    def gradients(visual, front):
+        model.zero_grad()
+        model.visual_in, kept = front, model.visual_in
+        sum(t.square().sum() for t in model(visual, audio) if t is not None).backward()
+        model.visual_in = kept
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    folded = gradients(visual, model.visual_in)
+    apart = gradients(model.visual_in(visual), None)
+    for key, value in apart.items():
+        torch.testing.assert_close(folded[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_in_front_bring_features_to_unit_scale():
+    model = build_model("psp", visual_channels=192, audio_channels=1024, categories=5)
+    visual, audio = 3.4 * torch.randn(2, 10, 7, 7, 192), 0.02 * torch.randn(2, 10, 1024)
+    model.calibrate(3.4, 0.02)
+    model.requires_grad_(False)
+    assert model.visual_in(visual).square().mean().sqrt() == pytest.approx(1, rel=0.02)
+    assert model.audio_in(audio).square().mean().sqrt() == pytest.approx(1, rel=0.05)

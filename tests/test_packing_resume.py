@@ -84,8 +84,9 @@ def alive(pid: int) -> bool:
 
 
 def finished(part: Path) -> list[Path]:
-    """The shards that have a note."""
-    return sorted(part / note.name.removesuffix(".done") for note in (part / ".work").glob("*.done"))
+    """The shards that have a note; an empty one is of a process that was killed right there."""
+    notes = [note for note in (part / ".work").glob("*.done") if note.stat().st_size]
+    return sorted(part / note.name.removesuffix(".done") for note in notes)
 
 
 @pytest.mark.parametrize(("layout", "workers"), [("ave-h5", 2), ("avel100k-zip", 3)])

@@ -1,21 +1,29 @@
-"""One process with the whole batch against 2 and 4 ranks with their shares: the same losses, the same gradients."""
+"""One process with the whole batch against 2 and 4 ranks with their shares: the same losses, the same gradients.
+
+Each world size is launched once (`worlds`) and does everything that the tests here look at.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpsp_dist import losses, pool
+from cpsp_dist import distributed, losses, pool
 from cpsp_dist.batch import Batch
-from cpsp_dist.config import ObjectiveSettings
+from cpsp_dist.config import Config, ObjectiveSettings
+from cpsp_dist.engine import build_engine
 from cpsp_dist.losses import Objectives
-from cpsp_dist.models import Network, build_model
+from cpsp_dist.models import Network, Output, build_model
 
 SLOTS, T, K = 12, 3, 4
 CASES = ["even", "uneven", "empty rank", "background rank", "one class", "all background", "same clip twice"]
@@ -55,39 +63,78 @@ def share(batch: Batch, rank: int, ranks: int) -> Batch:
     return Batch(**{name: value[own] for name, value in vars(batch).items()})
 
 
-#: network, supervision, objectives: between them, everything that is summed over ranks.
-RUNS: dict[str, tuple[str, Any, ObjectiveSettings]] = {
-    "full": ("psp", "full", ObjectiveSettings(psa_s=1.0, psa_v=3.0, margin=0.8)),
-    "weak": (
+class Run(NamedTuple):
+    """Steps of one network with one set of objectives; a step is the cases of its parts (accumulation)."""
+
+    network: str
+    supervision: Any
+    objectives: ObjectiveSettings
+    steps: list[tuple[str, ...]]
+    scope: Any = "gather"
+    bank: int = 0
+
+
+ALL = ObjectiveSettings(psa_s=1.0, psa_v=3.0, margin=0.8, sspsp=1.0)
+EACH = [(case,) for case in CASES]
+SOME = [("uneven",), ("empty rank",), ("background rank",)]
+
+
+def mining(name: Any, **more: Any) -> ObjectiveSettings:
+    return ALL.model_copy(update={"mining": name} | more)
+
+
+#: Between them every objective, every way of mining, every form, a bank, and parts of different sizes.
+RUNS = {
+    "published mining": Run("psp", "full", ALL, EACH),
+    "proportional": Run("psp", "full", mining("proportional", negatives=20), SOME),
+    "semihard": Run("psp", "full", mining("semihard"), SOME),
+    "supcon": Run("psp", "full", mining("supcon"), SOME),
+    "weak": Run(
         "avel",
         "weak",
-        ObjectiveSettings(event=0.0, avps=0.0, psa_s=0.0, mining="supcon", sspsp=1.0, weak_category="published"),
+        mining("supcon", event=0.0, avps=0.0, psa_s=0.0, weak_category="published"),
+        SOME,
     ),
-    "published": (
+    "published": Run(
         "cmran",
         "full",
-        ObjectiveSettings(
-            psa_s_form="published_rows", background="published", few_negatives="published", margin=0.8, sspsp=1.0
+        ALL.model_copy(
+            update={"psa_s_form": "published_rows", "background": "published", "few_negatives": "published"}
         ),
+        SOME,
     ),
+    "bank": Run("psp", "full", ALL, [("even",), *SOME, ("all background",), ("even",)], bank=16),
+    "bank, supcon": Run("psp", "full", mining("supcon"), [("even",), *SOME], bank=16),
+    "accumulated": Run("psp", "full", ALL, [("uneven", "empty rank"), ("background rank", "even")]),
+    "accumulated, bank": Run("psp", "full", mining("semihard"), [("uneven", "empty rank"), ("even", "even")], bank=9),
 }
+LOCAL = {"local": Run("psp", "full", ALL, EACH, scope="local")}
 
 
-def gradients(scope: Any, runs: list[str]) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """For each run and case the terms and the parameters' gradients on this rank's share of the slots."""
-    rank, ranks = pool.world()
-    results = {}
-    for run in runs:
-        name, supervision, weights = RUNS[run]
-        for case in CASES if run == "full" else CASES[1:4]:
-            model = network(name, supervision)
-            objectives = Objectives(weights, pool=scope, supervision=supervision)
-            batch = share(global_batch(case), rank, ranks)
-            total, terms = objectives(model(batch.visual, batch.audio), batch)
-            total.backward()
-            grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+def gradients(runs: dict[str, Run]) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For each step of each run the terms (of its last part) and the parameters' gradients before clipping: float64,
+    DDP where there are ranks, on this rank's share of the slots."""
+    ranks, results = distributed.discover(), {}
+    for name, run in runs.items():
+        model = network(run.network, run.supervision)
+        train = {"precision": "fp64", "optimizer": "sgd", "clip": None, "global_batch": SLOTS * len(run.steps[0])}
+        train["accumulation"] = len(run.steps[0])
+        described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
+        engine = build_engine(model, Config.model_validate(described), ranks)
+        objectives = Objectives(run.objectives, pool=run.scope, bank=run.bank, supervision=run.supervision)
+        for number, cases in enumerate(run.steps):
+            for part, case in enumerate(cases):
+                batch = global_batch(case)
+                batch.video += 6 * (number + part)  # half of a bank's rows are stale copies
+                batch = share(batch, ranks.rank, ranks.world)
+                total, terms = objectives(engine(batch), batch)
+                engine.backward(total)
+                if part < len(cases) - 1:
+                    engine.step(0.0)
+            grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
             assert len(grads) == len(list(model.parameters()))
-            results[f"{run}: {case}"] = (terms, grads)
+            engine.step(0.0)  # the weights stay
+            results[f"{name} {number}: {', '.join(cases)}"] = (terms, grads)
     return results
 
 
@@ -99,7 +146,7 @@ def network(name: str, supervision: Any) -> Network:
 
 
 def mean(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What DDP and DeepSpeed do with gradients, and tracking with terms."""
+    """What tracking does with terms."""
     return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}  # type: ignore[misc]
 
 
@@ -108,77 +155,246 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return ((x - y).norm() / y.norm().clamp(min=1e-300)).item()
 
 
+def require_exact(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """The check that the planted mistakes of `test_pool_mutants.py` have to fail."""
+    for step, (terms, grads) in alone.items():
+        assert relative(mean([rank[step][0] for rank in together]), terms) < 1e-12, step
+        for rank in together:
+            assert relative(rank[step][1], grads) < 1e-12, step
+
+
+# ---- edges: no network, outputs as they may come
+
+EDGES = ["one class", "all distinct", "few negatives", "identical", "zero", "background rank", "empty rank", "nothing"]
+WAYS = [
+    (mode, scope, bank)
+    for mode in ("published", "proportional", "semihard", "supcon")
+    for scope, bank in (("gather", 0), ("gather", 20), ("local", 0))
+]
+
+
+def edge(case: str, dtype: torch.dtype) -> tuple[Output, Batch]:
+    batch = global_batch(case if case in CASES else "even")
+    g = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(SLOTS, *shape, generator=g, dtype=torch.float64).to(dtype)
+
+    output = Output(normal(T), normal(K), normal(K), normal(T, 8), normal(T, 8), normal(T, 8), normal(T), None)
+    batch.event[:, 0] |= case not in CASES
+    if case == "all distinct":
+        batch.category = torch.arange(SLOTS)
+        output = output._replace(category_logits=normal(SLOTS))
+    elif case == "few negatives":
+        batch.category = (torch.arange(SLOTS) == 5).long()
+    elif case == "identical":
+        output = output._replace(
+            fusion=torch.ones(SLOTS, T, 8, dtype=dtype), visual=torch.ones(SLOTS, T, 8, dtype=dtype)
+        )
+    elif case == "zero":
+        output = Output(*(None if x is None else torch.zeros_like(x) for x in output))
+    elif case == "nothing":
+        batch.valid[:] = False
+    return output, batch
+
+
+def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
+    """The terms, and the gradient's norm of each output, after two steps (a bank has something at the second)."""
+    rank, ranks = pool.world()
+    found = {}
+    for way in WAYS:
+        for case in EDGES:
+            settings = ALL.model_copy(update={"mining": way[0], "negatives": 4})
+            objectives = Objectives(settings, pool=way[1], bank=way[2])  # type: ignore[arg-type]
+            whole, batch = edge(case, dtype)
+            for step in range(2):
+                batch.video += SLOTS * step
+                own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
+                output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+                total, terms = objectives(output, share(batch, rank, ranks))
+                total.backward()
+            squares = {
+                f"grad {n}": x.grad.square().sum() / ranks
+                for n, x in output._asdict().items()
+                if x is not None and x.grad is not None
+            }
+            health = {f"health {n}": torch.tensor(x) for n, x in objectives.health().items() if "gather" not in n}
+            found[*way, case] = terms | squares | health
+    return found
+
+
+# ---- what the ranks do
+
+
+def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Every rank weighs the gathered rows by its own number."""
+    rank, ranks = pool.world()
+    rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
+    gather = pool.Gather(rows)
+    everyone = gather.wait()
+    (everyone * (rank + 1)).sum().backward()
+    assert rows.grad is not None
+    alive, everyone = weakref.ref(gather), everyone.detach()
+    del gather
+    gc.collect()
+    return everyone, rows.grad, alive() is None
+
+
+COLLECTIVES = ["all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce", "broadcast"]
+COLLECTIVES += ["all_gather", "reduce_scatter", "gather", "scatter", "barrier", "all_gather_object", "send", "recv"]
+
+
+def collectives(cases: list[str]) -> list[list[str]]:
+    """What one step of each case does, in order: collectives, losses, waits."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(owner: Any, name: str, told: str) -> None:
+            real = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, **k: (seen.append(told), real(*a, **k))[1])
+
+        for name in COLLECTIVES:
+            watch(dist, name, name)
+        for name in ("event_loss", "category_loss", "avps", "psa_s", "mine"):
+            watch(losses, name, "a loss" if name != "mine" else "mining")
+        watch(pool.Gather, "end", "wait")
+        rank, ranks = pool.world()
+        objectives = Objectives(ALL, pool="gather")
+        steps = []
+        for case in cases:
+            batch = share(global_batch(case), rank, ranks)
+            total, _ = objectives(network("psp", "full")(batch.visual, batch.audio), batch)
+            seen.append("backward")
+            total.backward()
+            steps.append(list(seen))
+            seen.clear()
+    return steps
+
+
+def costs(width: int) -> dict[str, float]:
+    """Bytes and collectives of a step with PSA_V alone over embeddings of `width` in float32."""
+    rank, ranks = pool.world()
+    _, batch = edge("even", torch.float32)
+    output = edge("even", torch.float32)[0]
+    fusion = torch.randn(SLOTS // ranks, T, width, requires_grad=True)
+    own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
+    output = Output(*(None if x is None else x[own] for x in output))._replace(fusion=fusion)
+    only = {"event": 0.0, "category": 0.0, "avps": 0.0, "psa_s": 0.0, "sspsp": 0.0}
+    objectives = Objectives(ALL.model_copy(update=only), pool="gather")
+    objectives(output, share(batch, rank, ranks))[0].backward()
+    return objectives.health()
+
+
+def everything() -> dict[str, Any]:
+    return {
+        "gradients": gradients(RUNS),
+        "local": gradients(LOCAL),
+        "edges": {dtype: edges(dtype) for dtype in (torch.float32, torch.float64)},
+        "collectives": collectives(CASES),
+        "gathered": gathered(torch.arange(24.0).view(8, 3)),
+        "costs": costs(256),
+    }
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """World size -> what `everything` gave on each rank."""
+
+    def launch(world: int) -> list[dict[str, Any]]:
+        folder: Path = tmp_path_factory.mktemp(f"world{world}")
+        return run_ranks(everything, world, folder, timeout=300)
+
+    return {world: launch(world) for world in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return gradients(RUNS)
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one_process(ranks: Any, world: int) -> None:
-    alone = gradients("gather", list(RUNS))
-    together = ranks(gradients, world, "gather", list(RUNS))
-    for run, (terms, grads) in alone.items():
-        assert relative(mean([rank[run][0] for rank in together]), terms) < 1e-12, run
-        assert relative(mean([rank[run][1] for rank in together]), grads) < 1e-12, run
+def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
+    """Every objective, every way of mining, uneven and empty ranks, parts, banks: float64, DDP, 1e-12."""
+    require_exact([rank["gradients"] for rank in worlds[world]], alone)
     # There is something to compare: an active hinge where there are classes, none where there is no class.
-    active = {case: alone[f"full: {case}"][0]["psa_v"].item() > 0 for case in CASES}
-    assert active == {case: case not in ("one class", "all background") for case in CASES}
+    for number, case in enumerate(CASES):
+        terms, grads = alone[f"published mining {number}: {case}"]
+        assert (terms["psa_v"].item() > 0) == (case not in ("one class", "all background"))
+        assert torch.cat([g.flatten() for g in grads.values()]).norm() > 1e-3
 
 
-def test_local_pools_are_averaged_over_all_their_anchors(ranks: Any) -> None:
-    together = ranks(gradients, 2, "local", ["full"])
-    for case in CASES:
+def test_a_bank_makes_a_difference(alone: Any) -> None:
+    """The first step has an empty bank, a later one a full one."""
+    without = gradients({"without": RUNS["bank"]._replace(bank=0)})
+    first, later = "0: even", "1: uneven"
+    assert relative(alone[f"bank {first}"][1], without[f"without {first}"][1]) == 0
+    assert relative(alone[f"bank {later}"][1], without[f"without {later}"][1]) > 1e-3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int) -> None:
+    for number, case in enumerate(CASES):
         values = []
-        for rank in range(2):
-            batch = share(global_batch(case), rank, 2)
+        for rank in range(world):
+            batch = share(global_batch(case), rank, world)
             kept = batch.valid & batch.event.any(1)
-            rows = pool.embed(network("psp", "full")(batch.visual, batch.audio).fusion.detach())[kept]
+            with torch.no_grad():
+                rows = pool.embed(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
             own = torch.arange(len(rows))
             mined = pool.mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
             values.append(losses.psa_v(rows, rows, mined, 0.8)[mined.chosen.any(1)])
         expected = torch.cat(values).sum() / max(len(torch.cat(values)), 1)
-        torch.testing.assert_close(mean([rank[f"full: {case}"][0] for rank in together])["psa_v"], expected)
+        found = mean([rank["local"][f"local {number}: {case}"][0] for rank in worlds[world]])["psa_v"]
+        torch.testing.assert_close(found, expected)
 
 
-def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Every rank weighs the gathered rows by its own number."""
-    rank, ranks = pool.world()
-    rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
-    everyone = pool.gather(rows)
-    (everyone * (rank + 1)).sum().backward()
-    assert rows.grad is not None
-    assert dist.get_world_size() == ranks
-    return everyone.detach(), rows.grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("world", [2, 4])
+def test_edges_over_ranks(worlds: Any, world: int, dtype: torch.dtype) -> None:
+    """Finite in every way of mining and every scope, without a hang; with a gathered pool what one process has."""
+    one = edges(dtype)
+    for key, expected in one.items():
+        found = [rank["edges"][dtype][key] for rank in worlds[world]]
+        for values in (*found, expected):
+            assert all(value.isfinite() for value in values.values()), (key, values)
+        if "local" not in key:
+            together = mean([{n: v for n, v in each.items() if n in expected} for each in found])
+            for name, value in expected.items():
+                tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+                torch.testing.assert_close(
+                    together[name], value.to(together[name]), rtol=tolerance, atol=tolerance, msg=f"{key} {name}"
+                )
 
 
-def test_gather_keeps_order_and_sums_gradients(ranks: Any) -> None:
-    rows = torch.randn(4, 3, dtype=torch.float64)
-    for everyone, gradient in ranks(gathered, 2, rows):
-        assert torch.equal(everyone, rows)
-        assert torch.equal(gradient, torch.full((2, 3), 3.0, dtype=torch.float64))  # 1 from rank 0, 2 from rank 1
+@pytest.mark.parametrize("world", [2, 4])
+def test_gather_keeps_order_and_sums_gradients(worlds: Any, world: int) -> None:
+    for everyone, gradient, freed in (rank["gathered"] for rank in worlds[world]):
+        assert torch.equal(everyone, torch.arange(24.0).view(8, 3)[: 2 * world])
+        assert torch.equal(gradient, torch.full((2, 3), sum(range(1, world + 1))))  # 1 from rank 0, 2 from rank 1, …
+        assert freed
 
 
 def test_gather_on_one_process_is_the_identity() -> None:
     rows = torch.randn(3, 2)
     assert pool.world() == (0, 1)
-    assert pool.gather(rows) is rows
+    assert pool.Gather(rows).wait() is rows
 
 
-def collectives(cases: list[str]) -> list[list[str]]:
-    """The names of the collectives of one step of each case, in order."""
-    seen: list[str] = []
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather"):
-        real = getattr(dist, name)
-        setattr(dist, name, lambda *a, _real=real, _name=name, **k: (seen.append(_name), _real(*a, **k))[1])
-    rank, ranks = pool.world()
-    objectives = Objectives(ObjectiveSettings(sspsp=1.0), pool="gather")
-    steps = []
-    for case in cases:
-        batch = share(global_batch(case), rank, ranks)
-        objectives(network("psp", "full")(batch.visual, batch.audio), batch)[0].backward()
-        steps.append(list(seen))
-        seen.clear()
-    return steps
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_does_the_same_at_every_step_and_gathers_beside_the_losses(worlds: Any, world: int) -> None:
+    """Gathers start first and are waited for after the losses that do not need them; also backward they overlap."""
+    before = ["all_gather_into_tensor"] * 3  # embeddings, visual segments, labels
+    step = [*before, *["a loss"] * 4, "wait", "mining", "wait", "backward", *["all_to_all_single"] * 2, *["wait"] * 2]
+    assert [rank["collectives"] for rank in worlds[world]] == [[step] * len(CASES)] * world
 
 
-def test_every_rank_makes_the_same_collectives_at_every_step(ranks: Any) -> None:
-    step = ["all_gather_into_tensor"] * 3 + ["reduce_scatter_tensor"] * 2
-    assert ranks(collectives, 2, CASES) == [[step] * len(CASES)] * 2
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_those_of_the_floor(worlds: Any, world: int) -> None:
+    """(W−1)·b·d·4 bytes forward and as many backward; beside them 4 integers a slot."""
+    slots = SLOTS // world
+    for rank in worlds[world]:
+        assert rank["costs"]["pool/gather_bytes"] == (world - 1) * slots * (2 * 256 * 4 + 4 * 8)
+        assert rank["costs"]["pool/gather_ms"] > 0
 
 
 @settings(max_examples=60, deadline=None)

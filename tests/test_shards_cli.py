@@ -86,7 +86,8 @@ def test_the_two_scripts(tmp_path: Path) -> None:
     write_ave(tmp_path / "source", 4)
     run = {"env": environment(), "cwd": tmp_path, "timeout": 60, "capture_output": True, "text": True}
     script = [sys.executable, str(REPO / "shards" / "pack.py")]
-    done = subprocess.run([*script, "--layout", "ave-h5", "--source", "source", "--out", "out"], **run)
+    flags = ["--workers", "2", "--shard-mb", "0.02"]  # the script is imported again by each worker
+    done = subprocess.run([*script, "--layout", "ave-h5", "--source", "source", "--out", "out", *flags], **run)
     assert (done.returncode, done.stdout.splitlines()[0].split(";")[0]) == (0, "out: 4 samples of 3 classes")
     done = subprocess.run([sys.executable, str(REPO / "shards" / "verify.py"), "out"], **run)
     assert done.returncode == 0

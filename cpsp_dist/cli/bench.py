@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+PEERS = ("webdataset", "mosaicml", "litdata", "published")
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("bench", help="measure speed on this machine")
@@ -25,6 +27,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     loader.add_argument("--cold", action="store_true", help="measure also with the shards out of the page cache")
     loader.add_argument("--json", action="store_true", help="print JSON instead of a table")
     loader.set_defaults(handler=_loader)
+
+    peers = benches.add_parser(
+        "peers",
+        help="the same samples through other libraries",
+        description="Reading speed of this package and of webdataset, mosaicml-streaming, litdata and the published"
+        " zip-of-pickle layout, each in an environment of its own (made at the first call; some GB).",
+    )
+    peers.add_argument("--envs", type=Path, default=Path("runs/bench-peers"), help="where (default: %(default)s)")
+    peers.add_argument("--samples", type=_count, default=1024, help="so many samples (default: %(default)s)")
+    peers.add_argument("--peer", action="append", choices=PEERS, help="this one only; may be given again")
+    peers.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    peers.set_defaults(handler=_peers)
 
 
 def _count(text: str) -> int:
@@ -63,3 +77,21 @@ def _loader(args: argparse.Namespace) -> None:
             name = f"{kind}, {count} thread{'s' if count > 1 else ''}"
             rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
             print(f"{name:16} {rate:10,.0f} {ratio:10.2f} {cpu:14.3f}")
+
+
+def _peers(args: argparse.Namespace) -> None:
+    import json
+
+    from cpsp_dist.bench.peers import bench_peers
+
+    rows = bench_peers(args.envs, args.samples, args.peer or list(PEERS))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'':22} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:22} failed: {row['error']}")
+            continue
+        rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
+        print(f"{name:22} {rate:10,.0f} {ratio:10.3f} {cpu:14.3f}")

@@ -55,6 +55,20 @@ class Network(nn.Module):
         self.visual_in = None if fits else nn.Linear(visual_channels, self.visual_channels)
         self.audio_channels = PUBLISHED_AUDIO
         self.audio_in = None if audio_channels == PUBLISHED_AUDIO else nn.Linear(audio_channels, PUBLISHED_AUDIO)
+        self.calibrate(1.0, 1.0)
+
+    @torch.no_grad()
+    def calibrate(self, visual_rms: float, audio_rms: float) -> None:
+        """Start the layers in front as isometries that bring features of these root mean squares to about 1.
+
+        Encoders differ in scale by orders of magnitude. Features that are too large saturate the attention's tanh, and
+        training then starts from a random place to look at: one seed in four never finds the event.
+        """
+        for layer, rms in ((self.visual_in, visual_rms), (self.audio_in, audio_rms)):
+            if layer is not None:
+                nn.init.orthogonal_(layer.weight, gain=max(1.0, layer.out_features / layer.in_features) ** 0.5)
+                layer.weight /= max(rms, 1e-6)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         raise NotImplementedError

@@ -107,7 +107,8 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
         strip = np.abs(visual).mean(axis=3).transpose(1, 0, 2)  # the maps of the segments, side by side
         images = (strip.reshape(len(strip), -1), audio.T, label[None])
         for axis, image, title in zip(axes[3 * number :], images, ("visual", "audio", "event"), strict=False):
-            axis.imshow(image, aspect="auto", cmap="gray" if title == "event" else "viridis", interpolation="nearest")
+            colours = {"cmap": "gray", "vmin": 0, "vmax": 1} if title == "event" else {"cmap": "viridis"}
+            axis.imshow(image, aspect="auto", interpolation="nearest", **colours)
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(title, rotation=0, ha="right", va="center")
         axes[3 * number].set_title("  ".join(_names(manifest, row)), loc="left", fontsize=9)

@@ -87,7 +87,8 @@ class ShardFiles:
         if access not in ("auto", "map", "read"):
             raise ValueError(f"access={access!r}")
         self._manifest = manifest
-        self.mapped = access == "map" or (access == "auto" and file_system(manifest.folder) in _LOCAL)
+        self.local = file_system(manifest.folder) in _LOCAL
+        self.mapped = access == "map" or (access == "auto" and self.local)
         self._open: dict[int, ShardFile] = {}
         self._lock = threading.Lock()
         each = 2 if self.mapped else 1  # a mapping keeps a descriptor of its own
@@ -136,7 +137,7 @@ class LookAhead:
                 continue
         if len(table):
             # Blocks that a network file system reads are not counted: there, every sample is asked for.
-            warm = self._files.mapped and _blocks_read() == before
+            warm = self._files.local and _blocks_read() == before
             self._stride = min(16, 2 * self._stride) if warm else 1
 
 
