@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench-peers clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,4p' Makefile
@@ -39,6 +39,10 @@ lint: install
 format: install
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+# The same samples through webdataset, mosaicml-streaming, litdata and the published layout, in environments of their own.
+bench-peers: install
+	@$(VENV)/bin/cpsp-dist bench peers
 
 clean:
 	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

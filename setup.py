@@ -25,6 +25,8 @@ setup(
         "PyYAML>=6.0",
         "safetensors>=0.4",
         "h5py>=3.10",
+        "fsspec>=2024.2",  # shards at a URL
+        "aiohttp>=3.9",  # fsspec's http
         "awscrt>=0.20",  # crc32c at memory speed, without copies
         "matplotlib>=3.7",  # preview --png
         "awscrt>=0.20",  # its crc32c lets other threads run meanwhile, and is twice as fast

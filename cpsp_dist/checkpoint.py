@@ -1,8 +1,9 @@
 """Checkpoints of a run: whole tensors by name, so any world size, ZeRO stage or engine can continue from them.
 
 A checkpoint is a folder `step-00000123` that appears by one rename after everything in it is on disk; `commit.json`
-holds the hash of each of its files. There is nothing to save of the random states: each step seeds itself from
-(seed, step, rank), and the order of samples is a function of (seed, position).
+holds the hash of each of its files. `latest`, written last, names the newest for people and tools; loading does not
+trust it and looks for the newest that is whole. There is nothing to save of the random states: each step seeds itself
+from (seed, step, rank), and the order of samples is a function of (seed, position).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from cpsp_dist.engine import TrainingState
 from cpsp_dist.errors import DataError
 
+LATEST = "latest"
 COMMIT = "commit.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -36,6 +38,7 @@ class Progress:
     Attributes:
         step: optimizer steps done. position: samples delivered, over all ranks and epochs.
         best_accuracy, best_step: best accuracy (percent) on val so far, and the step of that checkpoint.
+        nonfinite: steps left out so far because a loss or gradient was not finite.
         run_id: the MLflow run. config: the resolved configuration. fingerprint: the shards'. world: ranks that wrote.
     """
 
@@ -43,6 +46,7 @@ class Progress:
     position: int = 0
     best_accuracy: float | None = None
     best_step: int | None = None
+    nonfinite: int = 0
     run_id: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
@@ -60,15 +64,45 @@ class Checkpoints:
         """Write a checkpoint and remove all but the `keep` newest and the best one.
 
         Raises:
-            OSError: it could not be written; earlier checkpoints are intact.
+            OSError, SafetensorError: it could not be written; earlier checkpoints are intact.
         """
         target = self.path(progress.step)
         part = self.folder / f".{target.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
+        self._remove_leftovers()
+        try:
+            self._write(part, state, progress)
+            if target.exists():  # the same step again: this one was damaged, and the run resumed before it
+                shutil.rmtree(target)
+            part.rename(target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # of a full disk, give back what it took
+            raise
+        _sync(self.folder)
+        latest = self.folder / f".{LATEST}.part"
+        latest.write_text(target.name + "\n", encoding="utf-8")
+        _sync(latest)
+        latest.replace(self.folder / LATEST)
+        _sync(self.folder)
+        for old in self.steps()[:-keep]:
+            if old != progress.best_step:
+                # Out of sight by one rename: whatever ends the removal leaves no half checkpoint behind.
+                self.path(old).rename(gone := self.folder / f".{self.path(old).name}.part")
+                shutil.rmtree(gone, ignore_errors=True)
+        return target
+
+    def _remove_leftovers(self) -> None:
+        for left in self.folder.glob(".*.part"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+    def _write(self, part: Path, state: TrainingState, progress: Progress) -> None:
+        """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
         part.mkdir(parents=True)
         save_file(state.weights, part / WEIGHTS)
         moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
-        save_file(moments, part / OPTIMIZER)
+        save_file(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
         described = asdict(progress) | {"updates": state.updates}
         (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
@@ -76,14 +110,6 @@ class Checkpoints:
         for path in part.iterdir():
             _sync(path)
         _sync(part)
-        if target.exists():  # the same step again: after a resume from an older checkpoint
-            shutil.rmtree(target)
-        part.rename(target)
-        _sync(self.folder)
-        for old in self.steps()[:-keep]:
-            if old != progress.best_step:
-                shutil.rmtree(self.path(old))
-        return target
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, rising; not yet verified."""
@@ -132,7 +158,8 @@ class Checkpoints:
                 moments.setdefault(moment, {})[name] = tensor
             described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
             updates = described.pop("updates")
-            return TrainingState(weights, moments, updates), Progress(**described)
+            objectives = moments.pop("objectives", {})
+            return TrainingState(weights, moments, updates, objectives), Progress(**described)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
 

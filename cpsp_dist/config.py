@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
+from cpsp_dist.cache import is_url, without_secrets
 from cpsp_dist.errors import ConfigError
 
 
@@ -35,12 +36,34 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """Where the shards are and how they are read."""
 
-    shards: str = Field(description="folder written by `cpsp-dist shards pack`")
+    shards: str = Field(description="folder written by `cpsp-dist shards pack`, or a URL of one (https://, s3://, …)")
+    cache: str | None = Field(
+        None, description="folder that keeps what was fetched from a URL; by default that in CPSP_CACHE, or the user's"
+    )
+    cache_gb: float | None = Field(None, gt=0, description="what the cache may hold; null: what the disk has")
+    order: Literal["full", "lanes"] = Field(
+        "full",
+        description="full: any sample at any time, the default for a folder; lanes: few shards at a time, for a URL",
+    )
     threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
     depth: int = Field(3, ge=1, le=64, description="batches read ahead")
     check_crc: bool = Field(True, description="check each sample's crc32c as it is read")
     on_error: Literal["raise", "skip"] = Field("raise", description="a damaged sample: stop, or skip it and count")
     skip_budget: int = Field(100, ge=0, description="damaged samples a rank may skip before it stops")
+    audit: bool = Field(False, description="list in OUTPUT/audit which samples each rank trained on at each step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _order_suits_shards(cls, content: Any) -> Any:
+        """Settled here, so that a checkpoint tells in which order its position was reached."""
+        if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
+            return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
+        return content
+
+    @field_serializer("shards")
+    def _keep_secrets(self, shards: str) -> str:
+        """A password in a URL is not written to checkpoints and tracked settings."""
+        return without_secrets(shards)
 
 
 class ObjectiveSettings(Section):
@@ -110,6 +133,9 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     milestones: tuple[int, ...] = Field((10, 20, 30), description="epochs after which the learning rate falls")
     gamma: float = Field(0.5, gt=0, le=1, description="factor by which it falls")
+    nonfinite_budget: int = Field(
+        10, ge=0, description="steps left out for a loss or gradient that is not finite, before the run stops"
+    )
     clip: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 with engine.kind=ddp only")
 
@@ -125,6 +151,7 @@ class EngineSettings(Section):
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
+    silence: int = Field(60, ge=5, description="seconds without a rank's heartbeat after which the others end")
 
 
 class CheckpointSettings(Section):
@@ -144,6 +171,7 @@ class TrackingSettings(Section):
     experiment: str = "cpsp"
     run_name: str | None = None
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
+    patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
 
 
 class Config(Section):

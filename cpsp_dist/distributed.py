@@ -10,13 +10,16 @@ import datetime
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.errors import EXIT_USER_ERROR, Stopped, UserError
+from cpsp_dist.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,73 @@ def connect(ranks: Ranks, timeout: int) -> None:
         ) from None
 
 
-def disconnect() -> None:
-    """Leave together: without the barrier a rank that ends early can abort one that is still closing."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+@contextmanager
+def connected(ranks: Ranks, timeout: int, silence: int) -> Iterator[None]:
+    """A context in which this rank is joined to the others: they begin and leave together, and when one ends early the
+    others end too.
+
+    Args:
+        timeout: seconds that a collective waits. silence: seconds without heartbeat after which a rank counts as lost.
+
+    Raises:
+        UserError: the others did not come in time.
+        LostRank: another rank ended early, in place of the error of a collective that failed for it.
+    """
+    connect(ranks, timeout)
+    watch = Watch(ranks.rank, ranks.world, silence) if ranks.world > 1 else None
+    try:
+        try:
+            yield
+        except Stopped:
+            dist.barrier()
+            raise
+        else:
+            # Without it a rank that ends early can abort one that is still closing.
+            dist.barrier()
+    except Stopped:
+        _part(watch)
+        raise
+    except BaseException as error:
+        if watch is not None:
+            if isinstance(error, RuntimeError) and (lost := watch.find_lost()):
+                watch.linger()
+                raise lost from None
+            told = isinstance(error, UserError)
+            first = str(error).strip().splitlines()[:1] or [""]
+            reason = str(error) if told else f"{type(error).__name__}: {first[0]}"
+            watch.tell(reason, EXIT_USER_ERROR if told else 1)
+        raise
+    else:
+        _part(watch)
+
+
+def _part(watch: Watch | None) -> None:
+    if watch is not None:
+        watch.close()
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def agree(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather(value: Any) -> list[Any]:
+    """All ranks' values, by rank. Through pickle: for what is rare and small."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

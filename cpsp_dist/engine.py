@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class TrainingState:
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # {'exp_avg': {name: tensor}, …}
     updates: int = 0  # optimizer steps taken, as Adam counts them
+    objectives: dict[str, Tensor] = field(default_factory=dict)  # what they remember: `Objectives.state`
 
 
 class Forward(Protocol):
@@ -51,11 +53,13 @@ class Engine(Forward, Protocol):
     """A wrapped model. Every call below is made by all ranks together."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch's `loss`, averaged over ranks once the last part of a global batch is in."""
+        """Gradients of one micro-batch's `loss`, averaged over ranks once the last part of a global batch is in.
+
+        A loss that is not finite makes all of them not finite, on every rank."""
 
     def step(self, learning_rate: float) -> float:
         """Close a micro-batch; after the last of a global batch clip, update and return the gradient norm before
-        clipping, else return nan."""
+        clipping, else return nan. Where that norm, the same on every rank, is not finite, nothing was updated."""
 
     def capture(self) -> TrainingState:
         """The whole state, on every rank."""
@@ -73,6 +77,13 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: Training
         model.load_state_dict(state.weights)
     kind = _DeepSpeedEngine if config.engine.kind == "deepspeed" else _DDPEngine
     return kind(model, config, ranks, state)
+
+
+def _spoiled(loss: Tensor) -> Tensor:
+    """`loss`, bit for bit; or, where it is not finite, with a gradient of nan in all parameters that it depends on.
+
+    An infinite loss can have a finite gradient, on this rank alone; so every rank's norm tells it."""
+    return loss * (1 + 0 * loss.detach())
 
 
 def tune_cpu() -> None:
@@ -138,7 +149,7 @@ class _DDPEngine:
 
     def backward(self, loss: Tensor) -> None:
         with self._sync():
-            (loss / self.config.train.accumulation).backward()
+            (_spoiled(loss) / self.config.train.accumulation).backward()
 
     def step(self, learning_rate: float) -> float:
         self.part += 1
@@ -147,11 +158,12 @@ class _DDPEngine:
         self.part = 0
         limit = self.config.train.clip
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        if norm.isfinite():
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad()
-        self.updates += 1
         return float(norm)
 
     def capture(self) -> TrainingState:
@@ -185,18 +197,23 @@ class _DeepSpeedEngine:
         return self.engine(batch.visual, batch.audio)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(_spoiled(loss))
 
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self.engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if last else None
+        if norm is not None and not norm.isfinite():
+            for parameter in self.module.parameters():  # torch's optimizers pass over a parameter without gradient
+                parameter.grad = None
         self.engine.step()
         if not last:
             return float("nan")
-        self.updates += 1
-        return float(norm if norm is not None else self.engine.get_global_grad_norm())
+        found = float(norm if norm is not None else self.engine.get_global_grad_norm())
+        # From stage 1 on DeepSpeed itself leaves out an update whose norm is not finite.
+        self.updates += math.isfinite(found)
+        return found
 
     def _plain_norm(self) -> Tensor | None:
         """Stage 0 in fp32 keeps no norm of its own; its averaged gradients are whole on every rank after backward."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cpsp_dist import metrics
+from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config
 from cpsp_dist.distributed import Ranks, discover, sum_over_ranks
@@ -77,12 +78,12 @@ def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str
     progress = checkpoints.load(newest)[1]
     state, _ = checkpoints.load(progress.best_step or newest)
     config = Config.model_validate(progress.config, strict=False)
-    manifest = Manifest.load(shards or config.data.shards)
+    manifest = Manifest.load(shards or config.data.shards, Cache(config.data.cache, config.data.cache_gb))
     manifest.rows(split)
     model = model_for(config.model, manifest)
     try:
         plain = PlainModel(model, state.weights, discover().device)
     except RuntimeError as error:
         told = " ".join(str(error).split())[:200]
-        raise UserError(f"{manifest.folder}: these shards do not fit the weights of {output}: {told}") from None
+        raise UserError(f"{manifest.place}: these shards do not fit the weights of {output}: {told}") from None
     return evaluate(plain, manifest, split, config, discover()) | {"step": progress.best_step or newest}

@@ -9,25 +9,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cpsp_dist import distributed
 from cpsp_dist.batch import Batch
+from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints, Progress
 from cpsp_dist.config import Config, TrainSettings, flat
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.engine import Engine, PlainModel, TrainingState, build_engine, tune_cpu
-from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.errors import EXIT_REQUEUE, DataError, Stopped, UserError
 from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import Manifest
 from cpsp_dist.models import load_weights, model_for
+from cpsp_dist.nonfinite import Witness
+from cpsp_dist.signals import StopSignals
 from cpsp_dist.stream import EvalStream, TrainStream
-from cpsp_dist.tracking import Tracker, tracking_uri
+from cpsp_dist.tracking import Tracker, take_back, tracking_uri
 
 #: Settings that do not change what is computed: a run may go on with others.
 FREE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
@@ -68,8 +73,9 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
 
     Raises:
         UserError: see the text; nothing was trained, or the last checkpoint is intact.
+        Stopped: a signal asked for it; all is saved.
     """
-    manifest = Manifest.load(config.data.shards)
+    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
     checkpoints = Checkpoints(config.output)
     if fresh and checkpoints.steps():
         raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
@@ -77,16 +83,24 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
         tune_cpu()
     schedule = Schedule(config.train, len(manifest.rows("train")))
     with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
         stream = stack.enter_context(_open_stream(config, manifest, ranks))
         _make_folder(config.output)
         state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
-        tracks = ranks.first and not progress.finished
         tracker = stack.enter_context(
-            Tracker(config, manifest, ranks.world, run_id=progress.run_id, step=progress.step, enabled=tracks)
+            Tracker(
+                config,
+                manifest,
+                ranks.world,
+                run_id=progress.run_id,
+                step=progress.step,
+                finished=progress.finished,
+                enabled=ranks.first,
+            )
         )
-        progress = replace(progress, run_id=tracker.run_id)
         if not progress.finished:
-            progress = _train(config, schedule, manifest, ranks, stream, state, progress, checkpoints, tracker)
+            run = Run(config, schedule, manifest, ranks, stream, checkpoints, tracker, signals)
+            progress = run.train(state, progress)
         results = _final_results(config, manifest, ranks, checkpoints, progress)
         tracker.log(progress.step, results)
     if ranks.first:
@@ -96,56 +110,142 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
     return results
 
 
-def _train(
-    config: Config,
-    schedule: Schedule,
-    manifest: Manifest,
-    ranks: Ranks,
-    stream: TrainStream,
-    state: TrainingState | None,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    tracker: Tracker,
-) -> Progress:
-    engine = build_engine(_new_model(config, manifest), config, ranks, state)
-    objectives = Objectives(
-        config.objectives,
-        pool=config.pool.scope,
-        supervision=config.model.supervision,
-    )
-    batches = stream.batches(progress.position)
-    meter = Meter(config, schedule, ranks, stream, progress.step)
-    engine.module.train()
-    for step in range(progress.step, schedule.steps):
-        # Dropout as a function of (seed, step, rank): no random state to lose, whatever happens to the process.
-        torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank)
-        learning_rate = schedule.learning_rate(step)
-        norm = math.nan
-        for batch in _parts(batches, config.train.accumulation, ranks.device):
-            loss, terms = objectives(engine(batch), batch)
-            engine.backward(loss)
-            norm = engine.step(learning_rate)
-            meter.add(terms)
-        _require_finite(norm, terms, step)
-        progress = replace(progress, step=step + 1, position=progress.position + config.train.global_batch)
+@dataclass(frozen=True)
+class Run:
+    """What the training of a run works with."""
 
-        if progress.step % config.tracking.every_steps == 0 or schedule.ends_epoch(step):
-            tracker.log(progress.step, meter.read(step, norm, learning_rate))
-        meter.pause()
-        if schedule.ends_epoch(step) and _evaluates(config, schedule, step) and "val" in manifest.splits:
-            accuracy = 100 * evaluate(engine, manifest, "val", config, ranks)["accuracy"]
-            tracker.log(progress.step, {"accuracy/val": accuracy})
-            if progress.best_accuracy is None or accuracy > progress.best_accuracy:
-                progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
-            if ranks.first:
-                _say(f"epoch {schedule.epoch(step) + 1}/{config.train.epochs}: val accuracy {accuracy:.2f} %")
-        every = config.checkpoint.every_steps
-        if schedule.ends_epoch(step) or (every and progress.step % every == 0):
+    config: Config
+    schedule: Schedule
+    manifest: Manifest
+    ranks: Ranks
+    stream: TrainStream
+    checkpoints: Checkpoints
+    tracker: Tracker
+    signals: StopSignals
+
+    def train(self, state: TrainingState | None, progress: Progress) -> Progress:
+        """Train from `progress` to the end.
+
+        Raises:
+            Stopped: a signal asked for it; all is saved.
+            UserError: too many steps were not finite, or a checkpoint could not be written.
+        """
+        config, schedule, ranks, tracker = self.config, self.schedule, self.ranks, self.tracker
+        engine = build_engine(_new_model(config, self.manifest), config, ranks, state)
+        objectives = Objectives(
+            config.objectives,
+            pool=config.pool.scope,
+            bank=config.pool.bank,
+            supervision=config.model.supervision,
+        )
+        if state is not None:
+            objectives.load(state.objectives)
+        batches = self.stream.batches(progress.position)
+        meter = Meter(config, schedule, ranks, self.stream, progress.step)
+        audit = Audit(config, self.manifest, ranks, progress.step)
+        engine.module.train()
+        for step in range(progress.step, schedule.steps):
+            # Dropout as a function of (seed, step, rank): no random state to lose, whatever happens to the process.
+            torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank)
+            learning_rate = schedule.learning_rate(step)
+            norm, witness, parts = math.nan, Witness(), []
+            for batch in _parts(batches, config.train.accumulation, ranks.device):
+                audit.see(batch)
+                output = engine(batch)
+                loss, terms = objectives(output, batch)
+                witness.see(output, batch, terms)
+                engine.backward(loss)
+                norm = engine.step(learning_rate)
+                parts.append(terms)
+            progress = replace(progress, step=step + 1, position=progress.position + config.train.global_batch)
+            if not math.isfinite(norm):
+                progress = replace(progress, nonfinite=progress.nonfinite + 1)
+                self._tell_nonfinite(witness, progress)
+            else:
+                meter.add(parts)
+            audit.close_step(progress.step)
+
+            if progress.step % config.tracking.every_steps == 0 or schedule.ends_epoch(step):
+                metrics = meter.read(step, norm, learning_rate) | objectives.health()
+                tracker.log(progress.step, metrics | {"nonfinite_steps": float(progress.nonfinite)})
+            meter.pause()
+            if schedule.ends_epoch(step) and _evaluates(config, schedule, step) and "val" in self.manifest.splits:
+                accuracy = 100 * evaluate(engine, self.manifest, "val", config, ranks)["accuracy"]
+                tracker.log(progress.step, {"accuracy/val": accuracy})
+                if progress.best_accuracy is None or accuracy > progress.best_accuracy:
+                    progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
+                if ranks.first:
+                    _say(f"epoch {schedule.epoch(step) + 1}/{config.train.epochs}: val accuracy {accuracy:.2f} %")
             progress = replace(progress, finished=progress.step == schedule.steps)
-            tracker.send()
-            _save(checkpoints, engine, progress, config, ranks)
-        meter.resume()
-    return progress
+            every = config.checkpoint.every_steps
+            # One tiny collective: whichever rank a signal reached, all stop after the same step.
+            signal = distributed.agree(self.signals.received or 0, ranks.device)
+            if signal or schedule.ends_epoch(step) or (every and progress.step % every == 0):
+                self._save(engine, objectives, progress)
+                tracker.send()
+            if signal and not progress.finished:
+                raise Stopped(
+                    f"{Signals(signal).name}: saved step {progress.step} of {schedule.steps} in {config.output}; give "
+                    f"the same command again to go on (exit code {EXIT_REQUEUE})"
+                )
+            meter.resume()
+        return progress
+
+    def _tell_nonfinite(self, witness: Witness, progress: Progress) -> None:
+        samples, budget = self.manifest.samples, self.config.train.nonfinite_budget
+        told = witness.explain(lambda row: samples[row]["key"].decode())
+        text = f"step {progress.step}: the loss or its gradient is not finite: {told}"
+        if progress.nonfinite > budget:
+            raise UserError(
+                f"{text}; this is step {progress.nonfinite} of that kind, and train.nonfinite_budget is {budget}; look "
+                "at these videos, lower train.learning_rate, or use train.precision=fp32"
+            )
+        if self.ranks.first:
+            _say(f"warning: {text}; step left out ({progress.nonfinite} of at most {budget})")
+
+    def _save(self, engine: Engine, objectives: Objectives, progress: Progress) -> None:
+        state = replace(engine.capture(), objectives=objectives.state())
+        mistake = ""
+        if self.ranks.first:
+            try:
+                progress = replace(progress, run_id=self.tracker.run_id)
+                self.checkpoints.save(state, progress, self.config.checkpoint.keep)
+            except (OSError, SafetensorError) as error:
+                mistake = " ".join(str(error).split()) or repr(error)
+        # All ranks wait for it, and stop together where it failed.
+        if distributed.agree(bool(mistake), self.ranks.device):
+            raise UserError(
+                f"{self.checkpoints.folder}: cannot write the checkpoint of step {progress.step}"
+                + (f": {mistake}" if mistake else "")
+                + "; the ones before are whole: make room, then give the same command again"
+            )
+
+
+class Audit:
+    """`audit/rank*.jsonl`: the keys of the samples that each rank trained on, a line for each step."""
+
+    def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
+        """Going on after `step`: what comes behind it in files there are, of any number of ranks, is taken back."""
+        self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.audit else None
+        self.samples, self.rows = manifest.samples, list[int]()
+        if self.file is None:
+            return
+        if ranks.first:
+            self.file.parent.mkdir(exist_ok=True)
+            for file in self.file.parent.glob("rank*.jsonl"):
+                take_back(file, step)
+        distributed.barrier()
+
+    def see(self, batch: Batch) -> None:
+        if self.file is not None:
+            self.rows += batch.index[batch.valid].tolist()
+
+    def close_step(self, step: int) -> None:
+        if self.file is not None:
+            keys = [self.samples[row]["key"].decode() for row in self.rows]
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            self.rows = []
 
 
 class Meter:
@@ -167,23 +267,27 @@ class Meter:
     def resume(self) -> None:
         self.began += time.monotonic() - self.paused
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        self.parts += 1
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0) + value
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """The loss terms of a step's micro-batches."""
+        self.parts += len(parts)
+        for terms in parts:
+            for name, value in terms.items():
+                self.terms[name] = self.terms.get(name, 0) + value
 
     def read(self, step: int, norm: float, learning_rate: float) -> dict[str, float]:
         """Metrics after `step`, the loss terms averaged over ranks (all ranks call it); also a line to read."""
-        means = distributed.sum_over_ranks(torch.stack(list(self.terms.values()))) / (self.parts * self.ranks.world)
+        sums = torch.stack(list(self.terms.values())) if self.terms else torch.zeros(0, device=self.ranks.device)
+        means = distributed.sum_over_ranks(sums) / (max(self.parts, 1) * self.ranks.world)
         seconds = max(time.monotonic() - self.began, 1e-9)
         done = step + 1 - self.first_step
         rate = done * self.config.train.global_batch / seconds
         wait = (self.stream.wait_seconds - self.waited) / seconds
         metrics = {f"loss/{name}": value for name, value in zip(self.terms, means.tolist(), strict=True)}
         if self.ranks.first and (step + 1) % self.config.tracking.every_steps == 0:
+            loss = metrics.get("loss/total", math.nan)
             left = (self.schedule.steps - step - 1) * seconds / done
             _say(
-                f"step {step + 1}/{self.schedule.steps}  loss {metrics['loss/total']:.4f}  {rate:,.0f} videos/s  "
+                f"step {step + 1}/{self.schedule.steps}  loss {loss:.4f}  {rate:,.0f} videos/s  "
                 f"waiting for data {100 * wait:.0f} %  {int(left) // 60}:{int(left) % 60:02d} left"
             )
         self._start(step + 1)
@@ -206,6 +310,7 @@ def _open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStrea
         rank=ranks.rank,
         world=ranks.world,
         accumulation=config.train.accumulation,
+        order=config.data.order,
         threads=config.data.threads,
         depth=config.data.depth,
         check_crc=config.data.check_crc,
@@ -268,10 +373,10 @@ def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str
     changes = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if before.get(key) != now.get(key) and (key == "data.order" or not key.startswith(FREE_TO_CHANGE))
     ]
     if progress.fingerprint != manifest.fingerprint:
-        changes.append(f"the shards at {config.data.shards} are not the ones it was trained on")
+        changes.append(f"the shards at {manifest.place} are not the ones it was trained on")
     return changes
 
 
@@ -280,31 +385,8 @@ def _parts(batches: Iterator[Batch], count: int, device: torch.device) -> Iterat
         yield next(batches).to(device)
 
 
-def _require_finite(norm: float, terms: dict[str, Tensor], step: int) -> None:
-    """The norm is of averaged gradients: all ranks see the same and stop together."""
-    if not math.isfinite(norm):
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-        raise UserError(
-            f"step {step + 1}: the gradient is not finite"
-            + (f", nor is the loss term {', '.join(bad)}" if bad else "")
-            + "; lower train.learning_rate, or use train.precision=fp32"
-        )
-
-
 def _evaluates(config: Config, schedule: Schedule, step: int) -> bool:
     return (schedule.epoch(step) + 1) % config.evaluation.every_epochs == 0 or step + 1 == schedule.steps
-
-
-def _save(checkpoints: Checkpoints, engine: Engine, progress: Progress, config: Config, ranks: Ranks) -> None:
-    state = engine.capture()
-    if ranks.first:
-        try:
-            checkpoints.save(state, progress, config.checkpoint.keep)
-        except OSError as error:
-            raise UserError(
-                f"{checkpoints.folder}: cannot write a checkpoint: {error}; the one before is whole"
-            ) from None
-    distributed.barrier()
 
 
 def _final_results(
@@ -327,7 +409,11 @@ def _final_results(
 
 
 def _write_json(config: Config, name: str, content: Any) -> None:
-    (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Results are printed and tracked too: a full disk does not cost a finished run its end."""
+    try:
+        (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        _say(f"warning: {config.output}/{name} could not be written: {error.strerror}")
 
 
 def _say(line: str) -> None:

@@ -193,7 +193,7 @@ class Objectives:
         self.pool = pool
         self.bank = Bank(bank) if bank and settings.psa_v else None
         self.weak = supervision == "weak"
-        self._device, self._traffic = torch.device("cpu"), Traffic()
+        self._device, self.traffic = torch.device("cpu"), Traffic()
         self._health: Callable[[], dict[str, tuple[Tensor, Tensor]]] = dict
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -228,7 +228,7 @@ class Objectives:
         """
         names = [f"pool/{name}" for name in HEALTH]
         found = self._health()
-        traffic = {"gather_ms": self._traffic.milliseconds(), "gather_bytes": float(self._traffic.bytes)}
+        traffic = {"gather_ms": self.traffic.milliseconds(), "gather_bytes": float(self.traffic.bytes)}
         pairs = [(traffic[name], 1.0) if name in traffic else found.get(name, (0.0, 0.0)) for name in HEALTH]
         sums = torch.tensor([[float(x) for x in pair] for pair in pairs], dtype=torch.float64)
         sums = sum_over_ranks(sums.to(self._device))
@@ -240,11 +240,11 @@ class Objectives:
         if not self.weak:
             # A video that is background throughout shows nothing of its category.
             category = torch.where(has_event, category, 0 if settings.background == "published" else -1)
-        self._device, self._traffic = batch.valid.device, Traffic()
+        self._device, self.traffic = batch.valid.device, Traffic()
         embeddings = embed(output.fusion) if settings.psa_v else None
         gathered = None if embeddings is None else self._gather(embeddings)
         visual = self._gather(output.visual) if settings.sspsp else None
-        members = share_members(batch.valid, category, batch.video, has_event, self._traffic)
+        members = share_members(batch.valid, category, batch.video, has_event, self.traffic)
         rows = batch.valid.nonzero().squeeze(1)
         event, category = batch.event[rows], category[rows]
 
@@ -323,7 +323,7 @@ class Objectives:
 
     def _gather(self, slots: Tensor) -> Gather | Tensor:
         """slots [b, …] of this rank: every rank's, on the way; with local pools themselves."""
-        return Gather(slots, self._traffic) if self.pool == "gather" else slots
+        return Gather(slots, self.traffic) if self.pool == "gather" else slots
 
     def _pool(self, slots: Gather | Tensor, kept: Tensor, members: Members) -> tuple[Tensor, Tensor]:
         """What `_gather` gave, kept [W·b] -> the kept slots of the pool [N, …], and where ours are in it."""

@@ -3,18 +3,25 @@
 `index.json` is a superset of the wids v1 index, so wids tools read it. `samples.npy` has a row for each sample (dtype
 `SAMPLE`), the splits one after the other, in the order of the shards: what the reader needs to fetch any sample with
 one positioned read. About 100 bytes a sample.
+
+A folder may be a URL (`https://…`, `s3://…`, any that fsspec knows): its table and shards are then kept by a `Cache`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cpsp_dist.cache import Cache, Remote, is_url, without_secrets
 from cpsp_dist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -69,11 +76,12 @@ class Manifest:
     """Everything about a folder of shards but the features.
 
     Attributes:
-        folder: where `index.json` lies; shard urls are relative to it.
+        folder: where `index.json` lies; shard urls are relative to it. Of remote shards: where the cache keeps them.
         fields: `visual` [T, 7, 7, C], `audio` [T, A], `label` [T] (uint8, 1 in event segments).
         categories: names, in class order.
         shards: in table order.
         samples: the table, [N] of dtype `SAMPLE`, read-only memory map.
+        remote: the URL they were loaded from; None for a folder of this machine.
     """
 
     folder: Path
@@ -81,6 +89,12 @@ class Manifest:
     categories: list[str]
     shards: list[Shard]
     samples: np.ndarray
+    remote: Remote | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder or URL, as messages name it (without passwords)."""
+        return str(self.remote or self.folder)
 
     @cached_property
     def splits(self) -> dict[str, range]:
@@ -99,11 +113,24 @@ class Manifest:
     def rows(self, split: str) -> range:
         """Rows of `split`; raises DataError naming the splits there are."""
         if split not in self.splits:
-            raise DataError(f"{self.folder}: no split '{split}' in these shards; there are: {', '.join(self.splits)}")
+            raise DataError(f"{self.place}: no split '{split}' in these shards; there are: {', '.join(self.splits)}")
         return self.splits[split]
 
     def path(self, shard: Shard) -> Path:
-        return self.folder / shard.url
+        """Where a shard lies; a remote one only while it is in the cache, see `at_hand`."""
+        return self.folder / shard.url if self.remote is None else self.remote.cache.path(shard.sha256)
+
+    @contextmanager
+    def at_hand(self, shard: Shard) -> Iterator[Path]:
+        """The path of a shard, fetched if need be, which stays for the time of the `with`. Raises DataError."""
+        if self.remote is None:
+            yield self.path(shard)
+            return
+        held = self.remote.open(shard.url, shard.sha256, shard.filesize)
+        try:
+            yield self.path(shard)
+        finally:
+            os.close(held)
 
     def save(self) -> None:
         """Write the table, then `index.json`: a folder with an index is complete."""
@@ -129,41 +156,75 @@ class Manifest:
         part.replace(self.folder / INDEX_NAME)
 
     @staticmethod
-    def load(folder: str | Path) -> Manifest:
-        """Read a manifest.
+    def load(place: str | Path, cache: Cache | None = None) -> Manifest:
+        """Read a manifest from a folder or a URL; `cache` keeps what a URL holds (by default, `Cache()`).
 
         Raises:
             DataError: no such folder, no or a damaged index, a table that does not belong to it, missing or
-                truncated shards (by file size; `shards verify` reads every byte).
+                truncated shards (by file size; `shards verify` reads every byte). Remote shards are checked, every
+                byte, as they are fetched.
         """
-        folder = Path(folder)
+        if is_url(place):
+            return _load_remote(Remote(str(place), cache or Cache()))
+        folder = Path(place)
         index_path = folder / INDEX_NAME
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder of shards; pack one with `cpsp-dist shards pack`")
         if not index_path.is_file():
             raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
-        try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-            if index.get("cpsp_version") != FORMAT_VERSION:
-                raise DataError(
-                    f"{index_path}: format version {index.get('cpsp_version')!r}, this program reads {FORMAT_VERSION}"
-                )
-            fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
-            shards = [Shard(**shard) for shard in index["shardlist"]]
-            categories = list(index["categories"])
-            recorded = index["fingerprint"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{index_path}: not a readable shard index ({error!r}); pack the shards again") from None
-        if recorded != _fingerprint(fields, categories, shards):
-            raise DataError(f"{index_path}: changed by hand or damaged (fingerprint differs); pack the shards again")
-        manifest = Manifest(folder, fields, categories, shards, _load_table(folder, sum(s.nsamples for s in shards)))
-        for shard in shards:
+        index = _Index.parse(index_path.read_bytes(), str(index_path))
+        table = _load_table(folder / TABLE_NAME, index)
+        manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
+        for shard in index.shards:
             path = manifest.path(shard)
             size = path.stat().st_size if path.is_file() else None
             if size != shard.filesize:
                 state = "missing" if size is None else f"{size} bytes long, not {shard.filesize}"
                 raise DataError(f"{path}: shard is {state}; copy or pack it again")
         return manifest
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `index.json` says."""
+
+    fields: dict[str, Field]
+    categories: list[str]
+    shards: list[Shard]
+    table_sha256: Any
+
+    @staticmethod
+    def parse(content: bytes, path: str) -> _Index:
+        try:
+            index = json.loads(content)
+            if index.get("cpsp_version") != FORMAT_VERSION:
+                raise DataError(
+                    f"{path}: format version {index.get('cpsp_version')!r}, this program reads {FORMAT_VERSION}"
+                )
+            fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
+            shards = [Shard(**shard) for shard in index["shardlist"]]
+            types = {(type(s.url), type(s.sha256), type(s.filesize), type(s.nsamples)) for s in shards}
+            if types - {(str, str, int, int)}:
+                raise TypeError("shardlist")
+            categories = list(index["categories"])
+            recorded = index["fingerprint"]
+            found = _Index(fields, categories, shards, index["table"]["sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not a readable shard index ({error!r}); pack the shards again") from None
+        if recorded != _fingerprint(fields, categories, shards):
+            raise DataError(f"{path}: changed by hand or damaged (fingerprint differs); pack the shards again")
+        return found
+
+
+def _load_remote(remote: Remote) -> Manifest:
+    index = _Index.parse(remote.read(INDEX_NAME), without_secrets(remote.join(INDEX_NAME)))
+    digest = str(index.table_sha256)
+    held = remote.open(TABLE_NAME, digest)
+    try:
+        table = _load_table(remote.cache.path(digest), index)
+    finally:
+        os.close(held)  # the map outlives the file, should the cache delete it
+    return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
 
 
 def _fingerprint(fields: dict[str, Field], categories: list[str], shards: list[Shard]) -> str:
@@ -175,12 +236,11 @@ def _fingerprint(fields: dict[str, Field], categories: list[str], shards: list[S
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def _load_table(folder: Path, expected: int) -> np.ndarray:
-    path = folder / TABLE_NAME
+def _load_table(path: Path, index: _Index) -> np.ndarray:
     try:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: sample table missing or damaged ({error}); pack the shards again") from None
-    if samples.dtype != SAMPLE or samples.shape != (expected,):
+    if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):
         raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; pack the shards again")
     return samples

@@ -237,7 +237,8 @@ class Bank:
 
     @torch.no_grad()
     def put(self, new: Rows) -> None:
-        """Remember the rows; of more than `size` the last ones."""
+        """Remember the rows; of more than `size` the last ones. One that is not finite would spoil every later step."""
+        new = Rows(*(x[new.rows.isfinite().all(1)] for x in new))
         if self._ring is None:
             self._ring = Rows(*(x.new_zeros(self.size, *x.shape[1:]) for x in new))
         kept = min(len(new.rows), self.size)
@@ -355,9 +356,10 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def health(anchors: Tensor, own: Tensor, pool: Rows, mined: Mined | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and counts over this rank's anchors, by name, to be added up over ranks and divided.
 
-    `suspected_false_negatives` are mined negatives nearer to the anchor than the median of its positives: the event
-    may well be the same, and the label another. As long as classes lie within each other that is most of them; the
-    figure speaks where they have come apart. Nothing of mined pairs where nothing is mined (supcon).
+    `suspected_false_negatives` are mined negatives as near to the anchor as the nearer nine tenths of its positives
+    are (the farthest tenth may itself be mislabelled): the event may well be the same, and the label another. As long
+    as classes lie within each other that is most of them; the figure speaks where they have come apart. Nothing of
+    mined pairs where nothing is mined (supcon).
     """
     positive = (pool.category[own].unsqueeze(1) == pool.category) & (pool.video[own].unsqueeze(1) != pool.video)
     has = positive.any(1)
@@ -365,12 +367,14 @@ def health(anchors: Tensor, own: Tensor, pool: Rows, mined: Mined | None) -> dic
     if mined is None or not len(pool.rows):
         return found
     distance = _squared_distances(anchors, pool.rows).sqrt()
-    to_positive = distance.gather(1, mined.positive.unsqueeze(1))[has]
-    to_negatives = distance.gather(1, mined.negatives)
-    typical = distance.masked_fill(~positive, torch.nan).nanmedian(1, keepdim=True).values
+    nearest_first = distance.masked_fill(~positive, torch.inf).sort(1).values
+    nine_tenths = nearest_first.gather(1, ((positive.sum(1, keepdim=True) * 9 + 9) // 10 - 1).clamp(min=0))
     judged = mined.chosen & has.unsqueeze(1)
+    suspected = judged & (distance.gather(1, mined.negatives) <= nine_tenths)
+    to_positive = (anchors - pool.rows[mined.positive]).norm(dim=-1)[has]
+    to_negatives = (anchors.unsqueeze(1) - pool.rows[mined.negatives]).norm(dim=-1)[mined.chosen]
     return found | {
         "positive_distance": (to_positive.sum(), has.sum()),
-        "negative_distance": (to_negatives[mined.chosen].sum(), mined.chosen.sum()),
-        "suspected_false_negatives": ((judged & (to_negatives < typical)).sum(), judged.sum()),
+        "negative_distance": (to_negatives.sum(), mined.chosen.sum()),
+        "suspected_false_negatives": (suspected.sum(), judged.sum()),
     }

@@ -1,18 +1,21 @@
 """MLflow: what a run was, what it measured, and the table of runs. The only module that knows mlflow.
 
-Points are buffered and sent in batches by rank 0; every point also goes to `metrics.jsonl` in the run's folder. A
-tracking server that fails costs the page, never the training.
+Every point is a line of `metrics.jsonl` in the run's folder first; from there rank 0 sends it, in batches. A tracking
+server that is down or slow delays the page, never the training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +23,17 @@ from types import TracebackType
 from typing import Any
 
 from cpsp_dist import __version__
+from cpsp_dist.cache import without_secrets
 from cpsp_dist.config import Config, flat
-from cpsp_dist.errors import UserError
+from cpsp_dist.errors import Stopped, UserError
 from cpsp_dist.manifest import Manifest
 
 SEND_EVERY_SECONDS = 15.0
+PATIENCE_WHEN_STOPPED = 5.0
+#: Lines that wait in memory while the disk is full, at most.
+KEPT_LINES = 100_000
+#: Which MLflow run the folder belongs to, before its first checkpoint.
+RUN_FILE = "mlflow_run.json"
 _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "mlflow")
 
 
@@ -33,85 +42,178 @@ def tracking_uri(output: str | Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(output).resolve().parent / 'mlflow.db'}"
 
 
-class Tracker:
-    """One MLflow run, as a context: the run ends FINISHED, or FAILED when the block raises.
+def take_back(file: Path, step: int) -> None:
+    """Remove the JSON lines of steps after `step`, and a line that was cut short; whole or not at all."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        part = file.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(file)
 
-    With `run_id` an earlier run goes on after its step `step`: each step is in its history once, also when a killed
-    process had told of steps that are now done again.
-    Disabled (other ranks, or `tracking.enabled: false`) it does nothing.
+
+class Tracker:
+    """One MLflow run, as a context: the run ends FINISHED, KILLED when it was stopped to go on later, FAILED else.
+
+    Every point is a line of `metrics.jsonl` in the run's folder; a thread sends the lines that the server does not have
+    yet, so that neither a dead nor a slow server holds up the training. What could not be sent is sent later: by the
+    thread, or when the command is given again. A run that goes on has each step in its history once, also when a killed
+    process had told of steps that are now done again. Where the disk is full, lines wait in memory.
+
+    Disabled (other ranks) it does nothing; with `tracking.enabled: false` there is the file alone.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, world: int, *, run_id: str | None, step: int, enabled: bool):
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        world: int,
+        *,
+        run_id: str | None,
+        step: int,
+        finished: bool,
+        enabled: bool,
+    ):
+        """finished: nothing new is to come; what an earlier start could not send is sent."""
         self.config, self.manifest, self.world = config, manifest, world
-        self.run_id, self.enabled = run_id, enabled and config.tracking.enabled
-        self.file = Path(config.output) / "metrics.jsonl" if enabled else None
-        self.step = step
-        self.pending: list[tuple[str, float, int, int]] = []
-        self.sent_up_to = -1
-        self.last_sent = time.monotonic()
-        self.client: Any = None
+        self.folder, self.step = Path(config.output), step
+        self.finished, self.enabled = finished, enabled
+        self.file = self.folder / "metrics.jsonl"
+        self.run_id = run_id
+        self.unwritten: deque[str] = deque(maxlen=KEPT_LINES)
+        self.sender: threading.Thread | None = None
+        self._wake, self._ended = threading.Event(), ""
+        self._warned: set[str] = set()
+        # Of the thread:
+        self._sent_bytes = 0  # of the file, whose lines up to there the server has
+        self._has: dict[str, set[int]] | None = None  # what the server has of a run that goes on; None: ask it
+        self._opened = False
 
     def __enter__(self) -> Tracker:
-        if self.file is not None:
-            self._take_back()
-        if self.enabled:
-            self._guard(self._open, "start a run")
+        if self.enabled and not self.finished:
+            try:
+                take_back(self.file, self.step)
+            except OSError as error:
+                self._warn("write", f"{self.file}: {error.strerror}; training goes on")
+        if self.enabled and self.config.tracking.enabled:
+            self.run_id = self.run_id or self._run_of_this_start()
+            self.sender = threading.Thread(target=self._work, name="mlflow", daemon=True)
+            self.sender.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self.send()
-        if self.client is not None:
-            self._guard(
-                lambda: self.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED"), "end the run"
-            )
-
-    def _take_back(self) -> None:
-        """Remove lines of steps after the one that the run goes on from, and a line that was cut short."""
-        assert self.file is not None
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
-        if kept != lines:
-            self.file.write_text("".join(kept), encoding="utf-8")
+        if self.unwritten:
+            self._write()
+        if self.sender is None:
+            return
+        stopped = isinstance(value, Stopped)
+        self._ended = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
+        self._wake.set()
+        # A scheduler that asked for the end has little patience itself.
+        self.sender.join(min(PATIENCE_WHEN_STOPPED, self.config.tracking.patience) if stopped else
+                         self.config.tracking.patience)  # fmt: skip
+        if self.sender.is_alive():
+            self._warn("send", f"MLflow has not taken all points; they are in {self.file}, and are sent when the same "
+                       "command is given again")  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics after optimizer step `step` (counted from 1). Values that are not finite go to the file only."""
-        if self.file is not None:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.client is None or step <= self.sent_up_to:
-            return
-        now = int(time.time() * 1000)
-        self.pending += [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
-        if time.monotonic() - self.last_sent > SEND_EVERY_SECONDS:
-            self.send()
+        if self.enabled and not self.finished:
+            self.unwritten.append(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+            self._write()
 
     def send(self) -> None:
-        """Send what is buffered."""
-        if self.client is not None and self.pending:
-            self._guard(self._send, "send metrics")
-        self.last_sent = time.monotonic()
+        """Send what there is soon; returns at once."""
+        self._wake.set()
+
+    def _write(self) -> None:
+        try:
+            with open(self.file, "ab") as file:
+                size = file.tell()
+                try:
+                    file.write("".join(self.unwritten).encode())
+                    file.flush()
+                except OSError:
+                    os.ftruncate(file.fileno(), size)
+                    raise
+            self.unwritten.clear()
+        except OSError as error:
+            self._warn("write", f"{self.file}: {error.strerror}; points wait in memory, training goes on")
+
+    def _run_of_this_start(self) -> str | None:
+        """The MLflow run of a start that ended before its first checkpoint, if it was the same run."""
+        try:
+            known = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+            return known["run_id"] if known == self._identity(known["run_id"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _identity(self, run_id: str) -> dict[str, Any]:
+        store = tracking_uri(self.config.output)
+        return {"run_id": run_id, "store": store, "config": flat(self.config), "data": self.manifest.fingerprint}
+
+    def _work(self) -> None:
+        """The thread: send every SEND_EVERY_SECONDS, and a last time at the end, until that went well."""
+        while True:
+            self._wake.wait(SEND_EVERY_SECONDS)
+            self._wake.clear()
+            status = self._ended
+            try:
+                if not self._opened:
+                    self._open()
+                self._send()
+                if status:
+                    if self.client.get_run(self.run_id).info.status != status:
+                        self.client.set_terminated(self.run_id, status)
+                    return
+            except Exception as error:  # whatever a client library or server throws: training goes on
+                self._has = None  # the server may have taken it all the same
+                first = str(error).strip().splitlines()
+                self._warn("send", f"MLflow: {first[0] if first else repr(error)}; points are in {self.file} and are "
+                           "sent later, training goes on")  # fmt: skip
+                if status:
+                    return
+
+    def _open(self) -> None:
+        self.client = _client(tracking_uri(self.config.output))
+        if self.run_id is None:
+            name = self.config.tracking.run_name or self.folder.name
+            run = self.client.create_run(_experiment(self.client, self.config), run_name=name)
+            self.run_id = run.info.run_id
+            with contextlib.suppress(OSError):
+                (self.folder / RUN_FILE).write_text(json.dumps(self._identity(self.run_id)), encoding="utf-8")
+            self._has = {}
+        else:
+            run = self.client.get_run(self.run_id)
+            if not self.finished:
+                self.client.update_run(self.run_id, "RUNNING")
+        if not run.data.params:  # also where an earlier start ended just before this
+            self._describe()
+        self._opened = True
 
     def _send(self) -> None:
         from mlflow.entities import Metric
 
-        for start in range(0, len(self.pending), 1000):  # the server's limit for one batch
-            self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in self.pending[start : start + 1000]])
-        self.pending.clear()
-
-    def _open(self) -> None:
-        client = _client(tracking_uri(self.config.output))
-        if self.run_id is not None:
-            self.client = client
-            client.update_run(self.run_id, "RUNNING")
-            history = client.get_metric_history(self.run_id, "loss/total")
-            self.sent_up_to = max((point.step for point in history), default=-1)
+        if not self.file.exists():
             return
-        run = client.create_run(
-            _experiment(client, self.config), run_name=self.config.tracking.run_name or Path(self.config.output).name
-        )
-        self.run_id = run.info.run_id
-        self.client = client
-        self._describe()
+        with open(self.file, "rb") as file:
+            file.seek(self._sent_bytes)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        points = []
+        for line in text.splitlines():
+            content = json.loads(line)
+            step, at = content.pop("step"), int(1000 * content.pop("time", 0))
+            points += [Metric(name, value, at, step) for name, value in content.items() if math.isfinite(value)]
+        if points and self._has is None:
+            history = self.client.get_metric_history
+            self._has = {name: {p.step for p in history(self.run_id, name)} for name in {p.key for p in points}}
+        has = self._has or {}
+        points = [point for point in points if point.step not in has.get(point.key, ())]
+        for start in range(0, len(points), 1000):  # the server's limit for one batch
+            self.client.log_batch(self.run_id, metrics=points[start : start + 1000])
+        self._sent_bytes += len(text)
+        self._has = {}
 
     def _describe(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
@@ -119,25 +221,24 @@ class Tracker:
         settings = flat(self.config) | {"world_size": self.world}
         tags = {f"version.{name}": version(name) for name in _PACKAGES}
         tags |= {"version.cpsp_dist": __version__, "version.python": platform.python_version()}
-        tags |= {"command": " ".join(sys.argv), "output": str(Path(self.config.output).resolve())} | _git_state()
+        tags |= {"command": without_secrets(" ".join(sys.argv)), "output": str(self.folder.resolve())} | _git_state()
         self.client.log_batch(
             self.run_id,
             params=[Param(key, str(value)) for key, value in settings.items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
         self.client.log_dict(self.run_id, self.config.model_dump(mode="json"), "config.json")
-        shards = self.manifest.folder.resolve()
-        source = json.dumps({"uri": str(shards)})
-        dataset = Dataset(shards.name, self.manifest.fingerprint[:32], source_type="local", source=source)
+        shards = self.manifest.place if self.manifest.remote else str(self.manifest.folder.resolve())
+        kind = shards.partition("://")[0] if self.manifest.remote else "local"
+        source, name = json.dumps({"uri": shards}), Path(shards).name
+        dataset = Dataset(name, self.manifest.fingerprint[:32], source_type=kind, source=source)
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def _guard(self, action: Any, what: str) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever a client library or server throws: training goes on
-            first = str(error).strip().splitlines()
-            print(f"warning: MLflow could not {what}: {first[0] if first else error!r}; "
-                  f"points are in {self.file}, training goes on", file=sys.stderr, flush=True)  # fmt: skip
+    def _warn(self, about: str, text: str) -> None:
+        """Once for each kind of trouble."""
+        if about not in self._warned:
+            self._warned.add(about)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def all_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
@@ -170,7 +271,7 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # A server that is down is noticed within seconds; mlflow's own default is minutes for each request.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import logging
 
     import mlflow

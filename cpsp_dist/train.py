@@ -6,6 +6,7 @@ The same module under python, torchrun, accelerate launch, srun and submitit; la
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
+    # Torch reads it when imported. Its warnings about a rank that is gone are pages of C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def run() -> None:
         from cpsp_dist.config import load_config
@@ -43,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cpsp_dist.loop import train
 
         ranks = distributed.discover()
-        distributed.connect(ranks, config.engine.timeout)
-        train(config, ranks, fresh=args.fresh, allow_config_change=args.allow_config_change)
-        distributed.disconnect()
+        with distributed.connected(ranks, config.engine.timeout, config.engine.silence):
+            train(config, ranks, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     return guarded(run)
 

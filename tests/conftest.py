@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
             process.kill()
             process.wait()
     return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts the training command on any number of ranks in a fraction of a second: see nursery.py."""
+    from nursery import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

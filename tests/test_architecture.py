@@ -15,11 +15,11 @@ PACKAGE = REPO / "cpsp_dist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "launch", "report", "doctor", "demo", "bench", "keypad"},
+    {"train", "launch", "report", "doctor", "demo", "bench", "keypad", "export"},
     {"loop"},
     {"engine", "stream", "packing", "checkpoint", "tracking", "evaluate"},
-    {"models", "losses", "pool", "metrics"},
-    {"batch", "manifest", "config", "errors", "distributed", "progress"},
+    {"models", "losses", "pool", "metrics", "nonfinite"},
+    {"batch", "cache", "manifest", "config", "errors", "distributed", "watch", "signals", "progress"},
 ]
 #: The one module that may import each.
 KNOWN_BY = {"deepspeed": "engine", "mlflow": "tracking", "submitit": "launch"}

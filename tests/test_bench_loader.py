@@ -13,6 +13,7 @@ from conftest import environment
 from tiny_shards import write_shards
 
 from cpsp_dist.bench.loader import bench_loader, noise_shards
+from cpsp_dist.bench.peers import PEERS, bench_peers
 from cpsp_dist.errors import DataError
 
 
@@ -76,3 +77,20 @@ def test_nothing_left_when_the_reader_fails(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="no split 'val'"):
         bench_loader(None, split="val", samples=4, batch=2)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_peers_read_the_same_samples_slower(tmp_path):
+    """Those that need no environment of their own. Issue 5 wants 10 times webdataset's rate on a quiet machine
+    (`make bench-peers`); half of that is held here."""
+    rows = bench_peers(tmp_path, 64, ["webdataset", "published"])
+    ours = max(row["memcpy_ratio"] for name, row in rows.items() if name.startswith("cpsp-dist"))
+    assert list(rows) == ["cpsp-dist, 1 thread", "cpsp-dist, 2 threads", "webdataset", "published"]
+    assert ours >= 5 * rows["webdataset"]["memcpy_ratio"]
+    assert ours >= 25 * rows["published"]["memcpy_ratio"]
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEERS, "litdata", ["./nowhere/no-such-package"])
+    rows = bench_peers(tmp_path, 64, ["litdata"])
+    assert "nowhere" in rows["litdata"]["error"]
+    assert "\n" not in rows["litdata"]["error"]

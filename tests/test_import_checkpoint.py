@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import reference
 import torch
+from conftest import environment
 from safetensors.torch import load_file, save_file
 from tiny_shards import write_shards
 
@@ -154,3 +157,18 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     for name in ("junk", "none"):
         with pytest.raises(DataError, match=r"not a readable \.safetensors file"):
             load_weights(tmp_path / f"{name}.safetensors", model)
+
+
+def test_reference_checkpoint_starts_a_run(folder: Path) -> None:
+    """A run of one vanishing step ends with the published weights it was told to start from."""
+    checkpoint, weights, output = folder / "p.pth.tar", folder / "out" / "weights.safetensors", folder / "run"
+    torch.save(published("psp"), checkpoint)
+    assert run(folder, checkpoint, "psp") == 0
+    settings = [f"model.weights={weights}", f"output={output}", "train.optimizer=sgd", "train.learning_rate=1e-30"]
+    settings += ["train.global_batch=2", "train.steps=1", "engine.kind=ddp", "tracking.enabled=false"]
+    command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(folder / "config.yaml"), *settings]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    started, ended = load_file(weights), load_file(output / "checkpoints" / "step-00000001" / "weights.safetensors")
+    assert started.keys() == ended.keys()
+    assert all(torch.equal(started[name].float(), ended[name]) for name in started)

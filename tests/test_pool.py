@@ -21,7 +21,7 @@ from torch import Tensor
 from cpsp_dist import distributed, losses, pool
 from cpsp_dist.batch import Batch
 from cpsp_dist.config import Config, ObjectiveSettings
-from cpsp_dist.engine import build_engine
+from cpsp_dist.engine import _DeepSpeedEngine, build_engine
 from cpsp_dist.losses import Objectives
 from cpsp_dist.models import Network, Output, build_model
 
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 ALL = ObjectiveSettings(psa_s=1.0, psa_v=3.0, margin=0.8, sspsp=1.0)
 EACH = [(case,) for case in CASES]
-SOME = [("uneven",), ("empty rank",), ("background rank",)]
+SOME = [("uneven",), ("empty rank",)]
 
 
 def mining(name: Any, **more: Any) -> ObjectiveSettings:
@@ -96,30 +96,37 @@ RUNS = {
         SOME,
     ),
     "published": Run(
-        "cmran",
+        "psp",
         "full",
         ALL.model_copy(
             update={"psa_s_form": "published_rows", "background": "published", "few_negatives": "published"}
         ),
         SOME,
     ),
-    "bank": Run("psp", "full", ALL, [("even",), *SOME, ("all background",), ("even",)], bank=16),
+    "bank": Run("psp", "full", ALL, [("even",), *SOME, ("all background",), ("background rank",)], bank=16),
     "bank, supcon": Run("psp", "full", mining("supcon"), [("even",), *SOME], bank=16),
-    "accumulated": Run("psp", "full", ALL, [("uneven", "empty rank"), ("background rank", "even")]),
-    "accumulated, bank": Run("psp", "full", mining("semihard"), [("uneven", "empty rank"), ("even", "even")], bank=9),
+    "accumulated": Run("psp", "full", ALL, [("uneven", "empty rank")]),
+    "accumulated, bank": Run(
+        "psp", "full", mining("semihard"), [("uneven", "empty rank"), ("same clip twice", "even")], bank=9
+    ),
 }
+UNDER_ZERO = {
+    name: RUNS[name]._replace(steps=[("uneven",), ("background rank",)]) for name in ("published mining", "bank")
+} | {"accumulated": RUNS["accumulated"], "weak": RUNS["weak"]}
 LOCAL = {"local": Run("psp", "full", ALL, EACH, scope="local")}
 
 
-def gradients(runs: dict[str, Run]) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """For each step of each run the terms (of its last part) and the parameters' gradients before clipping: float64,
-    DDP where there are ranks, on this rank's share of the slots."""
+def gradients(
+    runs: dict[str, Run], precision: str = "fp64", kind: str = "ddp", zero: int = 0
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For each step of each run the terms (of its last part) and the parameters' gradients before clipping, on this
+    rank's share of the slots, averaged over the ranks by the engine."""
     ranks, results = distributed.discover(), {}
     for name, run in runs.items():
         model = network(run.network, run.supervision)
-        train = {"precision": "fp64", "optimizer": "sgd", "clip": None, "global_batch": SLOTS * len(run.steps[0])}
+        train = {"precision": precision, "optimizer": "sgd", "clip": None, "global_batch": SLOTS * len(run.steps[0])}
         train["accumulation"] = len(run.steps[0])
-        described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
+        described = {"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train}
         engine = build_engine(model, Config.model_validate(described), ranks)
         objectives = Objectives(run.objectives, pool=run.scope, bank=run.bank, supervision=run.supervision)
         for number, cases in enumerate(run.steps):
@@ -131,7 +138,9 @@ def gradients(runs: dict[str, Run]) -> dict[str, tuple[dict[str, Tensor], dict[s
                 engine.backward(total)
                 if part < len(cases) - 1:
                     engine.step(0.0)
-            grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+            whole = engine.access.safe_get_full_grad if isinstance(engine, _DeepSpeedEngine) else lambda p: p.grad
+            found = {key: whole(p) for key, p in model.named_parameters()}
+            grads = {key: grad.clone() for key, grad in found.items() if grad is not None}
             assert len(grads) == len(list(model.parameters()))
             engine.step(0.0)  # the weights stay
             results[f"{name} {number}: {', '.join(cases)}"] = (terms, grads)
@@ -165,6 +174,7 @@ def require_exact(together: list[dict[str, Any]], alone: dict[str, Any]) -> None
 
 # ---- edges: no network, outputs as they may come
 
+EDGE_TYPES = {2: torch.float64, 4: torch.float32}
 EDGES = ["one class", "all distinct", "few negatives", "identical", "zero", "background rank", "empty rank", "nothing"]
 WAYS = [
     (mode, scope, bank)
@@ -188,9 +198,8 @@ def edge(case: str, dtype: torch.dtype) -> tuple[Output, Batch]:
     elif case == "few negatives":
         batch.category = (torch.arange(SLOTS) == 5).long()
     elif case == "identical":
-        output = output._replace(
-            fusion=torch.ones(SLOTS, T, 8, dtype=dtype), visual=torch.ones(SLOTS, T, 8, dtype=dtype)
-        )
+        same = torch.ones(SLOTS, T, 8, dtype=dtype)
+        output = output._replace(fusion=same, visual=same)
     elif case == "zero":
         output = Output(*(None if x is None else torch.zeros_like(x) for x in output))
     elif case == "nothing":
@@ -213,13 +222,10 @@ def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
                 output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
                 total, terms = objectives(output, share(batch, rank, ranks))
                 total.backward()
-            squares = {
-                f"grad {n}": x.grad.square().sum() / ranks
-                for n, x in output._asdict().items()
-                if x is not None and x.grad is not None
-            }
+            grads = {f"grad {n}": x.grad for n, x in output._asdict().items() if x is not None and x.grad is not None}
+            squares = {n: g.square().sum() / ranks for n, g in grads.items()}
             health = {f"health {n}": torch.tensor(x) for n, x in objectives.health().items() if "gather" not in n}
-            found[*way, case] = terms | squares | health
+            found[(*way, case)] = terms | squares | health
     return found
 
 
@@ -228,7 +234,7 @@ def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
 
 def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Every rank weighs the gathered rows by its own number."""
-    rank, ranks = pool.world()
+    rank = pool.world()[0]
     rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
     gather = pool.Gather(rows)
     everyone = gather.wait()
@@ -286,10 +292,14 @@ def costs(width: int) -> dict[str, float]:
 
 
 def everything() -> dict[str, Any]:
+    zero = {}
+    if pool.world()[1] == 2:
+        zero = {stage: gradients(UNDER_ZERO, "fp32", "deepspeed", stage) for stage in range(4)}
     return {
+        "zero": zero,
         "gradients": gradients(RUNS),
         "local": gradients(LOCAL),
-        "edges": {dtype: edges(dtype) for dtype in (torch.float32, torch.float64)},
+        "edges": edges(EDGE_TYPES[pool.world()[1]]),
         "collectives": collectives(CASES),
         "gathered": gathered(torch.arange(24.0).view(8, 3)),
         "costs": costs(256),
@@ -323,6 +333,17 @@ def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
         assert torch.cat([g.flatten() for g in grads.values()]).norm() > 1e-3
 
 
+def test_each_zero_stage_in_float32(worlds: Any) -> None:
+    """DeepSpeed's averaged gradients on two ranks are those of one process: 1e-5."""
+    one = gradients(UNDER_ZERO, "fp32")
+    for rank in worlds[2]:
+        assert rank["zero"].keys() == {0, 1, 2, 3}
+        for stage, found in rank["zero"].items():
+            assert found.keys() == one.keys()
+            for step, (_, grads) in found.items():
+                assert relative(grads, one[step][1]) < 1e-5, (stage, step)
+
+
 def test_a_bank_makes_a_difference(alone: Any) -> None:
     """The first step has an empty bank, a later one a full one."""
     without = gradients({"without": RUNS["bank"]._replace(bank=0)})
@@ -348,19 +369,18 @@ def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("world", [2, 4])
-def test_edges_over_ranks(worlds: Any, world: int, dtype: torch.dtype) -> None:
+def test_edges_over_ranks(worlds: Any, world: int) -> None:
     """Finite in every way of mining and every scope, without a hang; with a gathered pool what one process has."""
-    one = edges(dtype)
-    for key, expected in one.items():
-        found = [rank["edges"][dtype][key] for rank in worlds[world]]
+    for key, expected in edges(EDGE_TYPES[world]).items():
+        found = [rank["edges"][key] for rank in worlds[world]]
         for values in (*found, expected):
             assert all(value.isfinite() for value in values.values()), (key, values)
         if "local" not in key:
             together = mean([{n: v for n, v in each.items() if n in expected} for each in found])
             for name, value in expected.items():
-                tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+                loose = world == 4 or "distance" in name  # float32; roots of differences that are nearly 0
+                tolerance = 1e-4 if loose else 1e-9
                 torch.testing.assert_close(
                     together[name], value.to(together[name]), rtol=tolerance, atol=tolerance, msg=f"{key} {name}"
                 )

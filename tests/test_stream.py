@@ -338,6 +338,36 @@ def test_slots_are_reused(written):
     assert len(set(places)) == 4
 
 
+def test_a_pinned_slot_is_not_refilled_while_it_is_copied_to_the_gpu(written, monkeypatch):
+    """Without a GPU, by stand-ins for CUDA's events: copies to the GPU go on after the next batch is asked for."""
+    asked, copied = threading.Semaphore(0), threading.Event()
+
+    class Copying:
+        def record(self):
+            pass
+
+        def synchronize(self):
+            asked.release()
+            assert copied.wait(20)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Copying)
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    with TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=1, depth=1, pin=True) as stream:
+        batches = stream.batches()
+        first = next(batches)
+        rows, place, before = real(first), first.visual.data_ptr(), first.visual.clone()
+        next(batches)
+        assert asked.acquire(timeout=20)  # the reader wants to refill the first slot
+        assert torch.equal(first.visual, before)
+        copied.set()
+        third = next(batches)
+        assert third.visual.data_ptr() == place
+        assert real(third) != rows
+        assert_as_written(third, written)
+
+
 def test_no_thread_outlives_its_iterator(written):
     before = set(threading.enumerate())
     stream = TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=3)
@@ -404,13 +434,13 @@ def test_looks_ahead_less_while_everything_is_in_memory_and_fully_once_it_is_not
     manifest = written.manifest
     ahead = stream_files.LookAhead(stream_files.ShardFiles(manifest), manifest.fields)
     counts = []
-    for number in range(8):
-        if number == 6:
+    for number in range(10):
+        if number == 8:
             blocks = itertools.count()  # now asking reads from the disk
         asked.clear()
         ahead.ask(manifest.samples[:16])
         counts.append(len(asked))
-    assert counts == [16, 8, 4, 2, 1, 1, 1, 16]
+    assert counts == [16, 8, 4, 2, 1, 1, 1, 1, 1, 16]
 
 
 def test_asking_covers_the_sample(written):
@@ -672,8 +702,10 @@ def test_too_few_samples_for_one_global_batch(written):
 
 
 def test_a_split_that_is_not_there(written):
-    with pytest.raises(DataError, match="no split 'test'"):
+    with pytest.raises(DataError, match="no split 'test' in these shards; there are: train, val"):
         EvalStream(written.manifest, "test", batch=4)
+    with pytest.raises(DataError, match="no split 'test'"):
+        TrainStream(written.manifest, "test", global_batch=4, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -710,6 +742,14 @@ def test_shards_of_another_form(written, name, field):
 def test_arguments_that_make_no_sense(written, wrong):
     with pytest.raises(ValueError):
         TrainStream(written.manifest, "train", **({"global_batch": 4, "seed": 0} | wrong))
+
+
+def test_a_position_before_the_start(written):
+    with (
+        TrainStream(written.manifest, "train", global_batch=4, seed=0) as stream,
+        pytest.raises(ValueError, match="position=-4"),
+    ):
+        stream.batches(-4)
 
 
 def test_a_manifest_read_again_gives_the_same_stream(written):

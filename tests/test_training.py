@@ -14,7 +14,7 @@ from conftest import REPO, environment, free_port
 from safetensors.torch import load_file
 
 from cpsp_dist import distributed
-from cpsp_dist.checkpoint import WEIGHTS, Checkpoints
+from cpsp_dist.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
 from cpsp_dist.config import load_config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.loop import train
@@ -39,6 +39,14 @@ def newest_weights(output: Path) -> dict[str, torch.Tensor]:
     checkpoints = Checkpoints(output)
     weights = load_file(checkpoints.path(checkpoints.steps()[-1]) / WEIGHTS)
     return {name: tensor.clone() for name, tensor in weights.items()}  # the file itself is only mapped
+
+
+def newest_state(output: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a run's newest checkpoint."""
+    checkpoints = Checkpoints(output)
+    folder = checkpoints.path(checkpoints.steps()[-1])
+    tensors = {name: load_file(folder / name) for name in (WEIGHTS, OPTIMIZER)}
+    return {f"{file}/{name}": tensor.clone() for file, found in tensors.items() for name, tensor in found.items()}
 
 
 def losses(output: Path) -> list[dict[str, float]]:

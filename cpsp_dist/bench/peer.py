@@ -55,7 +55,7 @@ def published(folder: Path) -> Callable[[], Batches]:
     for number, sample in enumerate(samples(folder)):
         paths.append(folder / "published" / f"{number}.zip")
         paths[-1].parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_DEFLATED) as file:
+        with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
             file.writestr("features.pkl", pickle.dumps({n: a.astype(np.float64) for n, a in sample.items()}))
 
     def load(path: Path) -> Sample:
@@ -78,7 +78,7 @@ def mosaicml(folder: Path) -> Callable[[], Batches]:
         for sample in samples(folder):
             writer.write(sample)
     data = streaming.StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
-    return lambda: stacked(iter(data))
+    return lambda: stacked(sample for sample in data)
 
 
 def litdata(folder: Path) -> Callable[[], Batches]:
@@ -92,7 +92,7 @@ def litdata(folder: Path) -> Callable[[], Batches]:
         num_workers=1,
     )
     data = litdata.StreamingDataset(str(folder / "litdata"), shuffle=True)
-    return lambda: stacked(iter(data))
+    return lambda: stacked(sample for sample in data)
 
 
 def _litdata_sample(item: tuple[str, int]) -> Sample:

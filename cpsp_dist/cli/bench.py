@@ -40,6 +40,20 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     peers.add_argument("--json", action="store_true", help="print JSON instead of a table")
     peers.set_defaults(handler=_peers)
 
+    pool = benches.add_parser(
+        "pool",
+        help="what the gathered pool costs",
+        description="Bytes, collectives, memory and time of the contrastive pool, with ranks of this machine over gloo"
+        " (one thread each), and for pools that they cannot fill.",
+    )
+    pool.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
+    pool.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    sizes = [64, 256, 1024, 4096, 16384, 65536]
+    pool.add_argument("--pools", type=_count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
+    pool.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    pool.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    pool.set_defaults(handler=_pool)
+
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -95,3 +109,32 @@ def _peers(args: argparse.Namespace) -> None:
             continue
         rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
         print(f"{name:22} {rate:10,.0f} {ratio:10.3f} {cpu:14.3f}")
+
+
+def _pool(args: argparse.Namespace) -> None:
+    import json
+
+    from cpsp_dist.bench.pool import bench_pool
+
+    result = bench_pool(batch=args.batch, ranks=args.ranks, pools=args.pools, rounds=args.rounds)
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{args.batch} videos a rank, embeddings of {result['width']}, medians of {result['rounds']} rounds")
+    print("A step's pool: received bytes forward and backward, of them the floor (W-1)*b*d*4 each way; step times")
+    print(f"{'ranks':>5} {'collectives':>11} {'floor, 2 ways':>13} {'bytes':>10} {'on the wire':>11}", end=" ")
+    print(f"{'waited ms':>9} {'off ms':>8} {'local ms':>8} {'gather ms':>9}")
+    for world, row in result["ranks"].items():
+        wire = "unknown" if row["wire_bytes"] is None else f"{row['wire_bytes']:,}"
+        print(f"{world:5} {row['collectives']:11} {2 * row['floor_bytes']:13,} {row['bytes']:10,} {wire:>11}", end=" ")
+        step = row["step_ms"]
+        print(f"{row['gather_ms']:9.1f} {step['off']:8.0f} {step['local']:8.0f} {step['gather']:9.0f}")
+    print("Pools (simulated): CPU time of mining, loss and backward; of the bare product; bytes kept for backward")
+    print(f"{'pool':>6} {'ms':>9} {'product ms':>10} {'two-stage':>12} {'full matrix':>13} {'replicated':>15}")
+    for size, row in result["pools"].items():
+        kept = ["not run" if x is None else f"{x:,}" for x in row["saved_bytes"].values()]
+        print(f"{size:>6} {row['ms']:9.2f} {row['floor_ms']:10.2f} {kept[0]:>12} {kept[1]:>13} {kept[2]:>15}")
+    if "share" in result:
+        share = result["share"]
+        print(f"A pool of {share['pool']:,}: {share['share']:.2%} of the CPU time of a training step", end=" ")
+        print(f"(its bare product: {share['floor_share']:.2%})")

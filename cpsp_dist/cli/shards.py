@@ -24,20 +24,22 @@ def register(commands: argparse._SubParsersAction) -> None:
     _register_rework(actions)
 
     verify = actions.add_parser("verify", help="read every byte against the manifest's hashes")
-    verify.add_argument("folder", type=Path, help="folder of shards")
+    verify.add_argument("folder", help="folder of shards, or its URL")
     verify.set_defaults(handler=_verify)
 
     info = actions.add_parser("info", help="splits, sizes, types and classes of a folder of shards")
-    info.add_argument("folder", type=Path, help="folder of shards")
+    info.add_argument("folder", help="folder of shards, or its URL")
     info.set_defaults(handler=_info)
 
     preview = actions.add_parser("preview", help="show samples' labels over their seconds")
-    preview.add_argument("folder", type=Path, help="folder of shards")
+    preview.add_argument("folder", help="folder of shards, or its URL")
     preview.add_argument("--split", help="of this split only")
     preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
     preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
     preview.add_argument("--png", type=Path, metavar="FILE", help="also draw their features and labels")
     preview.set_defaults(handler=_preview)
+
+    _register_plan(actions)
 
     keypad = actions.add_parser("keypad", help="generate the demo corpus, in AVE's file layout")
     keypad.add_argument("--out", type=Path, required=True, help="folder to make")
@@ -45,6 +47,18 @@ def register(commands: argparse._SubParsersAction) -> None:
         keypad.add_argument(f"--{split}", type=int, default=size, metavar="N", help=f"videos (default {size})")
     keypad.add_argument("--seed", type=int, default=0)
     keypad.set_defaults(handler=_keypad)
+
+
+def _register_plan(actions: argparse._SubParsersAction) -> None:
+    plan = actions.add_parser("plan", help="simulate an epoch on a cluster, from the manifest alone")
+    plan.add_argument("folder", help="folder of shards, or its URL")
+    plan.add_argument("--split", default="train", help="(default: %(default)s)")
+    plan.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
+    plan.add_argument("--gpus", type=int, default=8, help="ranks of each node (default: %(default)s)")
+    plan.add_argument("--batch", type=int, default=64, help="videos of a rank in each step (default: %(default)s)")
+    plan.add_argument("--order", choices=("full", "lanes"), default="full", help="lanes: for shards fetched from afar")
+    plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: tells the bandwidth it needs")
+    plan.set_defaults(handler=_plan)
 
 
 def _register_pack(actions: argparse._SubParsersAction) -> None:
@@ -214,7 +228,7 @@ def _verify(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.verify import verify
 
     manifest = verify(args.folder)
-    print(f"{args.folder}: {len(manifest.samples):,} samples in {len(manifest.shards)} shards, every byte as packed")
+    print(f"{manifest.place}: {len(manifest.samples):,} samples in {len(manifest.shards)} shards, every byte as packed")
     return 0
 
 
@@ -238,6 +252,16 @@ def _preview(args: argparse.Namespace) -> int:
         draw(manifest, rows, args.png)
     for line in preview(manifest, rows):
         print(line)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.stream.simulate import describe, simulate
+
+    sizes = {"nodes": args.nodes, "gpus": args.gpus, "batch": args.batch}
+    found = simulate(Manifest.load(args.folder), args.split, order=args.order, step_seconds=args.step_seconds, **sizes)
+    print(describe(found))
     return 0
 
 

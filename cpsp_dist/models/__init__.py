@@ -6,16 +6,18 @@ P = 49 the positions of a 7×7 visual map.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cpsp_dist.config import ModelSettings
-from cpsp_dist.manifest import Manifest
 from cpsp_dist.models.avel import AVEL
 from cpsp_dist.models.avsdn import AVSDN
 from cpsp_dist.models.cmran import CMRAN
 from cpsp_dist.models.parts import Network, Output
 from cpsp_dist.models.psp import PSP
 from cpsp_dist.models.weights import load_weights
+
+if TYPE_CHECKING:  # an exported model is loaded with torch and safetensors alone
+    from cpsp_dist.config import ModelSettings
+    from cpsp_dist.manifest import Manifest
 
 __all__ = ["Network", "Output", "build_model", "load_weights", "model_for"]
 

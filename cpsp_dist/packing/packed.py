@@ -58,9 +58,9 @@ def read_field(manifest: Manifest, row: int, name: str) -> bytes:
         DataError: they are not what was packed.
     """
     sample = manifest.samples[row]
-    path = manifest.path(manifest.shards[sample["shard"]])
+    shard = manifest.shards[sample["shard"]]
     size = int(sample["json_size"]) if name == "json" else manifest.fields[name].nbytes
-    with open(path, "rb") as file:
+    with manifest.at_hand(shard) as path, open(path, "rb") as file:
         file.seek(int(sample[name]))
         data = file.read(size)
     if crc32c(data) != sample[f"{name}_crc"]:

@@ -39,7 +39,7 @@ def describe(manifest: Manifest) -> str:
         names.append((-1, NO_CATEGORY))
     return "\n".join(
         [
-            f"{manifest.folder}: {len(manifest.samples):,} samples of {len(manifest.categories)} classes; {fields}",
+            f"{manifest.place}: {len(manifest.samples):,} samples of {len(manifest.categories)} classes; {fields}",
             f"fingerprint {manifest.fingerprint}",
             "",
             *_table(["split", "samples", "videos", "shards", "MB", "event segments"], summary),
@@ -73,7 +73,7 @@ def select(manifest: Manifest, split: str | None, count: int, keys: list[str] | 
     for key in keys:
         found = rows.start + np.flatnonzero((names == key) | (ids == key))
         if not len(found):
-            raise UserError(f"{manifest.folder}: no sample '{key}'{f' in split {split}' if split else ''}")
+            raise UserError(f"{manifest.place}: no sample '{key}'{f' in split {split}' if split else ''}")
         chosen += found.tolist()
     return chosen
 

@@ -1,4 +1,4 @@
-"""Every byte of a folder of shards against its manifest."""
+"""Every byte of shards against their manifest."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ from cpsp_dist.progress import Progress
 MAX_LISTED = 20
 
 
-def verify(folder: Path) -> Manifest:
-    """The manifest, if every byte is as packed.
+def verify(place: str | Path) -> Manifest:
+    """The manifest, if every byte is as packed; of a URL, as fetched into the cache.
 
     Raises:
         DataError: all damage found, a line each: which shard, which sample, which byte.
     """
-    manifest = Manifest.load(folder)
-    found = _table_damage(folder)
+    manifest = Manifest.load(place)
+    # A remote table was compared with its hash when it was fetched.
+    found = _table_damage(manifest.folder) if manifest.remote is None else []
     with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
         for number, shard in enumerate(manifest.shards):
-            found += _shard_damage(manifest, number, shard)
+            try:
+                with manifest.at_hand(shard) as path:
+                    found += _shard_damage(manifest, number, shard, path)
+            except DataError as error:  # it cannot be fetched
+                found.append(str(error))
             shown.update(shard.filesize // 10**6)
     if found:
         more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
-        raise DataError("\n  ".join([f"{folder}: {len(found)} damaged places", *found[:MAX_LISTED], *more]))
+        raise DataError("\n  ".join([f"{manifest.place}: {len(found)} damaged places", *found[:MAX_LISTED], *more]))
     return manifest
 
 
@@ -43,8 +48,7 @@ def _table_damage(folder: Path) -> list[str]:
     return []
 
 
-def _shard_damage(manifest: Manifest, number: int, shard: Shard) -> list[str]:
-    path = manifest.path(shard)
+def _shard_damage(manifest: Manifest, number: int, shard: Shard, path: Path) -> list[str]:
     rows = np.array(manifest.samples[shard.first : shard.first + shard.nsamples])
     found = []
     try:

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +40,16 @@ _ADVISE_BYTES = 512 * 1024
 
 
 class ShardFile:
-    """One shard. Closed when the last reference goes, so a reader never loses it in the middle of a copy."""
+    """One shard. Closed when the last reference goes, so a reader never loses it in the middle of a copy.
 
-    def __init__(self, path: str, size: int, mapped: bool) -> None:
+    `descriptor`: of the file where it is open already; taken over.
+    """
+
+    def __init__(self, path: str, size: int, mapped: bool, descriptor: int | None = None) -> None:
         self.path, self.size = path, size
         self._bytes: np.ndarray | None = None
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if descriptor is None else descriptor
         except OSError as error:
             raise DataError(f"{path}: cannot open this shard: {error.strerror}; copy or pack it again") from None
         found = os.fstat(self._fd).st_size
@@ -81,12 +84,15 @@ class ShardFile:
 
 
 class ShardFiles:
-    """The shards of a manifest by number. Threads may share it."""
+    """The shards of a manifest, in a folder of this machine, by number. Threads may share it.
+
+    `RemoteShardFiles` is the same for a URL.
+    """
 
     def __init__(self, manifest: Manifest, access: Access = "auto") -> None:
         if access not in ("auto", "map", "read"):
             raise ValueError(f"access={access!r}")
-        self._manifest = manifest
+        self.manifest = manifest
         self.local = file_system(manifest.folder) in _LOCAL
         self.mapped = access == "map" or (access == "auto" and self.local)
         self._open: dict[int, ShardFile] = {}
@@ -94,20 +100,42 @@ class ShardFiles:
         each = 2 if self.mapped else 1  # a mapping keeps a descriptor of its own
         self._most = max(1, _allow_files(each * len(manifest.shards)) // each)
 
+    @property
+    def moved(self) -> int:
+        """Bytes that came over a network so far: a sign of life to those that wait."""
+        return 0
+
     def __getitem__(self, number: int) -> ShardFile:
         file = self._open.get(number)
         if file is None:
             with self._lock:
                 file = self._open.get(number)
                 if file is None:
-                    if number >= len(self._manifest.shards):
-                        raise DataError(f"{self._manifest.folder}: the sample table names a shard that is not there")
-                    shard = self._manifest.shards[number]
-                    file = ShardFile(str(self._manifest.path(shard)), shard.filesize, self.mapped)
-                    while len(self._open) >= self._most:
-                        del self._open[next(iter(self._open))]
-                    self._open[number] = file
+                    if number >= len(self.manifest.shards):
+                        raise self.no_such_shard()
+                    shard = self.manifest.shards[number]
+                    file = ShardFile(str(self.manifest.path(shard)), shard.filesize, self.mapped)
+                    self._keep(number, file)
         return file
+
+    def at_hand(self, number: int) -> ShardFile | None:
+        """The shard, if it can be had without waiting for a network; raises DataError as `self[number]`."""
+        return self[number]
+
+    def follow(self, plans: Iterator[np.ndarray], keep: int) -> tuple[Iterator[np.ndarray], Callable[[], None]]:
+        """`plans` (rows of the sample table) that a reader is about to follow, and what to call once it no longer does.
+
+        The reader is done with a plan when it has drawn `keep` more.
+        """
+        return plans, lambda: None
+
+    def no_such_shard(self) -> DataError:
+        return DataError(f"{self.manifest.place}: the sample table names a shard that is not there")
+
+    def _keep(self, number: int, file: ShardFile) -> None:
+        while len(self._open) >= self._most:
+            del self._open[next(iter(self._open))]
+        self._open[number] = file
 
     def close(self) -> None:
         self._open.clear()
@@ -117,7 +145,7 @@ class LookAhead:
     """Asks the kernel for coming samples; nearly silent where all of them turn out to be in memory already.
 
     Asking costs some 8 µs a sample even then, a quarter of what copying 0.5 MB costs. So while asking reads nothing
-    from the disk (by this thread's own count of blocks), only each 2nd, 4th … 16th sample is asked for.
+    from the disk (by this thread's own count of blocks), only each 2nd, 4th … 64th sample is asked for.
     """
 
     def __init__(self, files: ShardFiles, fields: dict[str, Field]) -> None:
@@ -132,13 +160,14 @@ class LookAhead:
         before = _blocks_read()
         for shard, start, end in sample_ranges(table, self._fields):
             try:
-                self._files[shard].advise(start, end)
+                if (file := self._files.at_hand(shard)) is not None:
+                    file.advise(start, end)
             except (DataError, OSError):
                 continue
         if len(table):
             # Blocks that a network file system reads are not counted: there, every sample is asked for.
             warm = self._files.local and _blocks_read() == before
-            self._stride = min(16, 2 * self._stride) if warm else 1
+            self._stride = min(64, 2 * self._stride) if warm else 1
 
 
 def sample_ranges(table: np.ndarray, fields: dict[str, Field]) -> Iterator[tuple[int, int, int]]:

@@ -19,8 +19,9 @@ import torch
 from cpsp_dist.batch import Batch
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
-from cpsp_dist.stream.files import Access, ShardFiles
+from cpsp_dist.stream.files import Access, LookAhead
 from cpsp_dist.stream.order import share
+from cpsp_dist.stream.remote import shard_files
 from cpsp_dist.stream.ring import AHEAD, Job, Ring, Slot
 from cpsp_dist.stream.schedule import EpochEnd, OrderName, Schedule
 
@@ -64,7 +65,8 @@ class _Stream:
         self._threads, self._depth, self._slot_size = threads, depth, slots
         self._check_crc, self._skip, self._budget = check_crc, on_error == "skip", skip_budget
         self._pin = pin and torch.cuda.is_available()
-        self._files = ShardFiles(manifest, access)
+        self._files = shard_files(manifest, access)
+        self._look_ahead = LookAhead(self._files, manifest.fields)  # keeps what it found over many passes
         self._slots: list[Slot] = []
         self._ring: Ring | None = None
 
@@ -89,7 +91,9 @@ class _Stream:
         if not self._slots:
             # One is in the consumer's hands while `depth` are read ahead.
             self._slots = [Slot(self.manifest.fields, self._slot_size, self._pin) for _ in range(self._depth + 1)]
-        ring = self._ring = Ring(self.manifest, self._files, self._slots, plans, self._threads, self._check_crc)
+        ring = self._ring = Ring(
+            self.manifest, self._files, self._look_ahead, self._slots, plans, self._threads, self._check_crc
+        )
         try:
             while True:
                 asked = time.perf_counter()
@@ -121,7 +125,8 @@ class TrainStream(_Stream):
     ceil(global_batch / accumulation / world) slots a micro-batch, with one of them invalid where shares are uneven.
 
     Args:
-        order: "full", every sample anywhere; "lanes", for shards that are fetched as they are needed.
+        order: "full", every sample anywhere; "lanes", few shards at a time; None, the one for a folder, the other for a
+            URL. A position means what it did only in the order it was reached in.
         epoch_end: "carry", batches straddle epochs; "drop", an epoch's last, short global batch is left out; "pad", it
             is filled up with invalid slots. The last two tie positions to `global_batch`: keep it over a resume.
         threads, depth: reader threads, and batches they read ahead.
@@ -150,7 +155,7 @@ class TrainStream(_Stream):
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
-        order: OrderName = "full",
+        order: OrderName | None = None,
         epoch_end: EpochEnd = "carry",
         threads: int = 2,
         depth: int = 3,
@@ -166,7 +171,7 @@ class TrainStream(_Stream):
             seed=seed,
             world=world,
             accumulation=accumulation,
-            order=order,
+            order=order or ("full" if manifest.remote is None else "lanes"),
             epoch_end=epoch_end,
         )
         super().__init__(
@@ -185,7 +190,7 @@ class TrainStream(_Stream):
         )
         if self.samples < global_batch and epoch_end != "pad":
             raise DataError(
-                f"{manifest.folder}: split '{split}' has {self.samples} samples, too few for one global batch of"
+                f"{manifest.place}: split '{split}' has {self.samples} samples, too few for one global batch of"
                 f" {global_batch}; set train.global_batch to at most {self.samples // accumulation * accumulation}"
             )
 
@@ -195,6 +200,8 @@ class TrainStream(_Stream):
         A batch's tensors are views of a reused slot: they are good until the next batch is asked for. With `pin`, copy
         them on CUDA's current stream. A second call ends the first one's batches.
         """
+        if position < 0:
+            raise ValueError(f"position={position}")
         return self._deliver(itertools.islice(self._plans(position), count))
 
     def _plans(self, position: int) -> Iterator[np.ndarray]:
@@ -272,4 +279,4 @@ def _check_schema(manifest: Manifest) -> None:
     if not fits:
         wanted = "visual [T, 7, 7, C] float16 or float32, audio [T, A] float32, label [T] uint8"
         found = ", ".join(f"{name} {list(f.shape)} {np.dtype(f.dtype).name}" for name, f in fields.items())
-        raise DataError(f"{manifest.folder}: the shards hold {found}; needed: {wanted}; pack the features again")
+        raise DataError(f"{manifest.place}: the shards hold {found}; needed: {wanted}; pack the features again")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 import threading
 import time
 from collections import deque
@@ -24,7 +21,6 @@ AHEAD = 64
 #: Seconds after which a batch that does not come, or a thread that does not end, is given up.
 PATIENCE = 600.0
 JOIN = 10.0
-HUGE_PAGE = 2 * 1024 * 1024
 
 
 class Slot:
@@ -32,7 +28,7 @@ class Slot:
 
     def __init__(self, fields: dict[str, Field], size: int, pin: bool) -> None:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, pin_memory=True) if pin else _huge(shape, dtype)
+            return torch.empty(shape, dtype=dtype, pin_memory=pin)
 
         self.arrays = {n: empty(size, *fields[n].shape, dtype=_torch_dtype(fields[n])) for n in ARRAY_FIELDS}
         self.event = empty(*self.arrays["label"].shape, dtype=torch.bool)
@@ -98,15 +94,17 @@ class Ring:
         self,
         manifest: Manifest,
         files: ShardFiles,
+        look_ahead: LookAhead,
         slots: list[Slot],
         plans: Iterator[np.ndarray],
         threads: int,
         check_crc: bool,
     ) -> None:
         self._manifest, self._files, self._check_crc = manifest, files, check_crc
-        self._look_ahead = LookAhead(files, manifest.fields)
+        self._look_ahead = look_ahead
         self._table = np.asarray(manifest.samples)  # a plain array over the same map: indexing it is quicker
-        self._plans = plans
+        self._ahead = 1 + -(-AHEAD // slots[0].size)  # plans drawn before their turn
+        self._plans, self._let_go = files.follow(plans, self._ahead + len(slots))
         self._planned: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self._unit = -(-slots[0].size // threads)
         self._lock = threading.RLock()  # re-entered where the garbage collector closes an iterator in the midst of it
@@ -136,9 +134,10 @@ class Ring:
                     raise self._broken
                 if self._exhausted and not self._jobs:
                     return None
-                if not self._ready.wait(PATIENCE):
-                    folder = self._manifest.folder
-                    raise DataError(f"{folder}: no data for {PATIENCE:.0f} s; does its disk still answer?")
+                moved = self._files.moved
+                if not self._ready.wait(PATIENCE) and self._files.moved == moved:
+                    place = self._manifest.place
+                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; does its disk still answer?")
                 if self._stopped:
                     raise RuntimeError("this stream was closed while it waited for a batch")
             job = self._jobs.popleft()
@@ -151,6 +150,7 @@ class Ring:
             self._stopped = True
             self._room.notify_all()
             self._ready.notify_all()
+        self._let_go()
         if threading.current_thread() in self._workers:  # the garbage collector again: nobody can wait for himself
             return False
         limit = time.monotonic() + JOIN
@@ -197,13 +197,12 @@ class Ring:
 
     def _begin(self) -> Job | None:
         coming = []
-        ahead = 1 + -(-AHEAD // self._free[0].size)
-        while len(self._planned) < ahead and (index := next(self._plans, None)) is not None:
+        while len(self._planned) < self._ahead and (index := next(self._plans, None)) is not None:
             padded = np.full(self._free[0].size, -1)
             padded[: len(index)] = index
-            table = self._table[padded]  # of no meaning where the index is -1
+            table = self._table.take(padded)  # of no meaning where the index is -1
             self._planned.append((padded, table))
-            coming.append(table[padded >= 0])
+            coming.append(table[: len(index)])
         if not self._planned:
             self._exhausted = True
             return None
@@ -218,9 +217,10 @@ class Ring:
         slot, files, check = job.slot, self._files, self._check_crc
         slot.wait_copied()
         real = job.index[first:end] >= 0
-        slot.pad(first + np.flatnonzero(~real))
+        if not real.all():
+            slot.pad(first + np.flatnonzero(~real))
         positions = first + np.flatnonzero(real)
-        table = job.table[positions]
+        table = job.table.take(positions)
         failures: dict[int, Exception] = {}
         opened: list[ShardFile | None] = []
         for position, number in zip(positions.tolist(), table["shard"].tolist(), strict=True):
@@ -250,21 +250,12 @@ class Ring:
 
     def _explain(self, error: Exception, sample: np.void, field: str, offset: int) -> Exception:
         path = self._manifest.path(self._manifest.shards[sample["shard"]])
+        remedy = "copy or pack this shard again"
+        if self._manifest.remote is not None:
+            remedy = f"delete this file of the cache, and it is fetched again from {self._manifest.place}"
         return DataError(
-            f"{path}: sample '{sample['key'].decode()}', field {field} at byte {offset}: {error};"
-            " copy or pack this shard again"
+            f"{path}: sample '{sample['key'].decode()}', field {field} at byte {offset}: {error}; {remedy}"
         )
-
-
-def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor, in huge pages where the kernel has them: copying into it is some 10 % faster."""
-    count = math.prod(shape)
-    if count * dtype.itemsize < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).reshape(shape)
 
 
 def _torch_dtype(field: Field) -> torch.dtype:

@@ -1,0 +1,250 @@
+"""What the pool costs: bytes and collectives of a step, memory kept for the backward pass, and time.
+
+Ranks are processes of this machine, one thread each, over gloo. Steps are those of PSP at the published sizes, with the
+pool off, local and gathered in turn within a round, so that a machine's moods hit all of them; figures are medians over
+rounds. Pools larger than the ranks of one machine can fill are simulated: the rows are there, nobody sends them. Their
+times, and the share of a step, are CPU time of the one thread, which other processes of the machine do not lengthen.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cpsp_dist.batch import Batch
+from cpsp_dist.config import Config, ObjectiveSettings
+from cpsp_dist.distributed import Ranks
+from cpsp_dist.engine import build_engine, tune_cpu
+from cpsp_dist.errors import UserError
+from cpsp_dist.losses import Objectives, psa_v
+from cpsp_dist.models import Output, build_model
+from cpsp_dist.pool import Rows, mine
+
+#: The published sizes.
+SEGMENTS, VISUAL, AUDIO, CATEGORIES, WIDTH = 10, 512, 128, 28, 256
+#: The pool whose share of a training step is told.
+SHARE_OF = 4096
+#: N × N matrices beyond this many rows do not fit a laptop.
+REPLICATED_LIMIT = 4096
+LIMIT_SECONDS = 1800
+
+
+def bench_pool(
+    *,
+    batch: int = 64,
+    ranks: Sequence[int] = (1, 2, 4),
+    pools: Sequence[int] = (64, 256, 1024, 4096, 16384, 65536),
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Measure with `batch` videos a rank.
+
+    Returns:
+        ranks: for each number of them `floor_bytes` ((W−1)·b·d·4: what one rank has to receive of the others'
+        embeddings, one way), `bytes` and `collectives` of a step (forward and backward), `wire_bytes` that a process
+        really wrote (None where the system does not tell), `gather_ms` waited, `step_ms` with the pool off, local,
+        gathered, and `step_cpu_ms` with it off. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
+        of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: of a training step, of
+        a pool of 4,096.
+    """
+    found: dict[str, Any] = {"batch": batch, "width": WIDTH, "rounds": rounds, "ranks": {}}
+    found["ranks"] = {world: _launch(_steps, world, batch, rounds) for world in ranks}
+    found["pools"] = _simulate(batch, rounds, pools)
+    alone = found["ranks"].get(1)
+    if alone is not None and str(SHARE_OF) in found["pools"]:
+        step, own = alone["step_cpu_ms"], found["pools"][str(SHARE_OF)]
+        found["share"] = {
+            "pool": SHARE_OF,
+            "share": own["ms"] / (step + own["ms"]),
+            "floor_share": own["floor_ms"] / (step + own["floor_ms"]),
+        }
+    return found
+
+
+def _launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
+    """What `function` gives on rank 0 of `world` new processes."""
+    with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
+        context = mp.start_processes(_rank, (world, folder, function, args), world, join=False, start_method="spawn")
+        ends = time.monotonic() + LIMIT_SECONDS
+        try:
+            while not context.join(timeout=5):
+                if time.monotonic() > ends:
+                    raise UserError(f"no result of {world} ranks within {LIMIT_SECONDS} s; try a smaller --batch")
+        finally:
+            for process in context.processes:
+                process.kill()
+        return json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    torch.set_num_threads(1)
+    tune_cpu()
+    limit = datetime.timedelta(seconds=LIMIT_SECONDS)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
+    result = function(Ranks(rank, world, rank, torch.device("cpu")), *args)
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _random_batch(size: int, rank: int) -> Batch:
+    g = torch.Generator().manual_seed(rank)
+    event = torch.rand(size, SEGMENTS, generator=g) < 0.7
+    event[:, 0] = True
+    return Batch(
+        visual=torch.rand(size, SEGMENTS, 7, 7, VISUAL, generator=g),
+        audio=torch.randn(size, SEGMENTS, AUDIO, generator=g),
+        event=event,
+        category=torch.randint(0, CATEGORIES, (size,), generator=g),
+        valid=torch.ones(size, dtype=torch.bool),
+        video=rank * size + torch.arange(size),
+        index=torch.arange(size),
+    )
+
+
+def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
+    """Whole training steps, and what the gathered pool sends."""
+    model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)
+    train = {"global_batch": size * ranks.world, "optimizer": "sgd"}
+    described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
+    engine = build_engine(model, Config.model_validate(described), ranks)
+    batch = _random_batch(size, ranks.rank)
+    kinds = {
+        "off": Objectives(ObjectiveSettings(psa_v=0.0), pool="gather"),
+        "local": Objectives(ObjectiveSettings(), pool="local"),
+        "gather": Objectives(ObjectiveSettings(), pool="gather"),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    waits, cpu = [], []
+    for number in range(rounds + 1):
+        for kind, objectives in kinds.items():
+            dist.barrier()
+            began, cpu_began = time.perf_counter(), time.process_time()
+            engine.backward(objectives(engine(batch), batch)[0])
+            engine.step(0.0)
+            if number:  # the first round warms up
+                times[kind].append(1e3 * (time.perf_counter() - began))
+                cpu += [1e3 * (time.process_time() - cpu_began)] if kind == "off" else []
+                waits += [objectives.traffic.milliseconds()] if kind == "gather" else []
+    return {
+        "floor_bytes": (ranks.world - 1) * size * WIDTH * 4,
+        **_sent(ranks, batch),
+        "gather_ms": statistics.median(waits),
+        "step_cpu_ms": statistics.median(cpu),
+        "step_ms": {kind: statistics.median(each) for kind, each in times.items()},
+    }
+
+
+def _sent(ranks: Ranks, batch: Batch) -> dict[str, int | None]:
+    """Collectives and bytes of the pool alone: without a network, nothing else is sent."""
+    only = ObjectiveSettings(event=0.0, category=0.0, avps=0.0, psa_s=0.0)
+    objectives = Objectives(only, pool="gather")
+    size = len(batch)
+    for _ in range(2):  # connections are made in the first
+        fusion = torch.randn(size, SEGMENTS, WIDTH, requires_grad=True)
+        rest = torch.zeros(size, SEGMENTS, requires_grad=True)
+        dist.barrier()
+        before = _written()
+        objectives(Output(rest, rest, None, fusion, fusion, fusion, rest, None), batch)[0].backward()
+        after = _written()
+    wire = None if before is None or after is None else after - before
+    return {"bytes": objectives.traffic.bytes, "collectives": objectives.traffic.collectives, "wire_bytes": wire}
+
+
+def _written() -> int | None:
+    """Bytes that this process has written so far, to sockets too; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def _simulate(size: int, rounds: int, pools: Sequence[int]) -> dict[str, Any]:
+    """Pools that this machine's ranks cannot fill, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {str(count): _simulated(count, min(size, count), rounds) for count in pools}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _simulated(count: int, anchors: int, rounds: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(count)
+    rows = torch.rand(count, WIDTH, generator=g).requires_grad_()
+    pool = Rows(rows, torch.randint(0, CATEGORIES, (count,), generator=g), torch.arange(count))
+    ways = {"ms": _two_stage, "floor_ms": _product}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(2 * rounds + 1):
+        for name, way in ways.items():
+            began = time.process_time()
+            loss = way(pool, anchors)
+            if loss.requires_grad:
+                loss.backward()
+                rows.grad = None
+            if number:
+                times[name].append(1e3 * (time.process_time() - began))
+    return {
+        **{name: statistics.median(each) for name, each in times.items()},
+        "saved_bytes": {
+            "two_stage": _saved(_two_stage, pool, anchors),
+            "full_matrix": _saved(_full_matrix, pool, anchors),
+            "replicated": _saved(_full_matrix, pool, count) if count <= REPLICATED_LIMIT else None,
+        },
+    }
+
+
+def _two_stage(pool: Rows, anchors: int) -> Tensor:
+    """Ours: mining without gradient, then the mined pairs."""
+    own = torch.arange(anchors)
+    mined = mine(pool.rows[:anchors], own, *pool, 3)
+    return psa_v(pool.rows[:anchors], pool.rows, mined, 0.2).sum()
+
+
+@torch.no_grad()
+def _product(pool: Rows, anchors: int) -> Tensor:
+    """The floor of anything exact: each anchor with each row, once."""
+    return (pool.rows[:anchors] @ pool.rows.t())[0, 0]
+
+
+def _full_matrix(pool: Rows, anchors: int) -> Tensor:
+    """The plain way: all distances with gradient (with all rows as anchors: on every rank, everybody's)."""
+    x, y = pool.rows[:anchors], pool.rows
+    squares = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.t()
+    distance = squares.clamp(min=1e-12).sqrt()
+    same = pool.category[:anchors].unsqueeze(1) == pool.category
+    k = min(3, len(pool.rows))
+    hardest = torch.where(same, distance, -torch.inf).amax(1)
+    nearest = torch.where(same, 1e12, distance).topk(k, largest=False).values.mean(1)
+    return torch.relu(hardest - nearest + 0.2).sum()
+
+
+def _saved(way: Callable[[Rows, int], Tensor], pool: Rows, anchors: int) -> int:
+    """Bytes kept for the backward pass, each storage once, the pool's own rows not counted."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() != pool.rows.untyped_storage().data_ptr():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = way(pool, anchors)  # holds the graph, so that no storage is freed and its address used again
+    assert loss.requires_grad
+    return sum(kept.values())

@@ -1,0 +1,161 @@
+"""A trained model as a folder that needs neither this program's settings nor its shards, and how to load one.
+
+`load_model` imports torch and safetensors alone. The folder:
+
+    model.safetensors   weights, float32
+    config.json         the arguments of `cpsp_dist.models.build_model`, and the shapes of the inputs
+    categories.txt      class names, one a line, in the order of the logits
+    README.md           the model card: what it is, how it was trained and how well it did
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpsp_dist.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from cpsp_dist.checkpoint import Progress
+    from cpsp_dist.config import Config
+    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.models import Network
+
+FORMAT_VERSION = 1
+WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
+
+
+def load_model(folder: str | Path) -> Network:
+    """The exported network, in evaluation mode on the CPU. Its `categories` are the class names.
+
+    `model(visual [B, T, 7, 7, C], audio [B, T, A])` gives an `Output`, bit for bit that of the trained model.
+
+    Raises:
+        DataError: not an exported folder, or not whole.
+    """
+    from cpsp_dist.models import build_model, load_weights
+
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        categories = (folder / CATEGORIES).read_text(encoding="utf-8").splitlines()
+        if settings["format"] != FORMAT_VERSION:
+            raise DataError(f"{folder}: export format {settings['format']!r}, this program reads {FORMAT_VERSION}")
+        model = build_model(**settings["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not a model of `cpsp-dist export` ({error!r})") from None
+    load_weights(folder / WEIGHTS, model)
+    model.categories = categories  # type: ignore[assignment]  # nn.Module is annotated for tensors and modules
+    return model.eval()
+
+
+def export(run: str | Path, out: str | Path) -> Path:
+    """Write the best weights of a run (its last ones without a val split) to the new folder `out`.
+
+    Raises:
+        UserError: no whole checkpoint in `run`, its shards are gone, or `out` is there already or cannot be written.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from cpsp_dist.checkpoint import Checkpoints
+    from cpsp_dist.config import Config
+    from cpsp_dist.manifest import Manifest
+
+    checkpoints, out = Checkpoints(run), Path(out)
+    newest, _ = checkpoints.newest_valid()
+    if newest is None:
+        raise UserError(f"{run}: no whole checkpoint here; give the output folder of a training run")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it, or choose another name")
+    progress = checkpoints.load(newest)[1]
+    step = newest if progress.best_step is None else progress.best_step
+    state, _ = checkpoints.load(step)
+    config = Config.model_validate(progress.config, strict=False)
+    manifest = Manifest.load(config.data.shards)
+    if manifest.fingerprint != progress.fingerprint:
+        raise UserError(
+            f"{config.data.shards}: not the shards that {run} was trained on; the class names come from them"
+        )
+    settings = {
+        "format": FORMAT_VERSION,
+        "model": {
+            "name": config.model.name,
+            "supervision": config.model.supervision,
+            "visual_channels": manifest.fields["visual"].shape[-1],
+            "audio_channels": manifest.fields["audio"].shape[-1],
+            "categories": len(manifest.categories),
+            "threshold": config.model.threshold,
+            "dropout": config.model.dropout,
+            "sees": config.model.sees,
+        },
+        "inputs": {name: ["B", *manifest.fields[name].shape] for name in ("visual", "audio")},
+        "step": step,
+    }
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
+        (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
+        (part / CARD).write_text(_card(Path(run), config, manifest, progress, step), encoding="utf-8")
+        load_model(part)  # what cannot be loaded is not handed out
+        part.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
+    return out
+
+
+def _card(run: Path, config: Config, manifest: Manifest, progress: Progress, step: int) -> str:
+    fields, train = manifest.fields, config.train
+    results: dict[str, Any] = {}
+    if (run / "results.json").is_file():
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in results.items()) or "| (run not finished) | |"
+    used = [
+        f"{name} × {weight:g}"
+        for name in ("event", "category", "avps", "psa_s", "psa_v", "sspsp")
+        if (weight := getattr(config.objectives, name))
+    ]
+    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
+    epochs = progress.position / max(1, len(manifest.splits.get("train", ())))
+    return f"""# {run.name}: {config.model.name}, {config.model.supervision} supervision
+
+Audio-visual event localization: for each second of a video, whether an event is both seen and heard, and which of
+{len(manifest.categories)} categories it is. Trained with CPSP-dist, after "Contrastive Positive Sample Propagation
+along the Audio-Visual Event Line" (TPAMI 2022).
+
+## Use
+
+```python
+from cpsp_dist.export import load_model
+
+model = load_model("this folder")  # needs torch and safetensors
+output = model(visual, audio)  # float32 {_shape(fields["visual"].shape)} and {_shape(fields["audio"].shape)}
+event = output.event_logits > 0  # [B, T]
+category = output.{"video" if config.model.supervision == "weak" else "category"}_logits.argmax(1)  # [B]
+names = [model.categories[c] for c in category]
+```
+
+The features have to come from the encoders that made the training data.
+
+## Results (percent)
+
+| measure | value |
+|---|---|
+{rows}
+
+## Training
+
+- data: {sizes} videos; fingerprint `{manifest.fingerprint}`
+- objectives: {", ".join(used)}; pool {config.pool.scope}{f", bank of {config.pool.bank}" if config.pool.bank else ""}
+- step {step} of {progress.step} done ({epochs:.1f} epochs), global batch {train.global_batch}, {train.optimizer},
+  learning rate {train.learning_rate:g}, {train.precision}, seed {train.seed}, {progress.world} ranks
+- MLflow run: {progress.run_id or "none"}
+"""
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(["B", *map(str, shape)]) + "]"

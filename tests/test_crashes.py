@@ -1,0 +1,254 @@
+"""Killed at random moments, killed inside the checkpoint write, moved between world sizes: as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_signals import arguments
+from test_training import newest_state
+
+from cpsp_dist.checkpoint import LATEST, Checkpoints
+from cpsp_dist.errors import EXIT_REQUEUE
+
+KILLS = 30
+
+
+def audited(output: Path) -> dict[int, list[str]]:
+    """{step: keys of the samples that all ranks together trained on}, from the run's audit log."""
+    steps: dict[int, list[str]] = defaultdict(list)
+    for file in sorted((output / "audit").glob("rank*.jsonl")):
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len({line["step"] for line in found}) == len(found), f"{file}: a step twice"
+        for line in found:
+            steps[line["step"]] += line["keys"]
+    return dict(sorted(steps.items()))
+
+
+def require_each_sample_once_an_epoch(output: Path, steps: int, global_batch: int, samples: int) -> None:
+    found = audited(output)
+    assert list(found) == list(range(1, steps + 1))
+    assert all(len(keys) == global_batch for keys in found.values())
+    delivered = [keys for step in found for keys in found[step]]
+    assert steps * global_batch % samples == 0
+    for epoch in range(steps * global_batch // samples):
+        # Batches do not straddle epochs here: 48 samples, batches of 4.
+        counts = Counter(delivered[epoch * samples : (epoch + 1) * samples])
+        assert len(counts) == samples
+        assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_killed_at_random_moments(nursery: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
+    """30 SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
+
+    A moment is some milliseconds after the start, or after some step was told: with a checkpoint a step a good part of
+    them lies within a save.
+    """
+    seed = random.randrange(10_000)
+    print("seed", seed)  # pytest shows it on failure
+    chance = random.Random(seed)
+    more = [f"engine.zero={zero}", "train.steps=36", "data.audit=true", "checkpoint.every_steps=1"]
+    began = time.monotonic()
+    nursery.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
+    whole = time.monotonic() - began
+    killed = arguments(keypad_shards, tmp_path / "killed", *more)
+    checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
+    for _ in range(KILLS):
+        attempt = nursery.start(killed, 2)
+        saved = max([0, *checkpoints.steps()])
+        if chance.random() < 0.2 or saved >= 33:
+            time.sleep(chance.uniform(0, whole / 10))
+        else:
+            assert attempt.until_step(saved + chance.choice([1, 1, 2]))
+            time.sleep(chance.uniform(0, whole / 36))
+        victim, other = chance.sample(attempt.ranks, 2)
+        victim.kill()
+        where["before its first step" if not attempt.ranks[0].output.count("\nstep ") else "training"] += 1
+        where["within a save"] += any(checkpoints.folder.glob(".step-*.part"))
+        time.sleep(chance.uniform(0, 0.03))  # as soon as a launcher would
+        other.kill()
+        assert set(attempt.wait()) == {-signal.SIGKILL}, attempt.outputs()
+        assert checkpoints.newest_valid()[0] == max(checkpoints.steps(), default=None), "never a half one"
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert "going on from" in nursery.start(killed, 2).finish()
+    print(where)
+    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    require_each_sample_once_an_epoch(tmp_path / "killed", steps=36, global_batch=4, samples=48)
+    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
+
+
+def kill_in_save(rank: int, stage: int, victim: int, pids: str) -> None:
+    """Kill rank `victim` when rank 0's first save of this start comes to its `stage`-th call that changes the disk:
+    even numbers before, odd ones after the call. With a stage out of reach nothing happens."""
+    Path(pids, f"{rank}.pid").write_text(str(os.getpid()))
+    calls = count_disk_calls()
+
+    def strike(number: int) -> None:
+        if rank == 0 and number == stage:
+            Path(pids, "struck").touch()
+            os.kill(int(Path(pids, f"{victim}.pid").read_text()), signal.SIGKILL)
+
+    calls.append(strike)
+
+
+def count_disk_calls() -> list[Any]:
+    """Wrap every call by which checkpoint.py changes the disk; functions in the returned list are told the number, 2n
+    before and 2n + 1 after call n."""
+    from cpsp_dist import checkpoint
+
+    told: list[Any] = []
+    count = iter(range(0, 10**6, 2))
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = next(count)
+            for tell in told:
+                tell(number)
+            result = original(*args, **kwargs)
+            for tell in told:
+                tell(number + 1)
+            return result
+
+        setattr(owner, name, call)
+
+    class Disk(type(Path())):  # type: ignore[misc]
+        """The paths of checkpoint.py alone, not everybody's."""
+
+    checkpoint.Path = Disk  # type: ignore[misc, attr-defined]
+    for owner, name in (
+        (checkpoint, "save_file"),
+        (checkpoint, "_sync"),
+        (checkpoint, "_sha256"),
+        (Disk, "mkdir"),
+        (Disk, "write_text"),
+        (Disk, "rename"),
+        (Disk, "replace"),
+    ):
+        wrap(owner, name)
+    return told
+
+
+def save_stages(folder: Path) -> int:
+    """How many numbers a save has when an older checkpoint is to be removed, counted in a process of its own."""
+    count = folder / "count"
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        try:
+            told = count_disk_calls()
+            told.append(lambda number: count.write_text(str(number + 1)))
+            save_some(folder / "counted", 3)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return int(count.read_text())
+
+
+def save_some(output: Path, step: int, value: float | None = None) -> None:
+    from cpsp_dist.checkpoint import Progress
+    from cpsp_dist.engine import TrainingState
+
+    tensor = torch.full((100,), float(step) if value is None else value)
+    Checkpoints(output).save(TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), Progress(step=step), 2)
+
+
+def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
+    """Exhaustive: a process of its own for each stage; the newest checkpoint is the old or the new one, whole."""
+    for step in (1, 2):
+        save_some(tmp_path / "counted", step)
+    stages = save_stages(tmp_path)
+    assert stages > 30, "mkdir, 4 files, 3 hashes, 5 syncs, rename, sync, latest (3), sync, removal; each twice"
+    outcomes = []
+    for stage in range(stages):
+        output = tmp_path / f"stage{stage}"
+        for step in (1, 2):
+            save_some(output, step)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                told = count_disk_calls()
+                told.append(lambda number, at=stage: os.kill(os.getpid(), signal.SIGKILL) if number == at else None)
+                save_some(output, 3)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        checkpoints = Checkpoints(output)
+        newest, passed_over = checkpoints.newest_valid()
+        assert newest in (2, 3)
+        assert not passed_over, "what is not whole is no checkpoint at all"
+        state, progress = checkpoints.load(newest)
+        assert progress.step == newest
+        assert torch.equal(state.weights["w"], torch.full((100,), float(newest)))
+        assert int((checkpoints.folder / LATEST).read_text().split("-")[1]) in (newest - 1, newest)
+        outcomes.append(newest)
+        save_some(output, 3)  # and the run goes on
+        assert checkpoints.newest_valid() == (3, [])
+        assert not [path for path in checkpoints.folder.iterdir() if path.name.endswith(".part")]
+        assert checkpoints.steps() == [2, 3]
+    assert outcomes == sorted(outcomes), "one moment at which the new one is there"
+    assert set(outcomes) == {2, 3}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_inside_a_save(nursery: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
+    """One training, killed on `victim` at stages all over the save, start after start; the ranks' own end is awaited
+    once, and hurried otherwise."""
+    more = ["train.steps=12", "checkpoint.every_steps=1", "data.audit=true"]
+    nursery.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
+    run = arguments(keypad_shards, tmp_path / "killed", *more)
+    for step in (1, 2):
+        save_some(tmp_path / "counted", step)
+    stages = save_stages(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "killed")
+    for turn, stage in enumerate(range(1, stages, 5)):
+        pids = tmp_path / f"pids{stage}"
+        pids.mkdir()
+        attempt = nursery.start(run, 2, patch="test_crashes:kill_in_save", patch_args=[stage, victim, str(pids)])
+        assert attempt.until(lambda pids=pids: (pids / "struck").exists())
+        if turn:
+            attempt.ranks[1 - victim].kill()
+        codes = attempt.wait()
+        assert codes[victim] == -signal.SIGKILL
+        newest, _ = checkpoints.newest_valid()
+        assert newest == max(checkpoints.steps(), default=None)
+    nursery.start(run, 2).finish()
+    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_four_two_three_four_ranks(nursery: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
+    """50 steps of SGD, stopped by a signal and gone on with on another number of ranks, against 4 ranks throughout."""
+    more = [f"engine.zero={zero}", "model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]
+    more += ["train.steps=50", "data.audit=true", "train.milestones=[]"]
+    nursery.start(arguments(keypad_shards, tmp_path / "four", *more), 4).finish(240)
+    run = arguments(keypad_shards, tmp_path / "moved", *more)
+    for world, step in ((4, 10), (2, 22), (3, 34)):
+        attempt = nursery.start(run, world)
+        assert attempt.until_step(step)
+        attempt.ranks[-1].signal(signal.SIGUSR2)
+        assert attempt.wait() == [EXIT_REQUEUE] * world, attempt.outputs()
+    assert "going on from" in nursery.start(run, 4).finish(240)
+
+    expected, found = audited(tmp_path / "four"), audited(tmp_path / "moved")
+    assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}
+    assert len(found) == 50
+    weights = newest_state(tmp_path / "four"), newest_state(tmp_path / "moved")
+    apart = max((weights[1][name] - tensor).abs().max().item() for name, tensor in weights[0].items())
+    print(f"zero {zero}: parameters at most {apart:.1e} apart after 50 steps")
+    assert apart <= 1e-6
