@@ -106,7 +106,8 @@ class Checkpoints:
         described = asdict(progress) | {"updates": state.updates}
         (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-        (part / COMMIT).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        commit = {"files": hashes, "own": _digest_of(hashes)}
+        (part / COMMIT).write_text(json.dumps(commit, indent=1), encoding="utf-8")
         for path in part.iterdir():
             _sync(path)
         _sync(part)
@@ -132,10 +133,15 @@ class Checkpoints:
         """What is wrong with a checkpoint; nothing when every file is there and unchanged."""
         folder = self.path(step)
         try:
-            hashes = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
-            expected = {name: str(digest) for name, digest in hashes.items()}
-        except (OSError, ValueError, AttributeError):
-            yield f"{COMMIT} is missing or damaged"
+            commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+            expected = commit["files"]
+            if commit["own"] != _digest_of(expected):
+                raise ValueError("changed")
+        except FileNotFoundError:
+            yield f"{COMMIT} is missing"
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            yield f"{COMMIT} is damaged"
             return
         for name in (WEIGHTS, OPTIMIZER, PROGRESS):
             if not (folder / name).is_file():
@@ -175,6 +181,10 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _digest_of(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -204,10 +204,12 @@ class _DeepSpeedEngine:
             group["lr"] = learning_rate
         last = self.engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if last else None
-        if norm is not None and not norm.isfinite():
-            for parameter in self.module.parameters():  # torch's optimizers pass over a parameter without gradient
-                parameter.grad = None
-        self.engine.step()
+        if norm is None or norm.isfinite():
+            self.engine.step()
+        else:
+            self.engine.optimizer.step = lambda *_: None  # all the rest of a step, but the update
+            self.engine.step()
+            del self.engine.optimizer.step
         if not last:
             return float("nan")
         found = float(norm if norm is not None else self.engine.get_global_grad_norm())

@@ -402,7 +402,7 @@ def _final_results(
     for split, name in (("val", "best_val"), ("test", "test")):
         if split in manifest.splits:
             found = evaluate(model, manifest, split, config, ranks)
-            results |= {f"accuracy/{name}": 100 * found["accuracy"], f"boundary_f1/{name}": 100 * found["boundary_f1"]}
+            results |= {f"{key}/{name}": 100 * found[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
             if ranks.first:
                 _write_json(config, f"evaluation_{split}.json", found)
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Witness:
         gradients: dict[str, Tensor] = {}
         for name, x in outputs.items():
             if x.requires_grad:
-                x.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradient))
+                x.register_hook(partial(_keep, gradients, name))
         index = torch.where(batch.valid, batch.index, -1).clone()  # the batch's own memory is used again
         self._parts.append((index, {name: x.detach() for name, x in outputs.items()}, gradients, terms))
 
@@ -54,6 +55,11 @@ class Witness:
         of = "outputs" if any(names for _, names, *_ in found) else "gradients"
         told = [_describe(rank, t, o, g, rows[of]) for rank, (t, o, g, rows) in enumerate(found) if rows[of]]
         return "; ".join(told) or "a gradient inside the network, of no single video"
+
+
+def _keep(gradients: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
+    if gradient is not None:  # DDP passes on that there is none
+        gradients[name] = gradient
 
 
 def _describe(rank: int, terms: list[str], outputs: list[str], gradients: list[str], videos: list[str]) -> str:

@@ -7,6 +7,7 @@ server that is down or slow delays the page, never the training.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -128,14 +129,12 @@ class Tracker:
 
     def _write(self) -> None:
         try:
-            with open(self.file, "ab") as file:
+            lines = "".join(self.unwritten).encode()
+            with open(self.file, "ab", buffering=0) as file:
                 size = file.tell()
-                try:
-                    file.write("".join(self.unwritten).encode())
-                    file.flush()
-                except OSError:
-                    os.ftruncate(file.fileno(), size)
-                    raise
+                if file.write(lines) != len(lines):  # a disk that is just full takes a part, without an error
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.unwritten.clear()
         except OSError as error:
             self._warn("write", f"{self.file}: {error.strerror}; points wait in memory, training goes on")

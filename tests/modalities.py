@@ -36,7 +36,7 @@ def run(shards: str, output: str, kinds: list[str], seeds: int, epochs: int) -> 
             subprocess.run(command, check=True, timeout=LIMIT_SECONDS, env={"OMP_NUM_THREADS": "1"} | os.environ)
     store = f"sqlite:///{output}/mlflow.db"
     compare = ["compare", "--uri", store, "--experiment", "modalities", "--mean", "--metrics"]
-    command = [sys.executable, "-m", "cpsp_dist", *compare, "accuracy/test,accuracy/best_val"]
+    command = [sys.executable, "-m", "cpsp_dist", *compare, "accuracy/test,event_accuracy/test,boundary_f1/test"]
     subprocess.run(command, check=True, timeout=120)
 
 

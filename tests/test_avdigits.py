@@ -21,12 +21,14 @@ def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path)
     pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(shared / "avdigits/ave_h5")]
     assert main([*pack, "--out", str(shards)]) == 0
     modalities.run(str(shards), str(tmp_path), ["cpsp", "audio-only", "visual-only"], seeds=1, epochs=12)
-    accuracy = {
-        kind: json.loads((tmp_path / f"{kind}-seed1/results.json").read_text())["accuracy/test"]
+    both, audio, visual = (
+        json.loads((tmp_path / f"{kind}-seed1/results.json").read_text())
         for kind in ("cpsp", "audio-only", "visual-only")
-    }
-    assert accuracy["cpsp"] > 65, accuracy  # the published network: 74 to 78 after 60 epochs
-    assert accuracy["cpsp"] > max(accuracy["audio-only"], accuracy["visual-only"]) + 5, accuracy
+    )
+    assert both["accuracy/test"] > 65  # the published network: 74 to 78 after 60 epochs
+    assert both["accuracy/test"] > audio["accuracy/test"] + 10
+    # The eye alone reads the digit, so the category, nearly as well; when it is an event, only both can tell.
+    assert both["event_accuracy/test"] > max(audio["event_accuracy/test"], visual["event_accuracy/test"]) + 2
 
 
 def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from test_training import newest_state
 
 from cpsp_dist.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, Progress
 from cpsp_dist.engine import TrainingState
-from cpsp_dist.errors import EXIT_USER_ERROR
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
+from cpsp_dist.manifest import Manifest
+from cpsp_dist.tracking import RUN_FILE
 
 
 def truncate(file: Path) -> None:
@@ -84,20 +87,25 @@ def test_kept_by_count_and_by_metric(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_what_a_run_needs(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """The random states are none: each step seeds itself, which the bitwise tests with dropout show."""
-    more = ["train.steps=4", "tracking.enabled=true", "pool.bank=16", "train.milestones=[1]"]
-    nursery.start(arguments(keypad_shards, tmp_path / "run", *more), 2).finish()
-    checkpoints = Checkpoints(tmp_path / "run")
-    state, progress = checkpoints.load(4)
-    from cpsp_dist.manifest import Manifest
-
-    assert progress.position == 16
+    output = tmp_path / "run"
+    more = ["train.steps=1000", "tracking.enabled=true", "pool.bank=16", "train.milestones=[1]"]
+    attempt = nursery.start(arguments(keypad_shards, output, *more), 2)
+    assert attempt.until_step(2)
+    assert attempt.until(lambda: (output / RUN_FILE).exists() and (output / RUN_FILE).stat().st_size > 0)
+    attempt.ranks[0].signal(signal.SIGTERM)
+    assert attempt.wait() == [EXIT_REQUEUE] * 2
+    checkpoints = Checkpoints(output)
+    step, _ = checkpoints.newest_valid()
+    assert step is not None
+    state, progress = checkpoints.load(step)
+    assert progress.step == state.updates == step
+    assert progress.position == 4 * step
     assert progress.world == 2
     assert progress.config["train"]["milestones"] == [1], "the schedule is a function of it and the step"
     assert progress.fingerprint == Manifest.load(keypad_shards).fingerprint
-    assert progress.run_id
+    assert progress.run_id == json.loads((output / RUN_FILE).read_text())["run_id"]
     assert set(state.moments) == {"exp_avg", "exp_avg_sq"}
     assert int(state.objectives["bank.count"]) > 0
-    assert state.updates == 4
 
 
 @pytest.fixture

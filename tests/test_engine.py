@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,37 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
             tolerance = 3e-2 if kind[2] == "bf16" else 1e-6
             assert found["norms"][kind] == pytest.approx(one["norms"][("ddp", 0, "fp64")], rel=tolerance), kind
             assert found["norms"][kind] == on_three[0]["norms"][kind], "all ranks see one norm"
+
+
+def leave_out() -> dict[tuple, list[float]]:
+    """Two steps that are not finite on rank 0 alone, among good ones: the norms, and whether state and all later steps
+    are those of an engine that never saw them."""
+    found = {}
+    ranks = distributed.discover()
+    for kind in KINDS:
+        troubled, spared = engine(*kind, None), engine(*kind, None)
+        norms = []
+        for wrapped in (troubled, spared):
+            train_steps(wrapped, range(3))
+            for trouble in (float("nan"), float("inf")) if wrapped is troubled else ():
+                out = wrapped(Batch(*[torch.ones(4, 6, 13)] * 7)).float()
+                # The second is infinite itself, and its gradient is zero.
+                bad = out.mean() * trouble if trouble != trouble else 0 * out.mean() + trouble
+                wrapped.backward(out.mean() if ranks.rank else bad)
+                norms.append(wrapped.step(1e-2))
+            train_steps(wrapped, range(3, 5))
+        found[kind] = [*norms, float(same(troubled.capture(), spared.capture()))]
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(ranks, world):
+    for found in ranks(leave_out, world, timeout=300):
+        assert set(found) == set(KINDS)
+        for kind, (first, second, unchanged) in found.items():
+            assert not math.isfinite(first), kind
+            assert not math.isfinite(second), kind
+            assert unchanged, kind
 
 
 def accumulated(accumulation: int) -> dict[tuple, dict[str, torch.Tensor]]:

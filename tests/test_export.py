@@ -47,7 +47,8 @@ for name in ("deepspeed", "mlflow", "pydantic", "yaml", "webdataset", "accelerat
 import torch
 from cpsp_dist.export import load_model
 model = load_model(sys.argv[1])
-output = model(*torch.load(sys.argv[2], weights_only=True))
+with torch.no_grad():
+    output = model(*torch.load(sys.argv[2], weights_only=True))
 torch.save({"output": output._asdict(), "categories": model.categories}, sys.argv[3])
 print(*sys.modules)
 """

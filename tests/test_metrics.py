@@ -77,6 +77,7 @@ def test_breakdown_equals_sklearn(seed: int, size: int) -> None:
         ["dog", "bell", "car"],
     )
     assert told["accuracy"] == pytest.approx(accuracy_score(truth.flatten(), answer.flatten()))
+    assert told["event_accuracy"] == pytest.approx(accuracy_score(truth.flatten() == K, answer.flatten() == K))
     for t in range(T):
         assert told["seconds"][t] == pytest.approx(accuracy_score(truth[:, t], answer[:, t]))
     expected = precision_recall_fscore_support(
@@ -92,5 +93,5 @@ def test_breakdown_equals_sklearn(seed: int, size: int) -> None:
 
 def test_breakdown_of_nothing() -> None:
     told = metrics.breakdown(torch.zeros(3, 3, dtype=torch.int64), torch.zeros(T, 2), torch.zeros(3), ["a", "b"])
-    assert told["accuracy"] == told["boundary_f1"] == 0
+    assert told["accuracy"] == told["event_accuracy"] == told["boundary_f1"] == 0
     assert told["categories"]["a"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "segments": 0}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import REPO, environment, free_port
+from conftest import REPO, free_port
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
@@ -19,23 +20,32 @@ from cpsp_dist.report import compare, format_table
 CONFIG = REPO / "configs" / "keypad.yaml"
 
 
-def train(shards: Path, output: Path, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
-    settings += ["tracking.every_steps=2", "engine.kind=ddp", *more]
-    command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(CONFIG), *settings]
-    done = subprocess.run(
-        command, env=environment(**(env or {})), cwd=REPO, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return ["--config", str(CONFIG), *settings, "tracking.every_steps=2", "engine.kind=ddp", *more]
+
+
+def told_steps(output: Path) -> list[int]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss/total" in line]
+
+
+def tracked_points(store: Path, name: str) -> list[int]:
+    """Steps of a metric of the one run in an SQLite store."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    (run,) = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id])
+    assert run.info.status == "FINISHED"
+    return [point.step for point in client.get_metric_history(run.info.run_id, name)]
 
 
 @pytest.fixture(scope="module")
-def two_runs(keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_runs(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
-    train(keypad_shards, folder / "gathered", "tracking.run_name=a-seed1")
-    train(keypad_shards, folder / "other", "tracking.run_name=a-seed2", "train.seed=2")
-    train(keypad_shards, folder / "local", "objectives.psa_v=0", "train.seed=2")
+    nursery.start(arguments(keypad_shards, folder / "gathered", "tracking.run_name=a-seed1"), 1).finish()
+    nursery.start(arguments(keypad_shards, folder / "other", "tracking.run_name=a-seed2", "train.seed=2"), 1).finish()
+    nursery.start(arguments(keypad_shards, folder / "local", "objectives.psa_v=0", "train.seed=2"), 1).finish()
     return folder
 
 
@@ -98,16 +108,54 @@ def test_tables_align():
     assert format_table(rows) == "run     value\n------  -----\na           1\nlonger      -"
 
 
-def test_tracking_uri_of_the_environment(keypad_shards: Path, tmp_path: Path):
+def test_tracking_uri_of_the_environment(nursery: Any, keypad_shards: Path, tmp_path: Path):
     store = tmp_path / "elsewhere.db"
-    train(keypad_shards, tmp_path / "out" / "run", env={"MLFLOW_TRACKING_URI": f"sqlite:///{store}"})
+    run = arguments(keypad_shards, tmp_path / "out" / "run")
+    nursery.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}").finish()
     assert "run" in compare(f"sqlite:///{store}", "cpsp", ["accuracy/test"])
     assert not (tmp_path / "out" / "mlflow.db").exists()
 
 
-def test_a_dead_server_costs_the_page_not_the_training(keypad_shards: Path, tmp_path: Path):
+def test_points_for_a_dead_server_are_sent_by_a_later_start(nursery: Any, keypad_shards: Path, tmp_path: Path):
+    run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=20")
     dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    done = train(keypad_shards, tmp_path / "run", env=dead)
-    assert "warning: MLflow could not start a run" in done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6]
+    told = nursery.start(run, 1, **dead).finish()
+    assert "warning: MLflow: " in told
+    assert "are sent later, training goes on" in told
+    assert told_steps(tmp_path / "run") == [2, 4, 6]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not (tmp_path / "mlflow.db").exists()
+
+    for _ in range(2):  # the second time there is nothing left to send
+        assert "(finished)" in nursery.start(run, 1).finish()
+        assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
+        assert tracked_points(tmp_path / "mlflow.db", "accuracy/test") == [6]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_points_are_sent_when_the_store_comes_back(nursery: Any, keypad_shards: Path, tmp_path: Path):
+    (tmp_path / "place").touch()  # a file where the store's folder should be
+    store = tmp_path / "place" / "mlflow.db"
+    more = ["train.steps=24", "tracking.every_steps=1", "checkpoint.every_steps=1"]
+    run = arguments(keypad_shards, tmp_path / "run", *more)
+    attempt = nursery.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}")
+    assert attempt.until(lambda: "training goes on" in attempt.ranks[0].output)
+    (tmp_path / "place").unlink()
+    attempt.finish()
+    assert tracked_points(store, "loss/total") == list(range(1, 25))
+
+
+def test_a_server_that_never_answers_holds_nothing_up(nursery: Any, keypad_shards: Path, tmp_path: Path):
+    """It takes the connection and is silent; the client would wait 1,000 s for each request."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(50)
+        silent = {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",
+        }
+        run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=2")
+        told = nursery.start(run, 1, **silent).finish()
+    assert "MLflow has not taken all points" in told
+    assert told_steps(tmp_path / "run") == [2, 4, 6]
+    assert (tmp_path / "run" / "results.json").is_file()
