@@ -287,9 +287,11 @@ def _experiment(client: Any, config: Config) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    local = "MLFLOW_TRACKING_URI" not in os.environ
-    place = (Path(config.output).resolve().parent / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(name, artifact_location=place)
+    uri = tracking_uri(config.output)
+    # Beside a SQLite file; mlflow would take whatever folder the command was given in. A server decides for itself.
+    local = uri.startswith("sqlite:///")
+    place = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" if local else None
+    return client.create_experiment(name, artifact_location=place.as_uri() if place else None)
 
 
 def _git_state() -> dict[str, str]:

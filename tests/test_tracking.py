@@ -114,6 +114,7 @@ def test_tracking_uri_of_the_environment(nursery: Any, keypad_shards: Path, tmp_
     nursery.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}").finish()
     assert "run" in compare(f"sqlite:///{store}", "cpsp", ["accuracy/test"])
     assert not (tmp_path / "out" / "mlflow.db").exists()
+    assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
 
 
 def test_points_for_a_dead_server_are_sent_by_a_later_start(nursery: Any, keypad_shards: Path, tmp_path: Path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from cpsp_dist import distributed
 from cpsp_dist.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
+from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.loop import train
-from cpsp_dist.tracking import all_runs
+from cpsp_dist.tracking import RUN_FILE, all_runs
 
 KEYPAD = REPO / "configs" / "keypad.yaml"
 
@@ -96,65 +97,26 @@ def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path)
         assert other[-1]["loss/total"] == pytest.approx(first[-1]["loss/total"], rel=0.05)
 
 
-class Training:
-    """A run of the training command on `world` ranks, as a launcher would start it."""
-
-    def __init__(self, world: int, arguments: list[str]):
-        port = free_port()
-        self.processes = []
-        for rank in range(world):
-            env = environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(KEYPAD), *arguments]
-            self.processes.append(
-                subprocess.Popen(
-                    command, env=env, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-                )
-            )
-
-    def wait(self, timeout: float = 240) -> str:
-        """Rank 0's output, after all ranks ended well."""
-        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
-        assert [p.returncode for p in self.processes] == [0] * len(self.processes), "\n".join(outputs)
-        return outputs[0]
-
-    def kill_at(self, step: int, victim: int) -> bool:
-        """SIGKILL rank `victim` once step `step` was told, then the others, as a launcher does. False: it had ended."""
-        told = False
-        assert self.processes[0].stdout is not None
-        for line in self.processes[0].stdout:
-            if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
-                told = True
-                break
-        for process in [self.processes[victim], *self.processes]:
-            process.kill()
-        for process in self.processes:
-            process.communicate(timeout=60)
-        return told
+def arguments(shards: Path, output: Path, *more: str) -> list[str]:
+    return ["--config", str(KEYPAD), *overrides(shards, output, *more)]
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_killed_run_ends_with_the_same_weights(keypad_shards, tmp_path, zero):
-    """SIGKILL at random steps, started again each time: bit for bit the uninterrupted run, dropout on, and in MLflow
-    one run with every step once."""
-    seed = random.randrange(1000)
-    print("seed", seed)  # pytest shows it on failure
-    chance = random.Random(seed)
-    more = ["model.dropout=0.1", "tracking.every_steps=1", "checkpoint.every_steps=3", f"engine.zero={zero}"]
-    Training(2, overrides(keypad_shards, tmp_path / "a" / "whole", *more)).wait()
-    arguments = overrides(keypad_shards, tmp_path / "b" / "killed", *more)
-    for least in (1, 8):
-        step = chance.randint(least, least + 7)
-        assert Training(2, arguments).kill_at(step, victim=chance.randrange(2))
-    assert "going on from" in Training(2, arguments).wait()
-
-    whole, killed = newest_weights(tmp_path / "a" / "whole"), newest_weights(tmp_path / "b" / "killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    runs = all_runs(f"sqlite:///{tmp_path / 'b' / 'mlflow.db'}", "cpsp")
+def test_killed_run_is_one_run_in_mlflow(nursery, keypad_shards, tmp_path):
+    """SIGKILL before the first checkpoint and later, started again each time: one run with every step once."""
+    more = ["tracking.every_steps=1", "checkpoint.every_steps=6"]
+    run = arguments(keypad_shards, tmp_path / "killed", *more)
+    for step in (3, 9):
+        attempt = nursery.start(run, 2)
+        assert attempt.until_step(step)
+        assert attempt.until(lambda: (tmp_path / "killed" / RUN_FILE).exists())
+        attempt.kill()
+        attempt.wait()
+    assert "going on from" in nursery.start(run, 2).finish()
+    runs = all_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", "cpsp")
     assert [run["status"] for run in runs] == ["FINISHED"]
-    assert logged_steps(tmp_path / "b" / "mlflow.db") == list(range(1, 21))
+    assert logged_steps(tmp_path / "mlflow.db") == list(range(1, 21))
     # Once finished, it says so and trains no more.
-    again = Training(2, arguments).wait()
+    again = nursery.start(run, 2).finish()
     assert "(finished)" in again
     assert "step 20/20" not in again
 
@@ -167,16 +129,19 @@ def logged_steps(store: Path) -> list[int]:
     return sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss/total"))
 
 
-def test_another_world_size_and_engine_goes_on(keypad_shards, tmp_path):
+def test_another_world_size_and_engine_goes_on(nursery, keypad_shards, tmp_path):
     """12 steps on one rank with ZeRO 2, the rest on two with ZeRO 3: as on one rank throughout.
 
     Adam moves a weight by up to 1e-3 a step and turns rounding of a tiny gradient into a visible difference; losing its
     moments, or a sample, would show a hundred times the tolerance.
     """
-    Training(1, overrides(keypad_shards, tmp_path / "one")).wait()
-    moved = overrides(keypad_shards, tmp_path / "moved", "engine.zero=2", "checkpoint.every_steps=4")
-    Training(1, [*moved, "tracking.every_steps=1"]).kill_at(13, victim=0)
-    Training(2, [*moved, "engine.zero=3"]).wait()
+    nursery.start(arguments(keypad_shards, tmp_path / "one", "tracking.enabled=false"), 1).finish()
+    more = ["tracking.enabled=false", "tracking.every_steps=1", "checkpoint.every_steps=4"]
+    attempt = nursery.start(arguments(keypad_shards, tmp_path / "moved", "engine.zero=2", *more), 1)
+    assert attempt.until_step(13)
+    attempt.kill()
+    attempt.wait()
+    nursery.start(arguments(keypad_shards, tmp_path / "moved", "engine.zero=3", *more), 2).finish()
     expected, found = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "moved")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4)
@@ -204,52 +169,44 @@ def test_torchrun_and_accelerate_give_the_same_loss(keypad_shards, tmp_path):
     assert told["torchrun"] == told["accelerate"]
 
 
-def user_error(arguments: list[str]) -> str:
+def user_error(nursery: Any, arguments: list[str]) -> str:
     """The one line that a mistaken call prints; checks exit code 2."""
-    command = [sys.executable, "-m", "cpsp_dist.train", *arguments]
+    attempt = nursery.start(arguments, 1)
+    assert attempt.wait() == [2], attempt.outputs()
+    (line,) = attempt.ranks[0].output.strip().splitlines()
+    return line
+
+
+def test_a_mistake_under_plain_python(tmp_path):
+    """Without the nursery, and without a launcher: stderr has the line alone."""
+    command = [sys.executable, "-m", "cpsp_dist.train", "--config", "none.yaml"]
     done = subprocess.run(command, env=environment(), cwd=REPO, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    assert done.returncode == 2
+    assert done.stderr == "error: none.yaml: cannot read this config file: No such file or directory\n"
 
 
-def test_mistakes_are_one_line_with_exit_code_2(keypad_shards, tmp_path):
+def test_mistakes_are_one_line_with_exit_code_2(nursery, keypad_shards, tmp_path):
     out = tmp_path / "run"
     config = ["--config", str(KEYPAD), f"output={out}"]
-    assert "none.yaml: cannot read" in user_error(["--config", "none.yaml"])
-    assert "did you mean 'train.epochs'" in user_error([*config, "train.epoch=1"])
-    assert f"{tmp_path}/nothing: no such folder" in user_error([*config, f"data.shards={tmp_path}/nothing"])
+    assert "none.yaml: cannot read" in user_error(nursery, ["--config", "none.yaml"])
+    assert "did you mean 'train.epochs'" in user_error(nursery, [*config, "train.epoch=1"])
+    assert f"{tmp_path}/nothing: no such folder" in user_error(nursery, [*config, f"data.shards={tmp_path}/nothing"])
     shards = [*config, f"data.shards={keypad_shards}"]
-    told = user_error([*shards, "train.global_batch=64"])
+    told = user_error(nursery, [*shards, "train.global_batch=64"])
     assert "48" in told
     assert "64" in told
     assert not out.exists(), "a refused run leaves nothing behind"
 
 
-def test_changed_settings_are_refused_with_the_difference(keypad_shards, tmp_path):
-    base = overrides(keypad_shards, tmp_path / "run", "train.steps=2", "tracking.enabled=false")
-    Training(1, base).wait()
-    config = ["--config", str(KEYPAD)]
-    told = user_error([*config, *base, "objectives.psa_v=0.5"])
+def test_changed_settings_are_refused_with_the_difference(nursery, keypad_shards, tmp_path):
+    base = arguments(keypad_shards, tmp_path / "run", "train.steps=2", "tracking.enabled=false")
+    nursery.start(base, 1).finish()
+    told = user_error(nursery, [*base, "objectives.psa_v=0.5"])
     assert "objectives.psa_v 1.0 -> 0.5" in told
-    assert "remove it, or set another output" in user_error([*config, *base, "--fresh"])
-    Training(1, [*base, "train.steps=3", "--allow-config-change"]).wait()
+    assert "remove it, or set another output" in user_error(nursery, [*base, "--fresh"])
+    other = tmp_path / "other-shards"
+    assert main(["shards", "subset", str(keypad_shards), "--fraction", "0.9", "--out", str(other)]) == 0
+    told = user_error(nursery, [*base, f"data.shards={other}"])
+    assert f"the shards at {other} are not the ones it was trained on" in told
+    nursery.start([*base, "train.steps=3", "--allow-config-change"], 1).finish()
     assert Checkpoints(tmp_path / "run").steps()[-1] == 2  # a finished run stays finished
-
-
-def test_damaged_checkpoint_is_passed_over(keypad_shards, tmp_path):
-    base = overrides(keypad_shards, tmp_path / "run", "train.steps=4", "checkpoint.every_steps=2")
-    base += ["tracking.enabled=false"]
-    Training(1, base).wait()
-    checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.steps() == [2, 4]
-    expected = newest_weights(tmp_path / "run")
-    weights = checkpoints.path(4) / WEIGHTS
-    damaged = bytearray(weights.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    weights.write_bytes(damaged)
-    output = Training(1, base).wait()
-    assert "step-00000004: passed over: weights.safetensors is damaged" in output
-    found = newest_weights(tmp_path / "run")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
