@@ -56,8 +56,9 @@ def breakdown(confusion: Tensor, by_second: Tensor, boundaries: Tensor, categori
     """The counts as shares, ready for JSON; a share of nothing is 0.
 
     Returns:
-        accuracy; event_accuracy (event or background, whatever the category); boundary_f1; seconds: the accuracy at each; categories: of each, with 'background' last, precision,
-        recall, f1, and segments (how many there are); confusion: the counts as lists.
+        accuracy; event_accuracy (event or background, whatever the category); boundary_f1; seconds: the accuracy at
+        each; categories: of each, with 'background' last, precision, recall, f1, and segments (how many there are);
+        confusion: the counts as lists.
     """
     right, answered, present = confusion.diag(), confusion.sum(0), confusion.sum(1)
     found, invented, missed = boundaries.tolist()

@@ -23,8 +23,8 @@ def format_evaluation(found: dict[str, Any]) -> str:
     seconds = " ".join(f"{100 * share:.0f}" for share in found["seconds"])
     return (
         f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n"
-        f"segment accuracy {100 * found['accuracy']:.2f} % (event or background: {100 * found['event_accuracy']:.2f} %), "
-        f"event-boundary F1 {100 * found['boundary_f1']:.1f} %\n"
+        f"segment accuracy {100 * found['accuracy']:.2f} %, of event or background alone "
+        f"{100 * found['event_accuracy']:.2f} %; event-boundary F1 {100 * found['boundary_f1']:.1f} %\n"
         f"accuracy at each second (%): {seconds}\n\n{format_table(rows)}"
     )
 

@@ -34,7 +34,8 @@ class Nginx:
             + f"root {folder}; location /private/ {{ alias {folder}/; auth_basic all;"
             + f" auth_basic_user_file {work}/users; }} }} }}\n"
         )
-        command = [binary, "-e", str(work / "error.log"), "-p", str(work), "-c", str(work / "nginx.conf")]
+        # `timeout`, so that it ends even where the tests were killed.
+        command = ["timeout", "1800", binary, "-e", f"{work}/error.log", "-p", str(work), "-c", f"{work}/nginx.conf"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         limit = time.monotonic() + 20
         while True:  # it tells nobody that it is ready; until then a connection is refused

@@ -110,11 +110,11 @@ def test_a_checkpoint_holds_what_a_run_needs(nursery: Any, keypad_shards: Path, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB of its own: some ten checkpoints of a model of 1 MB."""
+    """A file system of 64 MB of its own; a checkpoint takes some 18."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, timeout=60
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, text=True, timeout=60
     )
     if mounted.returncode:
         pytest.skip(f"needs to mount a small disk, as root: {mounted.stderr.strip()}")

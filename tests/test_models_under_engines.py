@@ -38,7 +38,7 @@ def train(kinds: list[tuple[str, int]]) -> dict[tuple[str, str, int], dict[str, 
             for case in ("even", "uneven", "empty rank"):
                 batch = share(global_batch(case), ranks.rank, ranks.world).to(ranks.device, torch.float32)
                 engine.backward(loss(engine(batch), batch)[0])
-                engine.step(1e-2)
+                engine.step(1e-3)
             engine.module.eval()
             with torch.no_grad():
                 engine(batch)  # ZeRO-3 has to find each parameter in evaluation too

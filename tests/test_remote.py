@@ -302,6 +302,7 @@ def test_a_longer_file_is_not_delivered_as_the_shard(nginx, served, front, tmp_p
 def test_a_server_without_ranges_serves(remote, front, served):
     front.fault(remote.shards[0].url, servers.whole, after=1)  # as where a fetch is gone on with
     assert fetch(remote, 0) == original(served, 0)
+    assert [first for first, _ in front.ranges(remote.shards[0].url)].count(0) == 1
 
 
 def test_a_shard_that_cannot_be_had_is_an_error_at_its_batch_or_skipped(remote, front):

@@ -27,6 +27,7 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _import(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
+    from cpsp_dist.cache import Cache
     from cpsp_dist.config import load_config
     from cpsp_dist.manifest import Manifest
     from cpsp_dist.models import model_for
@@ -39,7 +40,8 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: the name must end in .safetensors")
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; remove it, or choose another name")
-    weights = load_published(args.file, args.model, model_for(config.model, Manifest.load(config.data.shards)))
+    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    weights = load_published(args.file, args.model, model_for(config.model, manifest))
     part = args.out.with_suffix(".part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

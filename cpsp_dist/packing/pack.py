@@ -93,6 +93,8 @@ def pack(
                 problems += outcome.problems
                 if options.on_error == "raise" and len(problems) >= MAX_PROBLEMS:
                     raise report(problems, stopped=len(outcomes) < len(plans))
+        # Told in the shards' order, not in that in which processes came to them.
+        problems = source.problems + [problem for p in plans for problem in outcomes[p.name].problems]
         shards = [(p.name, shard) for p in plans if (shard := outcomes[p.name].shard) is not None]
         if problems and (options.on_error == "raise" or not shards):
             raise report(problems)
