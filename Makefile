@@ -29,7 +29,8 @@ demo: install
 	@$(VENV)/bin/cpsp-dist demo
 
 test: lint
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -m "not timing" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(RUN) -m pytest -m timing
 
 lint: install
 	@$(VENV)/bin/ruff check .

@@ -33,7 +33,7 @@ setup(
         "scikit-learn>=1.3",  # the demo corpus's digit scans
     ],
     extras_require={
-        "dev": ["google-crc32c>=1.5", "pytest>=8", "hypothesis>=6", "ruff", "mypy"],
+        "dev": ["google-crc32c>=1.5", "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["cpsp-dist=cpsp_dist.cli:main"]},
 )

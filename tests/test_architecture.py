@@ -68,6 +68,7 @@ def test_one_module_knows_each_big_library():
     assert not wrong
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "command",
     [["cpsp_dist", "--help"], ["cpsp_dist", "shards", "pack", "--help"], ["cpsp_dist.train", "--help"]],

@@ -17,8 +17,9 @@ from cpsp_dist.bench.peers import PEERS, bench_peers
 from cpsp_dist.errors import DataError
 
 
+@pytest.mark.timing
 def test_reads_at_half_the_rate_of_memcpy_or_more():
-    """Issue 2's floor, crc32c checked: 0.5 MB samples, page cache warm. A busy machine gets four attempts."""
+    """The floor, crc32c checked: 0.5 MB samples, page cache warm. A busy machine gets four attempts."""
     results = []
     with noise_shards(768) as shards:
         while len(results) < 4 and not any(result["memcpy_ratio"] >= 0.5 for result in results):
@@ -80,7 +81,7 @@ def test_nothing_left_when_the_reader_fails(monkeypatch, tmp_path):
 
 
 def test_peers_read_the_same_samples_slower(tmp_path):
-    """Those that need no environment of their own. Issue 5 wants 10 times webdataset's rate on a quiet machine
+    """Those that need no environment of their own. The aim is 10 times webdataset's rate on a quiet machine
     (`make bench-peers`); half of that is held here."""
     rows = bench_peers(tmp_path, 64, ["webdataset", "published"])
     ours = max(row["memcpy_ratio"] for name, row in rows.items() if name.startswith("cpsp-dist"))

@@ -97,6 +97,7 @@ def test_class_sorted_data_come_out_mixed():
     assert distance == pytest.approx(uniform, rel=0.03)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("n", [101_072, 10_000_000])
 @pytest.mark.parametrize("kind", ["full", "lanes"])
 def test_first_batch_in_50_ms_and_100_mb(n, kind):

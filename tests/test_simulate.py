@@ -64,6 +64,7 @@ def full_scale(samples: int) -> Manifest:
     return Manifest(Path("full-scale"), fields, [f"class {i}" for i in range(141)], shards, table)
 
 
+@pytest.mark.timing
 def test_full_scale_on_64_nodes():
     manifest = full_scale(101_072)
     began = time.perf_counter()
