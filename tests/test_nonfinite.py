@@ -37,7 +37,14 @@ def test_a_bad_step_is_named_and_left_out(nursery: Any, keypad_shards: Path, tmp
     manifest = Manifest.load(keypad_shards)
     row = manifest.rows("train")[11]
     key = manifest.samples[row]["key"].decode()
-    more = [engine, "train.steps=12", "data.audit=true", "checkpoint.every_steps=1", "checkpoint.keep=99"]
+    more = [
+        engine,
+        "pool.bank=16",
+        "train.steps=12",
+        "data.audit=true",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=99",
+    ]
     run = arguments(keypad_shards, tmp_path / "run", *more)
     attempt = nursery.start(run, 2, patch="test_nonfinite:poison", patch_args=[row])
     output = attempt.finish()

@@ -63,7 +63,7 @@ def train_each(shards: Path, folder: Path, kinds: dict[str, list[str]]) -> None:
         train(load_config(KEYPAD, overrides(shards, folder / name, "tracking.enabled=false", *settings)), ranks)
 
 
-SGD = ["train.optimizer=sgd", "train.learning_rate=0.05", "tracking.every_steps=1"]
+SGD = ["train.optimizer=sgd", "train.learning_rate=0.01", "tracking.every_steps=1"]
 ENGINES = {
     "ddp-fp64": [*SGD, "engine.kind=ddp", "train.precision=fp64"],
     **{f"zero{stage}": [*SGD, f"engine.zero={stage}"] for stage in range(4)},
