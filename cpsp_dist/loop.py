@@ -84,7 +84,7 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
     schedule = Schedule(config.train, len(manifest.rows("train")))
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        stream = stack.enter_context(_open_stream(config, manifest, ranks))
+        stream = stack.enter_context(open_stream(config, manifest, ranks))
         _make_folder(config.output)
         state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
@@ -131,7 +131,7 @@ class Run:
             UserError: too many steps were not finite, or a checkpoint could not be written.
         """
         config, schedule, ranks, tracker = self.config, self.schedule, self.ranks, self.tracker
-        engine = build_engine(_new_model(config, self.manifest), config, ranks, state)
+        engine = build_engine(new_model(config, self.manifest), config, ranks, state)
         objectives = Objectives(
             config.objectives,
             pool=config.pool.scope,
@@ -145,11 +145,10 @@ class Run:
         audit = Audit(config, self.manifest, ranks, progress.step)
         engine.module.train()
         for step in range(progress.step, schedule.steps):
-            # Dropout as a function of (seed, step, rank): no random state to lose, whatever happens to the process.
-            torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank)
+            seed_step(config, step, ranks)
             learning_rate = schedule.learning_rate(step)
             norm, witness, parts = math.nan, Witness(), []
-            for batch in _parts(batches, config.train.accumulation, ranks.device):
+            for batch in parts_of(batches, config.train.accumulation, ranks.device):
                 audit.see(batch)
                 output = engine(batch)
                 loss, terms = objectives(output, batch)
@@ -301,7 +300,12 @@ class Meter:
         }
 
 
-def _open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
+def seed_step(config: Config, step: int, ranks: Ranks) -> None:
+    """Dropout as a function of (seed, step, rank): no random state to lose, whatever happens to the process."""
+    torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank)
+
+
+def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
     return TrainStream(
         manifest,
         "train",
@@ -327,7 +331,7 @@ def _make_folder(output: str) -> None:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
 
 
-def _new_model(config: Config, manifest: Manifest) -> nn.Module:
+def new_model(config: Config, manifest: Manifest) -> nn.Module:
     """The network as every rank begins with it: from the seed and the scale of the features, or `model.weights`."""
     torch.manual_seed(config.train.seed)
     model = model_for(config.model, manifest)
@@ -380,7 +384,7 @@ def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str
     return changes
 
 
-def _parts(batches: Iterator[Batch], count: int, device: torch.device) -> Iterator[Batch]:
+def parts_of(batches: Iterator[Batch], count: int, device: torch.device) -> Iterator[Batch]:
     for _ in range(count):
         yield next(batches).to(device)
 
