@@ -116,12 +116,14 @@ class Nursery:
         arguments: Sequence[str],
         world: int,
         *,
+        command: str = "cpsp_dist.train",
         patch: str | None = None,
         patch_args: Sequence[object] = (),
         **env: str,
     ) -> Attempt:
         """Start `python -m cpsp_dist.train` with `arguments` on `world` ranks.
 
+        command: another module with a `main`; "cpsp_dist.cli" is the console command.
         patch: "module:function", called in each child before the training as function(rank, *patch_args).
         """
         port, ranks = free_port(), []
@@ -132,7 +134,8 @@ class Nursery:
             launched = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
             launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | env
             pid = self._ask(
-                {"log": str(log), "env": launched, "arguments": [*arguments], "patch": patch, "args": [*patch_args]}
+                {"log": str(log), "env": launched, "command": command, "arguments": [*arguments]}
+                | {"patch": patch, "args": [*patch_args]}
             )
             ranks.append(Rank(self, int(pid), log))
         return Attempt(ranks)
@@ -166,7 +169,7 @@ def serve() -> int:
     import torch._dynamo  # that an optimizer imports, for 4 s
 
     import cpsp_dist.loop
-    import cpsp_dist.train
+    import cpsp_dist.train  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -191,7 +194,7 @@ def serve() -> int:
         if question["patch"]:
             module, name = question["patch"].split(":")
             getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), *question["args"])
-        return cpsp_dist.train.main(question["arguments"])
+        return importlib.import_module(question["command"]).main(question["arguments"])
     return 0
 
 

@@ -48,7 +48,10 @@ def launch(commands: list[list[str]], arguments: list[str], folder: Path) -> Non
 
 
 def test_the_same_loss_under_every_launcher(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """As one process and as two ranks, against the same command in a launcher's environment without one; and no launcher leaves the environment, with what is secret in it, in a file."""
+    """As one process and as two ranks, each like the same command in a launcher's environment without a launcher.
+
+    And none of them leaves the environment, with what is secret in it, in a file.
+    """
     address = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     commands = {
         "1-python": [["-m"]],

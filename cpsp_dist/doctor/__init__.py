@@ -50,8 +50,13 @@ def doctor(path: str | None, overrides: Sequence[str], limit: float, *, as_json:
         return _end(EXIT_USER_ERROR)
     patient = Patient(meeting, limit)
     patient.findings += beginning + slurm
-    config = patient.examine_own(path, overrides)
-    return _end(patient.report(config, launcher, as_json))
+    try:
+        config = patient.examine_own(path, overrides)
+        return _end(patient.report(config, launcher, as_json))
+    except RuntimeError as error:  # of the store: it ends with rank 0
+        text = f"rank {ranks.rank}: the rendezvous at {meeting.place} was lost: {one_line(error).split(' [')[0][:150]}"
+        print(Finding(ERROR, "ranks", text, "look at the output of rank 0").told(), flush=True)
+        return _end(EXIT_USER_ERROR)
 
 
 class Patient:
@@ -124,7 +129,7 @@ class Patient:
         """What takes all ranks, then everything told by rank 0; the exit code."""
         meeting, patience = self.meeting, OWN_CHECKS * self.limit
         own = {"findings": self.findings, "facts": self.facts, "cores": self.cores, "config": config is not None}
-        everyone, lost = meeting.gather("own", own, patience)
+        everyone, lost = meeting.gather("own", own)
         go = meeting.share(
             "go",
             {
@@ -145,7 +150,7 @@ class Patient:
             found = examine("all-reduce", self.limit, "the other ranks", lambda: all_reduce(meeting.ranks, meeting))
             # A collective that fails does so for the network, as a rule: those who came have met already.
             together += [f._replace(fix=network_fix(backend)) if f.status == ERROR else f for f in found]
-        rest, more_lost = meeting.gather("together", {"findings": together, "clock": clock}, 3 * self.limit)
+        rest, more_lost = meeting.gather("together", {"findings": together, "clock": clock})
         code = 0
         if meeting.ranks.first:
             told: list[tuple[int | None, Finding]] = [

@@ -25,6 +25,8 @@ from cpsp_dist.errors import UserError
 CLOCK_TOLERANCE = 2.0
 #: Store questions asked for the round-trip time and the clocks; all-reduces for theirs.
 ROUNDS = 5
+#: Seconds between two looks at the store; and beyond a check's limit before its rank counts as lost.
+POLL, SLACK = 0.02, 5.0
 #: Seconds that rank 0 stays for the others to read its verdict.
 PARTING = 5.0
 
@@ -37,7 +39,8 @@ class Meeting:
     """The ranks that came.
 
     Attributes:
-        hosts: node of each rank that came, by rank; the same on every rank. limit: seconds that any wait takes.
+        hosts: node of each rank that came, by rank; the same on every rank. lost: those of them that rank 0 no longer
+            waits for. limit: seconds that any wait takes.
         place: "host:port" of the rendezvous.
     """
 
@@ -51,6 +54,7 @@ class Meeting:
         self.place = settle_address(ranks)
         self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect()
         self.hosts: dict[int, str] = {}
+        self.lost: set[int] = set()
         if self.store.add(f"came/{ranks.rank}", 1) > 1:
             raise UserError(
                 f"{self._who()} came to {self.place} a second time; fix: two jobs meet at one address, or a launcher "
@@ -139,20 +143,28 @@ class Meeting:
         """Leave word of what this rank is at, for the others to know where it hangs."""
         self._set(f"at/{self.ranks.rank}", check)
 
-    def gather(self, name: str, value: Any, patience: float) -> tuple[dict[int, Any], list[Finding]]:
-        """On rank 0 every rank's `value`, and who did not send one within `patience` seconds; nothing on the others."""
+    def gather(self, name: str, value: Any) -> tuple[dict[int, Any], list[Finding]]:
+        """On rank 0 every rank's `value`, and who was lost: who did not begin anything new for longer than a check may
+        take; such a rank is not waited for again. Nothing on the other ranks."""
         self._set(f"{name}/{self.ranks.rank}", value)
-        if not self.ranks.first:
-            return {}, []
-        self._wait_for([f"{name}/{rank}" for rank in self.hosts], patience)
-        values, lost = {}, []
-        for rank, host in self.hosts.items():
-            if self.store.check([f"{name}/{rank}"]):
-                values[rank] = self._get(f"{name}/{rank}")
-            else:
-                at = f" while it checked '{self._get(f'at/{rank}')}'" if self.store.check([f"at/{rank}"]) else ""
-                text = f"rank {rank} on {host} was lost{at}: nothing came from it within {patience:g} s"
-                lost.append(Finding(ERROR, "ranks", text, "look at its output and at that machine"))
+        values: dict[int, Any] = {}
+        lost: list[Finding] = []
+        signs = {rank: ("start", time.monotonic()) for rank in self.hosts if rank not in self.lost}
+        while self.ranks.first and len(values) < len(signs):
+            for rank in signs.keys() - values.keys():
+                if self.store.check([f"{name}/{rank}"]):
+                    values[rank] = self._get(f"{name}/{rank}")
+                    continue
+                at = self._get(f"at/{rank}") if self.store.check([f"at/{rank}"]) else "start"
+                if at != signs[rank][0]:
+                    signs[rank] = at, time.monotonic()
+                elif time.monotonic() - signs[rank][1] > self.limit + SLACK:
+                    text = f"rank {rank} on {self.hosts[rank]} was lost at '{at}': nothing came from it within "
+                    fix = "look at its output and at that machine"
+                    lost.append(Finding(ERROR, "ranks", f"{text}{self.limit + SLACK:g} s", fix))
+                    self.lost.add(rank)
+                    del signs[rank]
+            time.sleep(POLL)
         return values, lost
 
     def share(self, name: str, value: Any, patience: float | None = None) -> Any:
@@ -168,7 +180,7 @@ class Meeting:
         code = self.share("verdict", verdict, patience)
         self._set(f"parted/{self.ranks.rank}", 1)
         if self.ranks.first:
-            self._wait_for([f"parted/{rank}" for rank in self.hosts], PARTING)
+            self._wait_for([f"parted/{rank}" for rank in self.hosts if rank not in self.lost], PARTING)
         return verdict if code is None else code
 
     def clock(self) -> dict[str, float]:
@@ -200,7 +212,7 @@ class Meeting:
         while left := [key for key in left if not self.store.check([key])]:
             if time.monotonic() > end:
                 return False
-            time.sleep(0.02)
+            time.sleep(POLL)
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -112,33 +113,38 @@ def output(config: Config, meeting: Meeting, limit: float) -> tuple[list[Finding
     Rank 0 leaves a token, the others look for it: all ranks that came call it. Nothing stays."""
     folder, levels = existing(Path(config.output))
     token = folder / f".cpsp-doctor-{secrets.token_hex(8)}"
-    findings, times, wrote = [], {}, time.time()
+    first, hosts, findings, times, wrote, seen = meeting.ranks.first, meeting.hosts, [], {}, time.time(), True
     try:
-        try:
-            token.write_text(token.name)
-            times = {"seconds": token.stat().st_mtime - wrote}
-        except OSError as error:
-            findings = [_unwritable(config, folder, error)]
-        offer = None if findings else {"name": token.name, "levels": levels}
-        theirs = meeting.share("token", offer, limit + 10)
-        if theirs and not meeting.ranks.first:
+        if meeting.first_on_node:
+            try:
+                token.write_text(token.name)
+                times = {"seconds": token.stat().st_mtime - wrote}
+            except OSError as error:
+                findings = [_unwritable(config, folder, error)]
+        theirs = meeting.share("token", {"name": token.name, "levels": levels, "there": not findings}, limit + 10)
+        meeting.begins("output, looking for rank 0's file")
+        if theirs and theirs["there"] and not first and not findings:
             place = Path(config.output).absolute()
             sought = [place, *place.parents][theirs["levels"]] / theirs["name"]
             end = time.monotonic() + limit
             while not (seen := _holds(sought, theirs["name"])) and time.monotonic() < end:
                 time.sleep(0.1)
-            if not seen and not findings:
-                text = f"{sought.parent}: the file that rank 0 ({meeting.hosts[0]}) wrote there did not appear within "
+            if not seen:
+                text = (
+                    f"{sought.parent}: the file that rank 0 ({hosts[0]}) wrote there did not appear within {limit:g} s"
+                )
                 fix = "set output to a folder of the shared file system, as an absolute path"
-                findings = [Finding(ERROR, "output", f"{text}{limit:g} s", fix)]
+                findings = [Finding(ERROR, "output", text, fix)]
         # Nobody removes a token that somebody still looks for.
-        meeting.gather("looked", True, limit + 10)
+        looked, _ = meeting.gather("looked", seen and not findings)
     finally:
-        token.unlink(missing_ok=True)
-    if not findings:
-        shared = ", the same folder on every node" if len(meeting.nodes) > 1 else ""
+        with contextlib.suppress(OSError):
+            token.unlink(missing_ok=True)
+    if first and not findings:
+        same = len(meeting.nodes) > 1 and len(looked) == len(hosts) and all(looked.values())
         new = "" if levels == 0 else f" (to be made in {folder})"
-        findings = [Finding(OK, "output", f"{config.output}: writable{new}{shared}")]
+        text = f"{config.output}: writable{new}" + (", the same folder on every node" if same else "")
+        findings = [Finding(OK, "output", text)]
     return findings, times
 
 
