@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +116,49 @@ def test_a_damaged_sample_and_a_missing_shard(doctor: Run, keypad_shards: Path, 
     assert f"{path}: shard is missing; copy or pack it again" in line_of(lines, "shards", "error")
 
 
+@pytest.fixture
+def web(keypad_shards: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The shards at a URL, of a plain server that knows no ranges, and the folder that it serves."""
+    folder = tmp_path / "served"
+    shutil.copytree(keypad_shards, folder)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
+def test_shards_at_a_url(doctor: Run, web: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, folder = web
+    run = config(url, tmp_path / "run", f"data.cache={tmp_path}/cache")
+    code, lines = doctor(*run)
+    assert code == 0, lines
+    assert f"{url}: 48 train" in line_of(lines, "shards", "ok")
+    assert "room for all 5.8 MB" in line_of(lines, "cache", "ok")
+    kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir()]
+    assert sum(kept) < 100_000, "the table alone: no shard was fetched"
+
+    code, lines = doctor(*run, "data.cache_gb=0.001")
+    assert code == 2
+    assert "or raise data.cache_gb" in line_of(lines, "cache", "error")
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "file_system", lambda _: "nfs4")
+        assert "network file system (nfs4); fix: set data.cache" in line_of(doctor(*run)[1], "cache", "warning")
+
+    shard = folder / Manifest.load(folder).shards[0].url
+    shard.write_bytes(bytes(shard.stat().st_size))
+    code, lines = doctor(*run)
+    assert code == 2
+    assert "is damaged; copy this shard again" in line_of(lines, "shards", "error")
+
+
 def test_a_full_disk(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for less than what the run keeps: weights and two moments, of `keep` checkpoints and two more."""
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
@@ -158,18 +203,9 @@ def test_mlflow(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypatch: p
     assert lines[-1] == "no errors, 1 warning"
 
 
-def become_a_node(rank: int, folder: str | None = None, ahead: float = 0.0, torch_version: str | None = None) -> None:
-    """Each rank a machine of its own, by name. Rank 1 in another folder, with another clock, another torch."""
+def become_a_node(rank: int) -> None:
+    """Each rank a machine of its own, by name."""
     socket.gethostname = lambda: f"node{rank}.cluster"
-    if rank == 1:
-        if folder is not None:
-            os.chdir(folder)
-        if ahead:
-            real = time.time
-            time.time = lambda: real() + ahead
-        if torch_version is not None:
-            found = machine.installed()
-            machine.installed = lambda: found | {"torch": torch_version}  # type: ignore[assignment]
 
 
 def start(
@@ -196,10 +232,9 @@ def test_nodes_that_differ(nursery: Any, keypad_shards: Path, tmp_path: Path) ->
     for name, fraction in (("a", "1"), ("b", "0.5")):
         out = str(tmp_path / name / "shards")
         assert main(["shards", "subset", str(keypad_shards), "--fraction", fraction, "--out", out]) == 0
-    here = Path.cwd()
-    shards = os.path.relpath(tmp_path / "a" / "shards", here)
-    (tmp_path / "b" / os.path.dirname(shards)).mkdir(parents=True, exist_ok=True)
-    attempt = start(nursery, config("shards", "run"), 2, "become_two_folders", str(tmp_path / "a"), str(tmp_path / "b"))
+    folders = [str(tmp_path / name) for name in "ab"]
+    run = [*config("shards", "run"), "--timeout", "8"]
+    attempt = start(nursery, run, 2, "become_two_folders", *folders)
     assert attempt.wait(120) == [2, 2], attempt.outputs()
     lines = attempt.ranks[0].output.splitlines()
     assert not attempt.ranks[1].output
@@ -208,7 +243,7 @@ def test_nodes_that_differ(nursery: Any, keypad_shards: Path, tmp_path: Path) ->
     assert f"{digests[0]} on node0; {digests[1]} on node1; fix: copy the same shards to every node" in told
     told = line_of(lines, "output", "error")
     assert told.split()[2:4] == ["on", "node1:"]
-    assert f"{tmp_path}/b: the file that rank 0 (node0) wrote there did not appear within 20 s" in told
+    assert f"{tmp_path}/b: the file that rank 0 (node0) wrote there did not appear within 8 s" in told
     assert "torch on every node" in line_of(lines, "packages", "error")
     assert "2.99.0 on node1" in line_of(lines, "packages", "error")
     assert "writable" in line_of(lines, "output", "ok")
@@ -220,8 +255,13 @@ def test_nodes_that_differ(nursery: Any, keypad_shards: Path, tmp_path: Path) ->
 
 
 def become_two_folders(rank: int, first: str, second: str) -> None:
-    become_a_node(rank, None, 5.0, "2.99.0")
+    """Rank 1 in another folder, with another clock and another torch."""
+    become_a_node(rank)
     os.chdir([first, second][rank])
+    if rank == 1:
+        real, found = time.time, machine.installed()
+        time.time = lambda: real() + 5
+        machine.installed = lambda: found | {"torch": "2.99.0"}  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("absent", [2, 0])

@@ -53,7 +53,7 @@ def _read(manifest: Manifest, row: int) -> None:
     for name in ARRAY_FIELDS:
         start, size = int(sample[name]), manifest.fields[name].nbytes
         if manifest.remote is not None:
-            data = manifest.remote.read_part(shard.url, start, start + size)
+            data = manifest.remote.read_part(shard.url, start, start + size, shard.filesize)
         else:
             try:
                 with open(manifest.path(shard), "rb") as file:
