@@ -91,6 +91,10 @@ def test_mistakes_of_a_user(doctor: Run, keypad_shards: Path, tmp_path: Path) ->
         assert all(text in told for text in texts), told
         assert code == 2
         assert lines[-1].startswith(f"{errors} error"), "no room in /proc either"
+    os.environ["RANK"] = "0"
+    code, (line,) = doctor()
+    assert code == 2
+    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not" in line
     assert main(["doctor", "train.seed=1"]) == 2
     assert main(["doctor", "--timeout", "0"]) == 2
 

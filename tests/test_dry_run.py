@@ -41,6 +41,9 @@ def test_its_loss_is_that_of_the_first_step(
     nursery.start(arguments(keypad_shards, tmp_path / "run", *more, "tracking.enabled=false"), world).finish()
     loss = loss_history(tmp_path / "run")[0]["loss/total"]
     assert float(told(output, r"loss ([\d.]+):")) == pytest.approx(loss, rel=1e-8), "nine digits of a float32"
+    files = (tmp_path / "run" / "checkpoints" / "step-00000001").iterdir()
+    size = sum(file.stat().st_size for file in files) / 1e6
+    assert float(told(output, r"checkpoints of ([\d.]+) MB")) == pytest.approx(size, rel=0.01)
     if world == 2:
         return
     again = nursery.start([*arguments(keypad_shards, tmp_path / "run", *more), "--dry-run"], world).finish()

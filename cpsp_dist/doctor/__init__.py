@@ -13,10 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from cpsp_dist.config import Config, flat, load_config
-from cpsp_dist.distributed import Ranks, discover
+from cpsp_dist.distributed import discover
 from cpsp_dist.doctor import machine, places
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, one_line, stuck
 from cpsp_dist.doctor.meeting import Meeting, all_reduce, attendance, clocks, network_fix
@@ -35,21 +33,17 @@ def doctor(path: str | None, overrides: Sequence[str], limit: float, *, as_json:
 
     path, overrides: a configuration, or None for the environment alone. limit: seconds that any wait takes.
     """
-    launcher = machine.launcher()  # before our own variables are set
-    # Slurm's variables are looked at as they came, too.
+    launcher = machine.launcher()
     try:
-        ranks, beginning = discover(), []
-    except UserError as error:
-        ranks = _one_process()
-        beginning = [Finding(ERROR, "ranks", one_line(error))]
-    slurm = machine.slurm(ranks.world, len(machine.cores()["affinity"]))
-    try:
+        ranks = discover()
+        # Before the meeting, which sets RANK and its like for torch.
+        slurm = machine.slurm(ranks.world, len(machine.cores()["affinity"]))
         meeting = Meeting(ranks, limit)
     except UserError as error:
         print(Finding(ERROR, "ranks", one_line(error)).told(), flush=True)
         return _end(EXIT_USER_ERROR)
     patient = Patient(meeting, limit)
-    patient.findings += beginning + slurm
+    patient.findings += slurm
     try:
         config = patient.examine_own(path, overrides)
         return _end(patient.report(config, launcher, as_json))
@@ -134,14 +128,14 @@ class Patient:
             "go",
             {
                 "all": not (lost or meeting.missing),
-                "config": bool(everyone) and all(e["config"] for e in everyone.values()),
+                "output": not lost and bool(everyone) and all(e["config"] for e in everyone.values()),
             },
             patience + self.limit,
         )
         together: list[Finding] = []
         times: dict[str, float] = {}
         clock = meeting.clock() if go and go["all"] else {}
-        if go and go["config"] and not lost and config is not None:
+        if go and go["output"] and config is not None:
             meeting.begins("output")
             together, times = places.output(config, meeting, self.limit)
         if go and go["all"] and meeting.ranks.world > 1:
@@ -205,12 +199,6 @@ def _print(meeting: Meeting, told: Sequence[tuple[int | None, Finding]], as_json
 
 def _count(number: int, word: str) -> str:
     return f"{number or 'no'} {word}{'s' * (number != 1)}"
-
-
-def _one_process() -> Ranks:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    return Ranks(0, 1, 0, torch.device("cpu"))
 
 
 def _end(code: int) -> int:
