@@ -73,9 +73,10 @@ def connect(ranks: Ranks, timeout: int) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
-        # Two jobs on one node must not meet. A single process takes any free port.
+        # Two jobs on one node must not meet, nor take a port that the system gives to whoever asks for any (from 32768
+        # on). A single process takes any free port.
         job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = str(20000 + int(job) % 20000) if job and ranks.world > 1 else "0"
+        os.environ["MASTER_PORT"] = str(20000 + int(job) % 12000) if job and ranks.world > 1 else "0"
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     try:

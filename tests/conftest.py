@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,28 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     nursery = Nursery(tmp_path_factory.mktemp("nursery"))
     yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(worker_id: str) -> Iterator[Any]:
+    """A real Slurm cluster of 4 virtual nodes: see slurm_lab.py. Its users have this Python and this repository."""
+    from slurm_lab import Lab, missing
+
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+    if why := missing():
+        if os.environ.get("CPSP_REQUIRE_SLURM"):
+            pytest.fail(f"CPSP_REQUIRE_SLURM is set, but no cluster can run here: {why}")
+        pytest.skip(f"no Slurm cluster can run here: {why}; `make slurm-up` installs one")
+    port = 17200 + 50 * int(worker_id.removeprefix("gw") if worker_id != "master" else 0)
+    # Not among pytest's folders, which are closed to others: munge wants its socket to be reachable.
+    with tempfile.TemporaryDirectory(prefix="cpsp-slurm-") as folder:
+        lab = Lab(Path(folder) / "lab", port, environment())
+        os.chmod(folder, 0o755)
+        try:
+            lab.up(4)
+            yield lab
+        finally:
+            lab.down()
 
 
 @pytest.fixture(scope="session")
