@@ -75,7 +75,7 @@ class Tracker:
         finished: bool,
         enabled: bool,
     ):
-        """finished: nothing new is to come; what an earlier start could not send is sent."""
+        """finished: nothing is to come but what an earlier start could not tell or send."""
         self.config, self.manifest, self.world = config, manifest, world
         self.folder, self.step = Path(config.output), step
         self.finished, self.enabled = finished, enabled
@@ -91,7 +91,7 @@ class Tracker:
         self._opened = False
 
     def __enter__(self) -> Tracker:
-        if self.enabled and not self.finished:
+        if self.enabled:
             try:
                 take_back(self.file, self.step)
             except OSError as error:
@@ -119,9 +119,17 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics after optimizer step `step` (counted from 1). Values that are not finite go to the file only."""
-        if self.enabled and not self.finished:
+        if self.enabled and not (self.finished and self._holds(step, metrics)):
             self.unwritten.append(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
             self._write()
+
+    def _holds(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether an earlier start has told this; it may have ended between its last step and the results."""
+        try:
+            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
+            return False
+        return any(line["step"] == step and metrics.keys() <= line.keys() for line in lines)
 
     def send(self) -> None:
         """Send what there is soon; returns at once."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cpsp_dist.errors import guarded
+from cpsp_dist.signals import StopSignals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,15 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def run() -> None:
-        from cpsp_dist.config import load_config
+        with StopSignals() as signals:  # first of all: the imports below take seconds
+            from cpsp_dist.config import load_config
 
-        config = load_config(args.config, args.overrides)
-        from cpsp_dist import distributed
-        from cpsp_dist.loop import train
+            config = load_config(args.config, args.overrides)
+            from cpsp_dist import distributed
+            from cpsp_dist.loop import train
 
-        ranks = distributed.discover()
-        with distributed.connected(ranks, config.engine.timeout, config.engine.silence):
-            train(config, ranks, fresh=args.fresh, allow_config_change=args.allow_config_change)
+            ranks = distributed.discover()
+            with distributed.connected(ranks, config.engine.timeout, config.engine.silence, signals):
+                train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     return guarded(run)
 
