@@ -44,6 +44,7 @@ def evaluate(model: Forward, manifest: Manifest, split: str, config: Config, ran
         on_error=config.data.on_error,
         skip_budget=config.data.skip_budget,
         pin=ranks.device.type == "cuda",
+        access=config.data.access,
     ) as stream:
         for cpu_batch in stream:
             batch = cpu_batch.to(ranks.device)
