@@ -45,6 +45,16 @@ class DataSettings(Section):
         "full",
         description="full: any sample at any time, the default for a folder; lanes: few shards at a time, for a URL",
     )
+    epoch_end: Literal["carry", "drop", "pad"] = Field(
+        "carry",
+        description="what an epoch leaves over, less than a global batch. carry: it begins the next epoch's batches; "
+        "drop: it is left out; pad: it is filled up with slots that count for nothing",
+    )
+    access: Literal["auto", "map", "read"] = Field(
+        "auto",
+        description="map: shards are mapped into memory, the fastest; read: by system calls, which survive a disk that "
+        "fails; auto: map on this machine's own file systems, read on any other (NFS, Lustre, …)",
+    )
     threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
     depth: int = Field(3, ge=1, le=64, description="batches read ahead")
     check_crc: bool = Field(True, description="check each sample's crc32c as it is read")

@@ -56,6 +56,7 @@ def evaluate(
         on_error=config.data.on_error,
         skip_budget=config.data.skip_budget,
         pin=ranks.device.type == "cuda",
+        access=config.data.access,
     ) as stream:
         for cpu_batch in stream:
             if signals.received:

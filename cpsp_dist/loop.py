@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,8 @@ from cpsp_dist.tracking import Tracker, take_back, tracking_uri
 
 #: Settings that do not change what is computed: a run may go on with others.
 FREE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
+#: But these say which samples a position stands for.
+POSITION_KEYS = ("data.order", "data.epoch_end")
 
 #: Training videos whose features tell the scale that an encoder's features have.
 CALIBRATION_VIDEOS = 64
@@ -42,18 +43,22 @@ CALIBRATION_VIDEOS = 64
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps there are: a step takes `global_batch` samples of the endless order, `samples` of them an epoch."""
+    """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
+
+    `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for
+    any number of ranks and parts.
+    """
 
     settings: TrainSettings
-    samples: int
+    length: int
 
     def epoch(self, step: int) -> int:
         """The epoch in which step `step` (from 0) begins; a batch may straddle two."""
-        return step * self.settings.global_batch // self.samples
+        return step * self.settings.global_batch // self.length
 
     @property
     def steps(self) -> int:
-        whole = math.ceil(self.settings.epochs * self.samples / self.settings.global_batch)
+        whole = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
         return min(whole, self.settings.steps or whole)
 
     def learning_rate(self, step: int) -> float:
@@ -89,9 +94,9 @@ def train(
         raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
     if ranks.device.type == "cpu":
         tune_cpu()
-    schedule = Schedule(config.train, len(manifest.rows("train")))
     with ExitStack() as stack:
         stream = stack.enter_context(_open_stream(config, manifest, ranks))
+        schedule = Schedule(config.train, stream.schedule.epoch_length)
         _make_folder(config.output)
         state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
@@ -158,15 +163,17 @@ class Run:
         for step in range(progress.step, schedule.steps):
             learning_rate = schedule.learning_rate(step)
             norm, witness, parts = math.nan, Witness(), []
-            for part, batch in enumerate(_parts(batches, config.train.accumulation, ranks.device)):
+            weights = self.stream.schedule.weights(progress.position, config.train.accumulation)
+            for part, weight in enumerate(weights):
+                batch = next(batches).to(ranks.device)
                 audit.see(batch)
                 torch.manual_seed(_dropout_seed(config, step, part, ranks))
                 output = witness.see(engine(batch), batch)
                 loss, terms = objectives(output, batch)
                 witness.hear(terms)
-                engine.backward(loss)
+                engine.backward(weight * loss)
                 norm = engine.step(learning_rate)
-                parts.append(terms)
+                parts.append({name: weight * value for name, value in terms.items()})
             progress = replace(progress, step=step + 1, position=progress.position + config.train.global_batch)
             if not math.isfinite(norm):
                 progress = replace(progress, nonfinite=progress.nonfinite + 1)
@@ -340,12 +347,14 @@ def _open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStrea
         world=ranks.world,
         accumulation=config.train.accumulation,
         order=config.data.order,
+        epoch_end=config.data.epoch_end,
         threads=config.data.threads,
         depth=config.data.depth,
         check_crc=config.data.check_crc,
         on_error=config.data.on_error,
         skip_budget=config.data.skip_budget,
         pin=ranks.device.type == "cuda",
+        access=config.data.access,
     )
 
 
@@ -363,7 +372,7 @@ def _new_model(config: Config, manifest: Manifest) -> nn.Module:
     if config.model.weights is not None:
         load_weights(config.model.weights, model)
         return model
-    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS) as stream:
+    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, access=config.data.access) as stream:
         batch = next(iter(stream))
         model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
     return model
@@ -402,7 +411,7 @@ def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str
     changes = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (key == "data.order" or not key.startswith(FREE_TO_CHANGE))
+        if before.get(key) != now.get(key) and (key in POSITION_KEYS or not key.startswith(FREE_TO_CHANGE))
     ]
     if progress.fingerprint != manifest.fingerprint:
         changes.append(f"the shards at {manifest.place} are not the ones it was trained on")
@@ -413,11 +422,6 @@ def _dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
     """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
     seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
     return (seed + part * 0x9E37_79B9_7F4A_7C15) % 2**63
-
-
-def _parts(batches: Iterator[Batch], count: int, device: torch.device) -> Iterator[Batch]:
-    for _ in range(count):
-        yield next(batches).to(device)
 
 
 def _evaluates(config: Config, schedule: Schedule, step: int) -> bool:
