@@ -21,6 +21,7 @@ setup(
         "submitit>=1.5",
         "mlflow>=3.0",
         "numpy>=1.26",
+        "packaging>=23",  # the doctor compares versions
         "pydantic>=2.6",
         "PyYAML>=6.0",
         "safetensors>=0.4",

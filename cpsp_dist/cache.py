@@ -91,6 +91,11 @@ class Remote:
         filesystem, path = _filesystem(self.join(name))
         return _insist(self.join(name), lambda _: _cat(filesystem, path), threading.Event())
 
+    def read_part(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file, as it is now; not kept. Raises DataError."""
+        filesystem, path = _filesystem(self.join(name))
+        return _insist(self.join(name), lambda _: _cat(filesystem, path, start, end), threading.Event())
+
     def open(
         self,
         name: str,

@@ -19,8 +19,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from cpsp_dist.config import Config
 from cpsp_dist.engine import TrainingState
 from cpsp_dist.errors import DataError
 
@@ -112,6 +113,14 @@ class Checkpoints:
         for path in part.iterdir():
             _sync(path)
         _sync(part)
+
+    @staticmethod
+    def bytes_needed(model: nn.Module, config: Config) -> tuple[int, int]:
+        """Of one checkpoint of this model (its parameters may be 'meta'), and of all that a run has at a time: those
+        it keeps, the best one, and the one that is being written."""
+        weights = sum(p.numel() for p in model.parameters()) * (8 if config.train.precision == "fp64" else 4)
+        one = weights * (3 if config.train.optimizer == "adam" else 1)
+        return one, one * (config.checkpoint.keep + 2)
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, rising; not yet verified."""

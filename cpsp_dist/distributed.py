@@ -63,14 +63,12 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
 
-def connect(ranks: Ranks, timeout: int) -> None:
-    """Join the other ranks; no collective waits longer than `timeout` seconds.
+def settle_address(ranks: Ranks) -> str:
+    """Where the ranks meet, as "host:port"; from here on the environment has it, whichever launcher was used.
 
     Raises:
-        UserError: the others did not come in time.
+        UserError: several ranks, and nothing that tells where.
     """
-    # torch 2.13 renames collectives that torch 2.4 has, and tells it at every call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # One spelling of the environment for everything below (deepspeed reads these itself).
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
     if "MASTER_ADDR" not in os.environ:
@@ -80,6 +78,18 @@ def connect(ranks: Ranks, timeout: int) -> None:
         # on). A single process takes any free port.
         job = os.environ.get("SLURM_JOB_ID")
         os.environ["MASTER_PORT"] = str(20000 + int(job) % 12000) if job and ranks.world > 1 else "0"
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def connect(ranks: Ranks, timeout: int) -> None:
+    """Join the other ranks; no collective waits longer than `timeout` seconds.
+
+    Raises:
+        UserError: the others did not come in time.
+    """
+    # torch 2.13 renames collectives that torch 2.4 has, and tells it at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    settle_address(ranks)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     try:

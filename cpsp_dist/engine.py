@@ -180,7 +180,9 @@ class _DeepSpeedEngine:
     """DeepSpeed's own engine; it owns accumulation, clipping and the reduction of gradients."""
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None):
-        deepspeed = _import_deepspeed(ranks.device)
+        deepspeed = import_deepspeed(ranks.device)
+        backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self.config, self.ranks, self.module = config, ranks, model
         self.dtype = PRECISIONS[config.train.precision]
         self.engine, *_ = deepspeed.initialize(
@@ -315,7 +317,8 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     return settings | owned | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": stage}}
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, ready for `device`."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -328,9 +331,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # An inference-only operator that init_distributed would compile for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    else:
-        deepspeed.init_distributed("nccl", auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 

@@ -95,7 +95,7 @@ def train(
     if ranks.device.type == "cpu":
         tune_cpu()
     with ExitStack() as stack:
-        stream = stack.enter_context(_open_stream(config, manifest, ranks))
+        stream = stack.enter_context(open_stream(config, manifest, ranks))
         schedule = Schedule(config.train, stream.schedule.epoch_length)
         _make_folder(config.output)
         state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
@@ -144,7 +144,7 @@ class Run:
             UserError: too many steps were not finite, or a checkpoint could not be written.
         """
         config, schedule, ranks, tracker = self.config, self.schedule, self.ranks, self.tracker
-        engine = build_engine(_new_model(config, self.manifest), config, ranks, state)
+        engine = build_engine(new_model(config, self.manifest), config, ranks, state)
         objectives = Objectives(
             config.objectives,
             pool=config.pool.scope,
@@ -167,7 +167,7 @@ class Run:
             for part, weight in enumerate(weights):
                 batch = next(batches).to(ranks.device)
                 audit.see(batch)
-                torch.manual_seed(_dropout_seed(config, step, part, ranks))
+                torch.manual_seed(dropout_seed(config, step, part, ranks))
                 output = witness.see(engine(batch), batch)
                 loss, terms = objectives(output, batch)
                 witness.hear(terms)
@@ -234,7 +234,7 @@ class Run:
                 return stream.read(rows.numpy())
 
         def run(part: int, batch: Batch) -> Output:
-            torch.manual_seed(_dropout_seed(config, step, part, ranks))
+            torch.manual_seed(dropout_seed(config, step, part, ranks))
             return network(batch)
 
         return Replay(network.module, read, run)
@@ -337,7 +337,7 @@ class Meter:
         }
 
 
-def _open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
+def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
     return TrainStream(
         manifest,
         "train",
@@ -365,7 +365,7 @@ def _make_folder(output: str) -> None:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
 
 
-def _new_model(config: Config, manifest: Manifest) -> nn.Module:
+def new_model(config: Config, manifest: Manifest) -> nn.Module:
     """The network as every rank begins with it: from the seed and the scale of the features, or `model.weights`."""
     torch.manual_seed(config.train.seed)
     model = model_for(config.model, manifest)
@@ -418,7 +418,7 @@ def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str
     return changes
 
 
-def _dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
+def dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
     """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
     seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
     return (seed + part * 0x9E37_79B9_7F4A_7C15) % 2**63

@@ -274,6 +274,12 @@ def all_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
             return runs
 
 
+def reach(uri: str, limit: float) -> None:
+    """Ask the store at `uri` something. Raises what mlflow raises where it does not answer, within `limit` seconds."""
+    os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(max(1, int(limit / 2))))
+    _client(uri).search_experiments(max_results=1)
+
+
 def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # A server that is down is noticed within seconds; mlflow's own default is minutes for each request.

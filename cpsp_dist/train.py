@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cpsp_dist.errors import guarded
+from cpsp_dist.errors import UserError, guarded
 from cpsp_dist.signals import StopSignals
 
 
@@ -29,6 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from a checkpoint of another configuration or data",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what would be done: settings, data, memory of a rank; make one step; write nothing",
+    )
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run on one process: plan for N ranks")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
@@ -45,10 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             config = load_config(args.config, args.overrides)
             from cpsp_dist import distributed
-            from cpsp_dist.loop import train
 
             ranks = distributed.discover()
+            if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
+                raise UserError(
+                    "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
+                )
             with distributed.connected(ranks, config.engine.timeout, config.engine.silence, signals):
+                if args.dry_run:
+                    from cpsp_dist.dry_run import dry_run
+
+                    dry_run(config, ranks, args.world or ranks.world)
+                    return
+                from cpsp_dist.loop import train
+
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     return guarded(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import socket
@@ -40,6 +41,12 @@ def environment(**extra: str) -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
     return env | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def loss_history(output: Path) -> list[dict[str, float]]:
+    """The logged loss terms of a run, in order: {'loss/total': …}; to the last digit, to compare equal runs."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/total" in line]
 
 
 def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:

@@ -116,15 +116,17 @@ class Nursery:
         arguments: Sequence[str],
         world: int,
         *,
+        command: str = "cpsp_dist.train",
         patch: str | None = None,
         patch_args: Sequence[object] = (),
         **env: str,
     ) -> Attempt:
         """Start `python -m cpsp_dist.train` with `arguments` on `world` ranks.
 
+        command: another module with a `main`; "cpsp_dist.cli" is the console command.
         patch: "module:function", called in each child before the training as function(rank, *patch_args).
         """
-        question = {"arguments": [*arguments], "patch": patch, "args": [*patch_args]}
+        question = {"command": command, "arguments": [*arguments], "patch": patch, "args": [*patch_args]}
         return self._start(question, world, env)
 
     def call(self, folder: Path, world: int) -> Attempt:
@@ -173,7 +175,7 @@ def serve() -> int:
     import torch._dynamo  # that an optimizer imports, for 4 s
 
     import cpsp_dist.loop
-    import cpsp_dist.train
+    import cpsp_dist.train  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -200,7 +202,7 @@ def serve() -> int:
         if question["patch"]:
             module, name = question["patch"].split(":")
             getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), *question["args"])
-        return cpsp_dist.train.main(question["arguments"])
+        return importlib.import_module(question["command"]).main(question["arguments"])
     return 0
 
 

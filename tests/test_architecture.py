@@ -15,7 +15,7 @@ PACKAGE = REPO / "cpsp_dist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "launch", "report", "doctor", "demo", "bench", "keypad", "export"},
+    {"train", "launch", "report", "doctor", "dry_run", "demo", "bench", "keypad", "export"},
     {"loop"},
     {"engine", "stream", "packing", "checkpoint", "tracking", "evaluate"},
     {"models", "losses", "pool", "metrics", "nonfinite"},
@@ -71,7 +71,12 @@ def test_one_module_knows_each_big_library():
 @pytest.mark.timing
 @pytest.mark.parametrize(
     "command",
-    [["cpsp_dist", "--help"], ["cpsp_dist", "shards", "pack", "--help"], ["cpsp_dist.train", "--help"]],
+    [
+        ["cpsp_dist", "--help"],
+        ["cpsp_dist", "shards", "pack", "--help"],
+        ["cpsp_dist", "doctor", "--help"],
+        ["cpsp_dist.train", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_answers_in_half_a_second(command):

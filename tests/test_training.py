@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, environment, free_port
+from conftest import REPO, environment, loss_history
 from safetensors.torch import load_file
 
 from cpsp_dist import distributed
@@ -50,11 +49,6 @@ def newest_state(output: Path) -> dict[str, torch.Tensor]:
     return {f"{file}/{name}": tensor.clone() for file, found in tensors.items() for name, tensor in found.items()}
 
 
-def losses(output: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/total" in line]
-
-
 def train_each(shards: Path, folder: Path, kinds: dict[str, list[str]]) -> None:
     """Train every kind, one after the other, in the group that is there."""
     here = distributed.discover()
@@ -77,7 +71,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
     for name in ENGINES:
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
-        history = [losses(one), losses(two)]
+        history = [loss_history(one), loss_history(two)]
         assert len(history[0]) == 20
         assert {"loss/event", "loss/category", "loss/avps", "loss/psa_s", "loss/psa_v"} < set(history[0][0])
         for at_one, at_two in zip(*history, strict=True):
@@ -91,7 +85,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
 def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path):
     kinds = {f"bf16-zero{z}": ["train.precision=bf16", f"engine.zero={z}", "train.steps=12"] for z in (0, 2, 3)}
     ranks(train_each, 2, keypad_shards, tmp_path, kinds, timeout=300)
-    first, *others = (losses(tmp_path / name) for name in kinds)
+    first, *others = (loss_history(tmp_path / name) for name in kinds)
     assert first[-1]["loss/total"] < first[0]["loss/total"]
     for other in others:
         assert other[-1]["loss/total"] == pytest.approx(first[-1]["loss/total"], rel=0.05)
@@ -154,28 +148,6 @@ def test_another_world_size_and_engine_goes_on(nursery, keypad_shards, tmp_path,
     expected, found = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "moved")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance)
-
-
-def launch(launcher: list[str], arguments: list[str]) -> str:
-    command = [sys.executable, *launcher, "-m", "cpsp_dist.train", "--config", str(KEYPAD), *arguments]
-    done = subprocess.run(command, env=environment(), cwd=REPO, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_torchrun_and_accelerate_give_the_same_loss(keypad_shards, tmp_path):
-    launchers = {
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        "accelerate": ["-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-        + ["--config_file", str(REPO / "configs/accelerate/one_machine.yaml")],
-    }
-    told = {}
-    for name, launcher in launchers.items():
-        small = ["train.steps=3", "tracking.every_steps=1", "tracking.enabled=false"]
-        launch(launcher, overrides(keypad_shards, tmp_path / name, *small))
-        told[name] = losses(tmp_path / name)
-    assert len(told["torchrun"]) == 3
-    assert told["torchrun"] == told["accelerate"]
 
 
 def user_error(nursery: Any, arguments: list[str]) -> str:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from cpsp_dist import __version__
-from cpsp_dist.cli import bench, compare, demo, evaluate, export, import_checkpoint, shards
+from cpsp_dist.cli import bench, compare, demo, doctor, evaluate, export, import_checkpoint, shards
 from cpsp_dist.errors import guarded
 
 
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cpsp-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shards, evaluate, export, compare, import_checkpoint, bench, demo):
+    for module in (shards, evaluate, export, compare, import_checkpoint, bench, demo, doctor):
         module.register(commands)
     return parser
 

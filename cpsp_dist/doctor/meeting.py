@@ -1,0 +1,303 @@
+"""The ranks meet as those of a training do, but with every absentee named, and talk through the rendezvous' store.
+
+Through the store and not through collectives: what the doctor looks for is why those fail.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cpsp_dist.distributed import Ranks, settle_address
+from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, one_line, within
+from cpsp_dist.errors import UserError
+
+#: Seconds between two clocks, or a clock and a file's time, from which on it matters: logs and MLflow's charts are out
+#: of order, file systems take new files for old ones.
+CLOCK_TOLERANCE = 2.0
+#: Store questions asked for the round-trip time and the clocks; all-reduces for theirs.
+ROUNDS = 5
+#: Seconds between two looks at the store; and beyond a check's limit before its rank counts as lost.
+POLL, SLACK = 0.02, 5.0
+#: Seconds that rank 0 stays for the others to read its verdict.
+PARTING = 5.0
+
+
+def hostname() -> str:
+    return socket.gethostname().split(".")[0]
+
+
+class Meeting:
+    """The ranks that came.
+
+    Attributes:
+        hosts: node of each rank that came, by rank; the same on every rank. lost: those of them that rank 0 no longer
+            waits for. limit: seconds that any wait takes.
+        place: "host:port" of the rendezvous.
+    """
+
+    def __init__(self, ranks: Ranks, limit: float):
+        """Meet, as long as it takes up to `limit`.
+
+        Raises:
+            UserError: this rank met nobody; the text names the address.
+        """
+        self.ranks, self.limit = ranks, limit
+        self.place = settle_address(ranks)
+        self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect()
+        self.hosts: dict[int, str] = {}
+        self.lost: set[int] = set()
+        if self.store.add(f"came/{ranks.rank}", 1) > 1:
+            raise UserError(
+                f"{self._who()} came to {self.place} a second time; fix: two jobs meet at one address, or a launcher "
+                "gives every process the same rank: export another MASTER_PORT, start through one launcher"
+            )
+        self._set(f"host/{ranks.rank}", hostname())
+        if ranks.first:
+            self._wait_for([f"host/{rank}" for rank in range(ranks.world)])
+            came = [rank for rank in range(ranks.world) if self.store.check([f"host/{rank}"])]
+            self._set("roster", [[rank, self._get(f"host/{rank}")] for rank in came])
+        # Rank 0 may have come a moment before its patience began.
+        elif not self._wait_for(["roster"], limit + 10):
+            raise UserError(
+                f"{self._who()}: rank 0 did not come to {self.place} within {limit:g} s; look at its output"
+            )
+        self.hosts = {rank: host for rank, host in self._get("roster")}
+        if ranks.rank not in self.hosts:
+            raise UserError(f"{self._who()} came to {self.place} after the others had given it up ({limit:g} s)")
+
+    def _who(self) -> str:
+        return f"rank {self.ranks.rank} of {self.ranks.world} on {hostname()}"
+
+    def _connect(self) -> Any:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if not port.isdigit():
+            raise UserError(f"MASTER_PORT={port} is not a number; set it, or start through a launcher that does")
+        try:
+            within(self.limit, lambda: socket.getaddrinfo(host, int(port)))
+        except (OSError, TimeoutError) as error:
+            raise UserError(
+                f"{self._who()}: the name '{host}' (MASTER_ADDR) does not resolve here: {error or 'no answer'}; fix: "
+                "set MASTER_ADDR to an address that every node knows"
+            ) from None
+        # torchrun keeps the store itself, and may keep it over several starts.
+        theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+        mine = self.ranks.first and not theirs
+        if not mine:
+            self._knock(host, int(port))
+        try:
+            tcp = dist.TCPStore(
+                host,
+                int(port),
+                is_master=mine,
+                timeout=datetime.timedelta(seconds=self.limit),
+                wait_for_workers=False,
+            )
+        except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+            told = one_line(error).split(" [")[0][:200]
+            fix = "export another MASTER_PORT, another program has this one; and rank 0 has to run on MASTER_ADDR"
+            raise UserError(f"{self._who()}: no rendezvous at {self.place}: {told}; fix: {fix}") from None
+        return dist.PrefixStore(f"cpsp_dist/doctor/{start}", tcp)
+
+    def _knock(self, host: str, port: int) -> None:
+        """Wait until somebody listens there: torch's own words about nobody are a page."""
+        end, reason = time.monotonic() + self.limit, ""
+        while time.monotonic() < end:
+            try:
+                socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+                time.sleep(0.1)
+        raise UserError(
+            f"{self._who()}: nobody answered at {self.place} within {self.limit:g} s ({reason}); fix: see whether rank "
+            "0 was started and runs on that machine, and whether a firewall lies between"
+        )
+
+    @property
+    def missing(self) -> list[int]:
+        return [rank for rank in range(self.ranks.world) if rank not in self.hosts]
+
+    @property
+    def nodes(self) -> dict[str, list[int]]:
+        """The ranks of each node."""
+        nodes: dict[str, list[int]] = {}
+        for rank, host in sorted(self.hosts.items()):
+            nodes.setdefault(host, []).append(rank)
+        return nodes
+
+    @property
+    def first_on_node(self) -> bool:
+        return self.nodes[self.hosts[self.ranks.rank]][0] == self.ranks.rank
+
+    def begins(self, check: str) -> None:
+        """Leave word of what this rank is at, for the others to know where it hangs."""
+        self._set(f"at/{self.ranks.rank}", check)
+
+    def gather(self, name: str, value: Any) -> tuple[dict[int, Any], list[Finding]]:
+        """On rank 0 every rank's `value`, and who was lost: who did not begin anything new for longer than a check may
+        take; such a rank is not waited for again. Nothing on the other ranks."""
+        self._set(f"{name}/{self.ranks.rank}", value)
+        values: dict[int, Any] = {}
+        lost: list[Finding] = []
+        signs = {rank: ("start", time.monotonic()) for rank in self.hosts if rank not in self.lost}
+        while self.ranks.first and len(values) < len(signs):
+            for rank in signs.keys() - values.keys():
+                if self.store.check([f"{name}/{rank}"]):
+                    values[rank] = self._get(f"{name}/{rank}")
+                    continue
+                at = self._get(f"at/{rank}") if self.store.check([f"at/{rank}"]) else "start"
+                if at != signs[rank][0]:
+                    signs[rank] = at, time.monotonic()
+                elif time.monotonic() - signs[rank][1] > self.limit + SLACK:
+                    text = f"rank {rank} on {self.hosts[rank]} was lost at '{at}': nothing came from it within "
+                    fix = "look at its output and at that machine"
+                    lost.append(Finding(ERROR, "ranks", f"{text}{self.limit + SLACK:g} s", fix))
+                    self.lost.add(rank)
+                    del signs[rank]
+            time.sleep(POLL)
+        return values, lost
+
+    def share(self, name: str, value: Any, patience: float | None = None) -> Any:
+        """Rank 0's `value`, on every rank; None where it did not come."""
+        if self.ranks.first:
+            self._set(name, value)
+        elif not self._wait_for([name], patience):
+            return None
+        return self._get(name)
+
+    def part(self, verdict: int, patience: float) -> int:
+        """Rank 0's exit code on every rank. It stays a moment: the store ends with it."""
+        code = self.share("verdict", verdict, patience)
+        self._set(f"parted/{self.ranks.rank}", 1)
+        if self.ranks.first:
+            self._wait_for([f"parted/{rank}" for rank in self.hosts if rank not in self.lost], PARTING)
+        return verdict if code is None else code
+
+    def clock(self) -> dict[str, float]:
+        """seconds: how far this clock is ahead of rank 0's, as well as can be told; milliseconds: of a question to the
+        rendezvous' store."""
+        ahead, took = [], []
+        for turn in range(ROUNDS):
+            self._set(f"ready{turn}/{self.ranks.rank}", 1)
+            if self.ranks.first and not self._wait_for([f"ready{turn}/{rank}" for rank in self.hosts]):
+                break
+            now = self.share(f"clock{turn}", time.time())
+            if now is None:
+                break
+            ahead.append(time.time() - now)
+            began = time.perf_counter()
+            self.store.check(["roster"])
+            took.append(1e3 * (time.perf_counter() - began))
+        return {"seconds": min(ahead, key=abs, default=0.0), "milliseconds": statistics.median(took or [0])}
+
+    def _set(self, key: str, value: Any) -> None:
+        self.store.set(key, json.dumps(value))
+
+    def _get(self, key: str) -> Any:
+        return json.loads(self.store.get(key))
+
+    def _wait_for(self, keys: list[str], patience: float | None = None) -> bool:
+        """Whether all keys are there within `patience` seconds."""
+        end, left = time.monotonic() + (self.limit if patience is None else patience), keys
+        while left := [key for key in left if not self.store.check([key])]:
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL)
+        return True
+
+
+def attendance(meeting: Meeting, launcher: str) -> list[Finding]:
+    """Who came, and who did not."""
+    world, nodes = meeting.ranks.world, meeting.nodes
+    if world == 1:
+        return [Finding(OK, "ranks", f"one process ({launcher}) on {hostname()}")]
+    told = ", ".join(f"{host} ({_numbers(ranks)})" for host, ranks in nodes.items())
+    text = f"{launcher}: {len(meeting.hosts)} of {world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)}: {told}"
+    if not meeting.missing:
+        return [Finding(OK, "ranks", text)]
+    missing = _numbers(meeting.missing)
+    return [
+        Finding(
+            ERROR,
+            "ranks",
+            f"{text}; waited {meeting.limit:g} s at {meeting.place} for {missing} in vain",
+            f"look at the output of {missing}; all have to be started, with this MASTER_ADDR and MASTER_PORT",
+        )
+    ]
+
+
+def all_reduce(ranks: Ranks, meeting: Meeting) -> list[Finding]:
+    """A sum over all ranks by the means of the training: right, and how long it takes."""
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    # The check's own limit comes first: NCCL ends the process when a collective takes too long.
+    patience = datetime.timedelta(seconds=meeting.limit + 30)
+    store = dist.PrefixStore("group", meeting.store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=patience)
+    took = []
+    for _ in range(ROUNDS + 1):
+        total = torch.tensor([ranks.rank + 1.0], device=ranks.device)
+        began = time.perf_counter()
+        dist.all_reduce(total)
+        found = total.item()
+        took.append(1e3 * (time.perf_counter() - began))
+    expected = ranks.world * (ranks.world + 1) / 2
+    dist.barrier()
+    dist.destroy_process_group()
+    if found != expected:
+        text = f"{backend}: the sum over {ranks.world} ranks came out as {found:g}, not {expected:g}"
+        return [Finding(ERROR, "all-reduce", text, "see to the network cards and their driver; NCCL_DEBUG=INFO")]
+    if not ranks.first:
+        return []
+    return [Finding(OK, "all-reduce", f"{backend}: right, {statistics.median(took[1:]):.2f} ms")]
+
+
+def network_fix(backend: str) -> str:
+    return (
+        f"export {backend.upper()}_SOCKET_IFNAME=NAME, the network between the nodes (`ip address`)"
+        + ("; NCCL_DEBUG=INFO tells more" if backend == "nccl" else "")
+        + "; open the ports between them"
+    )
+
+
+def clocks(meeting: Meeting, clock: dict[int, dict[str, float]]) -> list[Finding]:
+    """Nodes whose clock differs from rank 0's."""
+    nodes = {host: clock[ranks[0]]["seconds"] for host, ranks in meeting.nodes.items() if ranks[0] in clock}
+    wrong = {host: ahead for host, ahead in nodes.items() if abs(ahead) > CLOCK_TOLERANCE}
+    if wrong:
+        told = ", ".join(f"{host} {ahead:+.1f} s" for host, ahead in wrong.items())
+        return [
+            Finding(
+                WARNING, "clock", f"not the time of {meeting.hosts[0]}: {told}", "start NTP (chrony) on these nodes"
+            )
+        ]
+    if len(nodes) < 2:
+        return []
+    apart = max(nodes.values()) - min(nodes.values())
+    trip = statistics.median(c["milliseconds"] for c in clock.values())
+    return [
+        Finding(OK, "clock", f"all nodes within {apart:.2f} s; a round trip to {meeting.place} takes {trip:.2f} ms")
+    ]
+
+
+def _numbers(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    told = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return ("ranks " if len(ranks) > 1 else "rank ") + told
