@@ -15,7 +15,7 @@ PACKAGE = REPO / "cpsp_dist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "launch", "sweep", "jobs", "report", "doctor", "demo", "bench", "keypad", "export"},
+    {"train", "launch", "report", "doctor", "demo", "bench", "keypad", "export"},
     {"loop"},
     {"engine", "stream", "packing", "checkpoint", "tracking", "evaluate"},
     {"models", "losses", "pool", "metrics", "nonfinite"},

@@ -19,14 +19,14 @@ import pytest
 from conftest import REPO, environment
 from test_training import KEYPAD, losses, newest_weights, overrides
 
-from cpsp_dist import jobs
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import ConfigError
-from cpsp_dist.jobs import Job, State
-from cpsp_dist.launch import Resources, dry_run
+from cpsp_dist.launch import jobs
+from cpsp_dist.launch.cluster import Resources, dry_run
+from cpsp_dist.launch.jobs import Job, State
+from cpsp_dist.launch.sweep import plan
 from cpsp_dist.report import compare
-from cpsp_dist.sweep import plan
 from cpsp_dist.tracking import close_sweep, open_sweep
 
 QUICK = ["train.steps=3", "tracking.every_steps=1"]
@@ -185,7 +185,7 @@ def test_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, monkeypatch,
         "partition=gpu",
         "qos=long",
         "requeue",
-        "signal=USR2@90",  # to all ranks; not B:, which is the script's alone
+        "signal=USR2@300",  # to all ranks; not B:, which is the script's alone
         "time=1-00:00:00",
     ]
     (command,) = [line for line in lines if line.startswith("srun ")]
@@ -298,9 +298,9 @@ def test_what_is_submitted_is_two_paths(trained, keypad_shards, capsys):
     )
     code = list(pickletools.genops(pickled.read_bytes()))
     strings = [value for _, value, _ in code if isinstance(value, str)]
-    assert {"cpsp_dist.launch", "run", str(snapshot), str(KEYPAD)} < set(strings)
+    assert {"cpsp_dist.launch.job", "run", str(snapshot), str(KEYPAD)} < set(strings)
     modules = [text for text in strings if "." in text and "/" not in text]
-    assert set(modules) == {"cpsp_dist.launch", "submitit.core.utils"}
+    assert set(modules) == {"cpsp_dist.launch.job", "submitit.core.utils"}
     assert len(pickled.read_bytes()) < 1000
 
     assert main(["launch", "--status", str(output)]) == 0

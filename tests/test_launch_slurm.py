@@ -47,7 +47,8 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, nursery, keypad_s
         )
     try:
         # As a lost node looks to a job, and as Slurm's own notice ahead of preemption or the time limit.
-        todo = {"psa_v=0,seed=1": ("0.0", "KILL"), "psa_v=1,seed=1": ("1", "USR2")}
+        # (To the steps: scancel sends an array task's signal again and again, for it takes the answer for a refusal.)
+        todo = {"psa_v=0,seed=1": ("0.0", "KILL"), "psa_v=1,seed=1": ("1.0", "USR2")}
         limit, most = time.monotonic() + LIMIT, 0
         while todo:
             text = told.read_text()
@@ -151,6 +152,9 @@ def test_a_waiting_job_says_why_and_a_cancelled_one_is_no_success(slurm, keypad_
     job = re.search(r"submitted job (\d+)", done.stdout)[1]
     told = launch(slurm, "launch", "--status", str(tmp_path / "later")).stdout
     assert " pending (BeginTime)  - " in told
+    again = launch(slurm, "launch", str(KEYPAD), *settings)
+    assert again.returncode == 2
+    assert f"belongs to job {job}, which is pending" in again.stderr
     slurm.run("scancel", job, timeout=60)
     done = launch(slurm, "launch", "--status", str(tmp_path / "later"), "--follow")
     assert done.returncode == 1

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cpsp_dist.jobs import Job, State
+    from cpsp_dist.launch.jobs import Job, State
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,9 +69,9 @@ def _count(text: str) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cpsp_dist import jobs, launch
     from cpsp_dist.errors import UserError
-    from cpsp_dist.sweep import plan
+    from cpsp_dist.launch import cluster, jobs, local
+    from cpsp_dist.launch.sweep import plan
 
     if args.status:
         if args.config:
@@ -79,7 +79,7 @@ def _launch(args: argparse.Namespace) -> int:
         return _follow(jobs.recall(args.status)) if args.follow else _status(jobs.recall(args.status))
     if not args.config:
         raise UserError("launch needs a config file (configs/...), or --status FOLDER")
-    resources = launch.Resources(
+    resources = cluster.Resources(
         nodes=args.nodes,
         gpus=args.gpus_per_node,
         ranks=args.ranks_per_node or args.gpus_per_node or 1,
@@ -89,7 +89,7 @@ def _launch(args: argparse.Namespace) -> int:
         account=args.account,
         qos=args.qos,
         mem=args.mem,
-        more=launch.sbatch_flags(args.slurm),
+        more=cluster.sbatch_flags(args.slurm),
         setup=tuple(args.setup),
         retries=args.retries,
         parallel=args.parallel,
@@ -104,12 +104,12 @@ def _launch(args: argparse.Namespace) -> int:
         if args.local:
             print("--local needs no sbatch file; nothing was started", file=sys.stderr)
         else:
-            print(launch.dry_run(runs, output, name, resources))
+            print(cluster.dry_run(runs, output, name, resources))
         return 0
     if args.local:
-        started, ended = launch.run_here(runs, output, args.config, resources)
+        started, ended = local.run_here(runs, output, args.config, resources)
         return _told(started, ended, len(runs))
-    submitted = launch.submit(runs, output, name, args.config, resources)
+    submitted = cluster.submit(runs, output, name, args.config, resources)
     main, folder = submitted[0].id.partition("_")[0], submitted[0].folder
     print(f"submitted job {main}: {len(runs)} run{'s' if len(runs) > 1 else ''}, each {resources}")
     for job in submitted:
@@ -121,16 +121,16 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _status(found: list[Job]) -> int:
-    from cpsp_dist import jobs, launch
+    from cpsp_dist.launch import files, jobs
 
     now = jobs.states(found)
     print(jobs.describe(found, now))
-    launch.end_sweep(found, now)
+    files.end_sweep(found, now)
     return 0
 
 
 def _follow(found: list[Job]) -> int:
-    from cpsp_dist import jobs
+    from cpsp_dist.launch import jobs
 
     try:
         return _told(found, jobs.follow(found), len(found))
@@ -146,13 +146,12 @@ def _follow(found: list[Job]) -> int:
 
 def _told(ended_jobs: list[Job], ended: dict[str, State], runs: int) -> int:
     """The last word on jobs that were waited for; the exit code."""
-    from cpsp_dist import jobs, launch
-    from cpsp_dist.tracking import tracking_uri
+    from cpsp_dist.launch import files, jobs
 
     print(jobs.describe(ended_jobs, ended))
-    launch.end_sweep(ended_jobs, ended)
-    if ended_jobs[0].name:
-        print(f"to compare them:  cpsp-dist compare --uri {tracking_uri(ended_jobs[0].output)}")
+    files.end_sweep(ended_jobs, ended)
+    if command := files.comparison(ended_jobs):
+        print(f"to compare them:  {command}")
     if len(ended_jobs) < runs:
         print(f"{runs - len(ended_jobs)} of {runs} runs were not started", file=sys.stderr)
         return jobs.exit_code(ended) or 1

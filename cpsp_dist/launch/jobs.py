@@ -135,10 +135,7 @@ def _exit_code(job: Job) -> int | None:
 
 
 def _alive(job: Job) -> bool:
-    try:
-        return "submitit" in Path(f"/proc/{job.id}/cmdline").read_text()
-    except OSError:
-        return False
+    return "submitit" in _ask(["ps", "-p", job.id, "-o", "args="]).stdout
 
 
 def describe(jobs: Sequence[Job], now: dict[str, State]) -> str:
