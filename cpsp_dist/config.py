@@ -180,6 +180,7 @@ class TrackingSettings(Section):
     enabled: bool = True
     experiment: str = "cpsp"
     run_name: str | None = None
+    parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
     patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
 
@@ -214,6 +215,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, a line each.
     """
+    config, mistakes = check_config(path, overrides)
+    if config is None or mistakes:
+        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
+    return config
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
+    """As `load_config`, with the mistakes returned.
+
+    Raises:
+        ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
+    """
     mistakes: list[str] = []
     merged = _read_chain(Path(path), ())
     for text in overrides:
@@ -226,10 +239,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except yaml.YAMLError:
             mistakes.append(f"override '{text}': '{value}' is not a YAML value")
     config, found = _validate(merged)
-    mistakes += found
-    if config is None or mistakes:
-        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
-    return config
+    return config, mistakes + found
 
 
 def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:
