@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint format bench-peers clean
+.PHONY: help install demo test lint format bench-peers slurm-up slurm-down clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,4p' Makefile
@@ -44,6 +44,14 @@ format: install
 # The same samples through webdataset, mosaicml-streaming, litdata and the published layout, in environments of their own.
 bench-peers: install
 	@$(VENV)/bin/cpsp-dist bench peers
+
+# A real Slurm of 2 virtual nodes on this machine, to try scripts on (Debian, root); the tests start one of their own.
+slurm-up: install
+	@$(RUN) tests/slurm_lab.py install
+	@$(RUN) tests/slurm_lab.py up 2
+
+slurm-down:
+	@$(RUN) tests/slurm_lab.py down
 
 clean:
 	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

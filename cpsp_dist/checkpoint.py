@@ -67,6 +67,7 @@ class Checkpoints:
         Raises:
             OSError, SafetensorError: it could not be written; earlier checkpoints are intact.
         """
+        make_folder(self.folder)
         target = self.path(progress.step)
         part = self.folder / f".{target.name}.part"
         self._remove_leftovers()
@@ -100,7 +101,7 @@ class Checkpoints:
 
     def _write(self, part: Path, state: TrainingState, progress: Progress) -> None:
         """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
-        part.mkdir(parents=True)
+        part.mkdir()
         save_file(state.weights, part / WEIGHTS)
         moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
         save_file(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
@@ -177,6 +178,14 @@ class Checkpoints:
             return TrainingState(weights, moments, updates, objectives), Progress(**described)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make it and what is missing above it, on disk for good: a folder is an entry in the one above."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _sync(path.parent)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

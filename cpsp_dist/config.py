@@ -45,6 +45,16 @@ class DataSettings(Section):
         "full",
         description="full: any sample at any time, the default for a folder; lanes: few shards at a time, for a URL",
     )
+    epoch_end: Literal["carry", "drop", "pad"] = Field(
+        "carry",
+        description="what an epoch leaves over, less than a global batch. carry: it begins the next epoch's batches; "
+        "drop: it is left out; pad: it is filled up with slots that count for nothing",
+    )
+    access: Literal["auto", "map", "read"] = Field(
+        "auto",
+        description="map: shards are mapped into memory, the fastest; read: by system calls, which survive a disk that "
+        "fails; auto: map on this machine's own file systems, read on any other (NFS, Lustre, …)",
+    )
     threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
     depth: int = Field(3, ge=1, le=64, description="batches read ahead")
     check_crc: bool = Field(True, description="check each sample's crc32c as it is read")
@@ -170,6 +180,7 @@ class TrackingSettings(Section):
     enabled: bool = True
     experiment: str = "cpsp"
     run_name: str | None = None
+    parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
     patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
 
@@ -204,6 +215,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, a line each.
     """
+    config, mistakes = check_config(path, overrides)
+    if config is None or mistakes:
+        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
+    return config
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
+    """As `load_config`, with the mistakes returned.
+
+    Raises:
+        ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
+    """
     mistakes: list[str] = []
     merged = _read_chain(Path(path), ())
     for text in overrides:
@@ -216,10 +239,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except yaml.YAMLError:
             mistakes.append(f"override '{text}': '{value}' is not a YAML value")
     config, found = _validate(merged)
-    mistakes += found
-    if config is None or mistakes:
-        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
-    return config
+    return config, mistakes + found
 
 
 def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:

@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from signal import Signals
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.errors import EXIT_USER_ERROR, Stopped, UserError
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, Stopped, UserError
+from cpsp_dist.signals import StopSignals
 from cpsp_dist.watch import Watch
 
 
@@ -71,9 +74,10 @@ def settle_address(ranks: Ranks) -> str:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
-        # Two jobs on one node must not meet. A single process takes any free port.
+        # Two jobs on one node must not meet, nor take a port that the system gives to whoever asks for any (from 32768
+        # on). A single process takes any free port.
         job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = str(20000 + int(job) % 20000) if job and ranks.world > 1 else "0"
+        os.environ["MASTER_PORT"] = str(20000 + int(job) % 12000) if job and ranks.world > 1 else "0"
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -105,7 +109,7 @@ def connect(ranks: Ranks, timeout: int) -> None:
 
 
 @contextmanager
-def connected(ranks: Ranks, timeout: int, silence: int) -> Iterator[None]:
+def connected(ranks: Ranks, timeout: int, silence: int, signals: StopSignals) -> Iterator[None]:
     """A context in which this rank is joined to the others: they begin and leave together, and when one ends early the
     others end too.
 
@@ -118,6 +122,8 @@ def connected(ranks: Ranks, timeout: int, silence: int) -> Iterator[None]:
     """
     connect(ranks, timeout)
     watch = Watch(ranks.rank, ranks.world, silence) if ranks.world > 1 else None
+    if watch is not None:
+        signals.farewell = partial(watch.tell, code=EXIT_REQUEUE)
     try:
         try:
             yield
@@ -162,6 +168,21 @@ def agree(value: int, device: torch.device) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def stop_if_asked(signals: StopSignals, device: torch.device, what: str) -> None:
+    """A safe point, to which all ranks come together: whichever rank a signal reached, all stop here.
+
+    Raises:
+        Stopped: it did; `what`, in its text, says what is saved.
+    """
+    if asked := agree(signals.received or 0, device):
+        raise stopped(asked, what)
+
+
+def stopped(asked: int, what: str) -> Stopped:
+    text = f"{Signals(asked).name}: {what}; give the same command again to go on (exit code {EXIT_REQUEUE})"
+    return Stopped(text)
 
 
 def gather(value: Any) -> list[Any]:

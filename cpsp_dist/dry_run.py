@@ -23,9 +23,10 @@ from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
-from cpsp_dist.loop import Schedule, new_model, open_stream, parts_of, seed_step
+from cpsp_dist.loop import Schedule, dropout_seed, new_model, open_stream
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.stream import TrainStream
 
 #: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).
 TABLES = 4
@@ -47,13 +48,14 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         model = new_model(config, manifest)
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)
-        step = first_step(model, config, ranks, stream.batches())
+        step = first_step(model, config, ranks, stream)
+        schedule = Schedule(config.train, stream.schedule.epoch_length)
     if not ranks.first:
         return
     memory = memory_of_a_rank(parameters, config, manifest, world, step["activations"], step["width"])
     sections = {
         "Settings": _settings(config),
-        "Data": _data_plan(config, manifest, world),
+        "Data": _data_plan(config, manifest, schedule, world),
         f"Memory of a rank, of {world} on {ranks.device.type} (estimate)": _memory(memory, parameters, config),
         "Output": _output(config, *checkpoint),
         f"First step, on {ranks.device.type}": _step(step, ranks, world),
@@ -65,7 +67,7 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
     )
 
 
-def first_step(model: nn.Module, config: Config, ranks: Ranks, batches: Iterator[Any]) -> dict[str, Any]:
+def first_step(model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream) -> dict[str, Any]:
     """The first optimizer step of a run: its loss and terms over all ranks, the gradient norm, seconds, and bytes that
     a micro-batch keeps for the backward pass (activations), of this rank; width of the pool's rows."""
     engine = build_engine(model, config, ranks)
@@ -73,22 +75,24 @@ def first_step(model: nn.Module, config: Config, ranks: Ranks, batches: Iterator
         config.objectives, pool=config.pool.scope, bank=config.pool.bank, supervision=config.model.supervision
     )
     engine.module.train()
-    seed_step(config, 0, ranks)
     learning_rate = Schedule(config.train, 1).learning_rate(0)
     sums: dict[str, Tensor] = {}
     kept, width, norm, seconds = 0, 0, math.nan, 0.0
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for batch in parts_of(batches, config.train.accumulation, ranks.device):
+    batches = stream.batches()
+    for part, weight in enumerate(stream.schedule.weights(0, config.train.accumulation)):
+        batch = next(batches).to(ranks.device)
         began = time.perf_counter()  # without the wait for the first batch
+        torch.manual_seed(dropout_seed(config, 0, part, ranks))
         with _activations(engine.module) as count:
             output = engine(batch)
             loss, terms = objectives(output, batch)
-        engine.backward(loss)
+        engine.backward(weight * loss)
         norm = engine.step(learning_rate)
         seconds += time.perf_counter() - began
         kept, width = max(kept, count()), output.fusion.shape[-1]
-        sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
+        sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
     means = distributed.sum_over_ranks(torch.stack([*sums.values()])) / (config.train.accumulation * ranks.world)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
@@ -161,7 +165,7 @@ def _settings(config: Config) -> list[str]:
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).splitlines()
 
 
-def _data_plan(config: Config, manifest: Manifest, world: int) -> list[str]:
+def _data_plan(config: Config, manifest: Manifest, schedule: Schedule, world: int) -> list[str]:
     train = config.train
     fields = ", ".join(f"{name} {np.dtype(f.dtype).name} {list(f.shape)}" for name, f in manifest.fields.items())
     lines = [f"{manifest.place}: {len(manifest.categories)} categories; {fields}"]
@@ -169,13 +173,12 @@ def _data_plan(config: Config, manifest: Manifest, world: int) -> list[str]:
         shards = [shard for shard in manifest.shards if shard.split == name]
         size = sum(shard.filesize for shard in shards)
         lines.append(f"{name}: {len(rows):,} samples in {len(shards):,} shard{'s' * (len(shards) > 1)}, {_size(size)}")
-    schedule = Schedule(train, len(manifest.rows("train")))
     sample = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
     each = samples_of_a_rank(config, world)
     text = f"global batch: {train.global_batch} samples, {each} at a time on each of {world} rank{'s' * (world > 1)}"
     lines.append(text + (f", in {train.accumulation} parts one after the other" if train.accumulation > 1 else ""))
     stop = f", stopped by train.steps={train.steps}" if schedule.steps == train.steps else ""
-    lines.append(f"steps: {schedule.steps:,}, for {train.epochs} epochs of {schedule.samples:,} samples{stop}")
+    lines.append(f"steps: {schedule.steps:,}, for {train.epochs} epochs of {schedule.length:,} samples{stop}")
     a_rank = each * train.accumulation * sample
     lines.append(f"a step reads {_size(train.global_batch * sample)}, {_size(a_rank)} of it on a rank")
     if "val" in manifest.splits:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,14 +104,16 @@ def _optimizer(config: Config, parameters: Iterator[nn.Parameter]) -> torch.opti
 
 
 class PlainModel:
-    """A bare float32 copy of a model on each rank, for evaluation alone."""
+    """A bare copy of a model on each rank, in one dtype and without an optimizer."""
 
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor], device: torch.device):
-        self.module, self.device = model.to(device, torch.float32), device
-        self.module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in weights.items()})
+    def __init__(
+        self, model: nn.Module, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+    ):
+        self.module, self.device, self.dtype = model.to(device, dtype), device, dtype
+        self.module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()})
 
     def __call__(self, batch: Batch) -> Output:
-        batch = batch.to(self.device, torch.float32)
+        batch = batch.to(self.device, self.dtype)
         return self.module(batch.visual, batch.audio)
 
 
@@ -325,7 +327,20 @@ def import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    _import_muon()
     if device.type == "cpu":
         # An inference-only operator that init_distributed would compile for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Every stage from 1 on imports DeepSpeed's Muon optimizer, which we never use, and whose functions are then
+    compiled: 4 s of each rank's start. So it is imported here first, and torch leaves its functions as they are."""
+    compile = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):  # an older DeepSpeed has none
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compile

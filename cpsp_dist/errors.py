@@ -42,13 +42,14 @@ class LostRank(Exception):
 def guarded(main: Callable[[], int | None]) -> int:
     """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130.
 
-    Under a launcher, a mistake that every rank sees is told once per machine (local rank 0); a `DataError` may concern
-    one rank only and is told by the rank that met it.
+    Under a launcher, a mistake that every rank sees is told once per machine (local rank 0, which under plain srun only
+    Slurm's own variable tells); a `DataError` may concern one rank only and is told by the rank that met it.
     """
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     try:
         return main() or 0
     except UserError as error:
-        if isinstance(error, DataError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        if isinstance(error, DataError) or local_rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LostRank as lost:
@@ -56,7 +57,7 @@ def guarded(main: Callable[[], int | None]) -> int:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         return lost.code
     except Stopped as stopped:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if local_rank == "0":
             print(stopped, file=sys.stderr, flush=True)
         return EXIT_REQUEUE
     except KeyboardInterrupt:

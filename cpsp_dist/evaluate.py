@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cpsp_dist import metrics
+from cpsp_dist import distributed, metrics
 from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config
@@ -15,16 +15,28 @@ from cpsp_dist.engine import Forward, PlainModel
 from cpsp_dist.errors import UserError
 from cpsp_dist.manifest import Manifest
 from cpsp_dist.models import model_for
+from cpsp_dist.signals import StopSignals
 from cpsp_dist.stream import EvalStream
 
 
 @torch.no_grad()
-def evaluate(model: Forward, manifest: Manifest, split: str, config: Config, ranks: Ranks) -> dict[str, Any]:
+def evaluate(
+    model: Forward,
+    manifest: Manifest,
+    split: str,
+    config: Config,
+    ranks: Ranks,
+    signals: StopSignals | None = None,
+) -> dict[str, Any]:
     """`metrics.breakdown` over all videos of `split`, and how many there were; background counts as a class.
 
     `accuracy` (0 to 1) is the published one. All ranks call it together and get the same answer; each video counts once
     whatever the world size. `skipped` counts damaged samples that `data.on_error=skip` passed over.
+
+    Raises:
+        Stopped: one of `signals` came; on all ranks.
     """
+    signals = signals or StopSignals()
     was_training = model.module.training
     model.module.eval()
     size, seconds = len(manifest.categories) + 1, manifest.fields["label"].shape[0]
@@ -44,8 +56,11 @@ def evaluate(model: Forward, manifest: Manifest, split: str, config: Config, ran
         on_error=config.data.on_error,
         skip_budget=config.data.skip_budget,
         pin=ranks.device.type == "cuda",
+        access=config.data.access,
     ) as stream:
         for cpu_batch in stream:
+            if signals.received:
+                break
             batch = cpu_batch.to(ranks.device)
             output = model(batch)
             confusion += metrics.confusion(output, batch).cpu()
@@ -54,6 +69,7 @@ def evaluate(model: Forward, manifest: Manifest, split: str, config: Config, ran
             videos[0] += batch.valid.sum().cpu()
         videos[1] = stream.skipped
     model.module.train(was_training)
+    distributed.stop_if_asked(signals, ranks.device, "trained and saved, not yet evaluated")
     tables = (confusion, by_second, boundaries, videos)
     totals = sum_over_ranks(torch.cat([table.flatten() for table in tables]).to(ranks.device)).cpu()
     confusion, by_second, boundaries, videos = (

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
@@ -20,22 +18,24 @@ from torch import Tensor, nn
 from cpsp_dist import distributed
 from cpsp_dist.batch import Batch
 from cpsp_dist.cache import Cache
-from cpsp_dist.checkpoint import Checkpoints, Progress
+from cpsp_dist.checkpoint import Checkpoints, Progress, make_folder
 from cpsp_dist.config import Config, TrainSettings, flat
 from cpsp_dist.distributed import Ranks
-from cpsp_dist.engine import Engine, PlainModel, TrainingState, build_engine, tune_cpu
-from cpsp_dist.errors import EXIT_REQUEUE, DataError, Stopped, UserError
+from cpsp_dist.engine import PRECISIONS, Engine, PlainModel, TrainingState, build_engine, tune_cpu
+from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import Manifest
-from cpsp_dist.models import load_weights, model_for
-from cpsp_dist.nonfinite import Witness
+from cpsp_dist.models import Output, load_weights, model_for
+from cpsp_dist.nonfinite import Replay, Witness
 from cpsp_dist.signals import StopSignals
 from cpsp_dist.stream import EvalStream, TrainStream
 from cpsp_dist.tracking import Tracker, take_back, tracking_uri
 
 #: Settings that do not change what is computed: a run may go on with others.
 FREE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
+#: But these say which samples a position stands for.
+POSITION_KEYS = ("data.order", "data.epoch_end")
 
 #: Training videos whose features tell the scale that an encoder's features have.
 CALIBRATION_VIDEOS = 64
@@ -43,18 +43,22 @@ CALIBRATION_VIDEOS = 64
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps there are: a step takes `global_batch` samples of the endless order, `samples` of them an epoch."""
+    """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
+
+    `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for
+    any number of ranks and parts.
+    """
 
     settings: TrainSettings
-    samples: int
+    length: int
 
     def epoch(self, step: int) -> int:
         """The epoch in which step `step` (from 0) begins; a batch may straddle two."""
-        return step * self.settings.global_batch // self.samples
+        return step * self.settings.global_batch // self.length
 
     @property
     def steps(self) -> int:
-        whole = math.ceil(self.settings.epochs * self.samples / self.settings.global_batch)
+        whole = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
         return min(whole, self.settings.steps or whole)
 
     def learning_rate(self, step: int) -> float:
@@ -66,25 +70,33 @@ class Schedule:
         return step + 1 == self.steps or self.epoch(step + 1) > self.epoch(step)
 
 
-def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_change: bool = False) -> dict[str, float]:
+def train(
+    config: Config,
+    ranks: Ranks,
+    signals: StopSignals | None = None,
+    *,
+    fresh: bool = False,
+    allow_config_change: bool = False,
+) -> dict[str, float]:
     """Train as configured, or go on with the run in `config.output`; the results, also in its `results.json`.
 
-    All ranks, connected already, call it together.
+    All ranks, connected already, call it together. signals: an entered context, where this process listens.
 
     Raises:
         UserError: see the text; nothing was trained, or the last checkpoint is intact.
         Stopped: a signal asked for it; all is saved.
     """
+    signals = signals or StopSignals()
+    distributed.stop_if_asked(signals, ranks.device, "before anything was begun")
     manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
     checkpoints = Checkpoints(config.output)
     if fresh and checkpoints.steps():
         raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
     if ranks.device.type == "cpu":
         tune_cpu()
-    schedule = Schedule(config.train, len(manifest.rows("train")))
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
         stream = stack.enter_context(open_stream(config, manifest, ranks))
+        schedule = Schedule(config.train, stream.schedule.epoch_length)
         _make_folder(config.output)
         state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
@@ -101,7 +113,8 @@ def train(config: Config, ranks: Ranks, *, fresh: bool = False, allow_config_cha
         if not progress.finished:
             run = Run(config, schedule, manifest, ranks, stream, checkpoints, tracker, signals)
             progress = run.train(state, progress)
-        results = _final_results(config, manifest, ranks, checkpoints, progress)
+        signals.unsaved = False
+        results = _final_results(config, manifest, ranks, checkpoints, progress, signals)
         tracker.log(progress.step, results)
     if ranks.first:
         _write_json(config, "results.json", results)
@@ -144,22 +157,27 @@ class Run:
         meter = Meter(config, schedule, ranks, self.stream, progress.step)
         audit = Audit(config, self.manifest, ranks, progress.step)
         engine.module.train()
+        begun = f"{progress.step} of {schedule.steps} steps are saved in {config.output}"
+        distributed.stop_if_asked(self.signals, ranks.device, begun if progress.step else "before the first step")
+        self.signals.unsaved = True
         for step in range(progress.step, schedule.steps):
-            seed_step(config, step, ranks)
             learning_rate = schedule.learning_rate(step)
             norm, witness, parts = math.nan, Witness(), []
-            for batch in parts_of(batches, config.train.accumulation, ranks.device):
+            weights = self.stream.schedule.weights(progress.position, config.train.accumulation)
+            for part, weight in enumerate(weights):
+                batch = next(batches).to(ranks.device)
                 audit.see(batch)
-                output = engine(batch)
+                torch.manual_seed(dropout_seed(config, step, part, ranks))
+                output = witness.see(engine(batch), batch)
                 loss, terms = objectives(output, batch)
-                witness.see(output, batch, terms)
-                engine.backward(loss)
+                witness.hear(terms)
+                engine.backward(weight * loss)
                 norm = engine.step(learning_rate)
-                parts.append(terms)
+                parts.append({name: weight * value for name, value in terms.items()})
             progress = replace(progress, step=step + 1, position=progress.position + config.train.global_batch)
             if not math.isfinite(norm):
                 progress = replace(progress, nonfinite=progress.nonfinite + 1)
-                self._tell_nonfinite(witness, progress)
+                self._tell_nonfinite(witness, engine, progress)
             else:
                 meter.add(parts)
             audit.close_step(progress.step)
@@ -178,21 +196,22 @@ class Run:
             progress = replace(progress, finished=progress.step == schedule.steps)
             every = config.checkpoint.every_steps
             # One tiny collective: whichever rank a signal reached, all stop after the same step.
-            signal = distributed.agree(self.signals.received or 0, ranks.device)
-            if signal or schedule.ends_epoch(step) or (every and progress.step % every == 0):
+            asked = distributed.agree(self.signals.received or 0, ranks.device)
+            if asked or schedule.ends_epoch(step) or (every and progress.step % every == 0):
                 self._save(engine, objectives, progress)
                 tracker.send()
-            if signal and not progress.finished:
-                raise Stopped(
-                    f"{Signals(signal).name}: saved step {progress.step} of {schedule.steps} in {config.output}; give "
-                    f"the same command again to go on (exit code {EXIT_REQUEUE})"
-                )
+            if asked and not progress.finished:
+                raise distributed.stopped(asked, f"saved step {progress.step} of {schedule.steps} in {config.output}")
             meter.resume()
         return progress
 
-    def _tell_nonfinite(self, witness: Witness, progress: Progress) -> None:
+    def _tell_nonfinite(self, witness: Witness, engine: Engine, progress: Progress) -> None:
         samples, budget = self.manifest.samples, self.config.train.nonfinite_budget
-        told = witness.explain(lambda row: samples[row]["key"].decode())
+
+        def key(row: int) -> str:
+            return samples[row]["key"].decode()
+
+        told = witness.explain(key) or witness.explain_inside(self._replay(engine, progress.step - 1), key)
         text = f"step {progress.step}: the loss or its gradient is not finite: {told}"
         if progress.nonfinite > budget:
             raise UserError(
@@ -201,6 +220,24 @@ class Run:
             )
         if self.ranks.first:
             _say(f"warning: {text}; step left out ({progress.nonfinite} of at most {budget})")
+
+    def _replay(self, engine: Engine, step: int) -> Replay:
+        """The network of step `step`, a copy on each rank that needs no other one; all ranks call it together."""
+        config, ranks = self.config, self.ranks
+        dtype = PRECISIONS[config.train.precision]
+        weights = engine.capture().weights
+        network = PlainModel(model_for(config.model, self.manifest), weights, ranks.device, dtype)
+
+        def read(rows: Tensor) -> Batch:
+            # Not kept since: the reader fills a batch's memory anew, and a GPU has none to spare.
+            with EvalStream(self.manifest, "train", batch=len(rows)) as stream:
+                return stream.read(rows.numpy())
+
+        def run(part: int, batch: Batch) -> Output:
+            torch.manual_seed(dropout_seed(config, step, part, ranks))
+            return network(batch)
+
+        return Replay(network.module, read, run)
 
     def _save(self, engine: Engine, objectives: Objectives, progress: Progress) -> None:
         state = replace(engine.capture(), objectives=objectives.state())
@@ -300,11 +337,6 @@ class Meter:
         }
 
 
-def seed_step(config: Config, step: int, ranks: Ranks) -> None:
-    """Dropout as a function of (seed, step, rank): no random state to lose, whatever happens to the process."""
-    torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank)
-
-
 def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
     return TrainStream(
         manifest,
@@ -315,18 +347,20 @@ def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream
         world=ranks.world,
         accumulation=config.train.accumulation,
         order=config.data.order,
+        epoch_end=config.data.epoch_end,
         threads=config.data.threads,
         depth=config.data.depth,
         check_crc=config.data.check_crc,
         on_error=config.data.on_error,
         skip_budget=config.data.skip_budget,
         pin=ranks.device.type == "cuda",
+        access=config.data.access,
     )
 
 
 def _make_folder(output: str) -> None:
     try:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(output))
     except OSError as error:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
 
@@ -338,7 +372,7 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     if config.model.weights is not None:
         load_weights(config.model.weights, model)
         return model
-    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS) as stream:
+    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, access=config.data.access) as stream:
         batch = next(iter(stream))
         model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
     return model
@@ -377,16 +411,17 @@ def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str
     changes = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (key == "data.order" or not key.startswith(FREE_TO_CHANGE))
+        if before.get(key) != now.get(key) and (key in POSITION_KEYS or not key.startswith(FREE_TO_CHANGE))
     ]
     if progress.fingerprint != manifest.fingerprint:
         changes.append(f"the shards at {manifest.place} are not the ones it was trained on")
     return changes
 
 
-def parts_of(batches: Iterator[Batch], count: int, device: torch.device) -> Iterator[Batch]:
-    for _ in range(count):
-        yield next(batches).to(device)
+def dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
+    """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
+    seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
+    return (seed + part * 0x9E37_79B9_7F4A_7C15) % 2**63
 
 
 def _evaluates(config: Config, schedule: Schedule, step: int) -> bool:
@@ -394,7 +429,12 @@ def _evaluates(config: Config, schedule: Schedule, step: int) -> bool:
 
 
 def _final_results(
-    config: Config, manifest: Manifest, ranks: Ranks, checkpoints: Checkpoints, progress: Progress
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    signals: StopSignals,
 ) -> dict[str, float]:
     """Percentages of the weights that were best on val (the last ones without a val split), on val and test.
 
@@ -405,7 +445,7 @@ def _final_results(
     results: dict[str, float] = {}
     for split, name in (("val", "best_val"), ("test", "test")):
         if split in manifest.splits:
-            found = evaluate(model, manifest, split, config, ranks)
+            found = evaluate(model, manifest, split, config, ranks, signals)
             results |= {f"{key}/{name}": 100 * found[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
             if ranks.first:
                 _write_json(config, f"evaluation_{split}.json", found)

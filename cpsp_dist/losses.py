@@ -40,6 +40,18 @@ HEALTH = (
 )
 
 
+#: Which objectives take which output of a network (`video_logits`: weak supervision).
+TERMS_OF = {
+    "event_logits": ("event",),
+    "category_logits": ("category",),
+    "video_logits": ("category",),
+    "fusion": ("psa_s", "psa_v"),
+    "audio": ("sspsp",),
+    "visual": ("sspsp",),
+    "similarity": ("avps",),
+}
+
+
 def event_loss(event_logits: Tensor, event: Tensor) -> Tensor:
     """Binary cross entropy of each segment, mean over T. logits [B, T], event [B, T] bool -> [B]."""
     return F.binary_cross_entropy_with_logits(event_logits, event.to(event_logits.dtype), reduction="none").mean(1)

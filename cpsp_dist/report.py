@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from cpsp_dist.tracking import all_runs
 
 #: Settings that tell runs apart but are no reason for a column: the run's name says it.
-UNTOLD = ("output", "tracking.run_name")
+UNTOLD = ("output", "tracking.run_name", "tracking.parent")
 
 
 def format_evaluation(found: dict[str, Any]) -> str:
@@ -29,15 +30,24 @@ def format_evaluation(found: dict[str, Any]) -> str:
     )
 
 
-def compare(uri: str, experiment: str, metrics: Sequence[str], *, mean: bool = False, as_json: bool = False) -> str:
+def compare(
+    uri: str,
+    experiment: str,
+    metrics: Sequence[str],
+    *,
+    parent: str | None = None,
+    mean: bool = False,
+    as_json: bool = False,
+) -> str:
     """A table of the experiment's runs: name, state, the settings in which they differ, their last metrics.
 
-    With `mean`, runs alike in all but `train.seed` share a row: mean ± standard deviation over the seeds that finished.
+    With `parent`, those of one sweep (its name or MLflow id). With `mean`, runs alike in all but `train.seed` share a
+    row: mean ± standard deviation over the seeds that finished.
 
     Raises:
         UserError: no such store or experiment, or no run in it.
     """
-    runs = all_runs(uri, experiment)
+    runs = all_runs(uri, experiment, parent)
     keys = sorted({key for run in runs for key in run["params"]} - set(UNTOLD) - ({"train.seed"} if mean else set()))
     differing = [key for key in keys if len({run["params"].get(key) for run in runs}) > 1]
     rows = _means(runs, differing, metrics) if mean else [_row(run, differing, metrics) for run in runs]
@@ -74,8 +84,9 @@ def _means(runs: Sequence[dict[str, Any]], settings: Sequence[str], metrics: Seq
             groups.setdefault(tuple(run["params"].get(key, "-") for key in settings), []).append(run)
     rows = []
     for values, group in groups.items():
-        names = [run["name"].removesuffix(f"-seed{run['params'].get('train.seed')}") for run in group]
-        told: dict[str, Any] = {"runs": names[0], "seeds": len(group)}
+        # As the demo and sweeps name them.
+        name = re.sub(rf"[-,]?\bseed=?{group[0]['params'].get('train.seed')}$", "", group[0]["name"])
+        told: dict[str, Any] = {"runs": name or "all", "seeds": len(group)}
         told |= {_short(key): value for key, value in zip(settings, values, strict=True)}
         for name in metrics:
             points = [run["metrics"][name] for run in group if name in run["metrics"]]

@@ -1,30 +1,47 @@
-"""Signals that ask a run to stop: the first is noted, for the training loop to act on; a second one ends at once."""
+"""Signals that ask a run to stop: the first is noted, for the run to act on at a safe point; a second one ends at once.
+
+Nothing heavy is imported here: the training command listens before it does anything else.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
-from cpsp_dist.errors import Stopped
+from cpsp_dist.errors import EXIT_REQUEUE, Stopped
 
 #: What Slurm, other schedulers, launchers and people send.
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 #: Seconds in which several signals are one request: a scheduler signals the launcher and its children alike, and the
 #: launcher passes its own on.
 SAME_REQUEST = 1.0
+#: Seconds that a noted signal waits for a safe point while there is nothing to save; Slurm kills 30 s after SIGTERM.
+PATIENCE = 20.0
+#: Seconds that telling the other ranks may take then.
+FAREWELL = 5.0
 
 
 class StopSignals:
     """A context in which the signals above do nothing but set `received`.
 
-    They are heard by a thread, so that a second one also ends a process that waits in a collective.
+    They are heard by a thread, so that a process that waits in a collective, or for other ranks to come, can end.
+
+    Attributes:
+        received: the number of the first one.
+        unsaved: whether this process holds what only a checkpoint keeps. If not (before and after the training), it
+            ends with EXIT_REQUEUE where it has not come to a safe point after PATIENCE seconds.
+        farewell: called then first, with the reason.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.unsaved = False
+        self.farewell: Callable[[str], None] = lambda _: None
 
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()
@@ -45,7 +62,14 @@ class StopSignals:
 
     def _listen(self) -> None:
         first = 0.0
-        while number := os.read(self._read, 1):
+        while True:
+            if not select.select([self._read], [], [], None if self.received is None else 0.2)[0]:
+                if not self.unsaved and time.monotonic() - first > PATIENCE:
+                    self._give_up()
+                continue
+            number = os.read(self._read, 1)
+            if not number:
+                break
             if number[0] not in ASKING:
                 continue
             if self.received is None:
@@ -55,3 +79,15 @@ class StopSignals:
                 os.write(2, f"{signal.Signals(number[0]).name} again: ending at once\n".encode())
                 os._exit(128 + number[0])
         os.close(self._read)
+
+    def _give_up(self) -> None:
+        """The main thread is busy or waits for others, and nothing is lost by not waiting for it."""
+        assert self.received is not None
+        name = signal.Signals(self.received).name
+        reason = f"{name}: nothing was unsaved; give the same command again to go on (exit code {EXIT_REQUEUE})"
+        os.write(2, f"{reason}\n".encode())
+        limit = threading.Timer(FAREWELL, os._exit, [EXIT_REQUEUE])
+        limit.daemon = True
+        limit.start()
+        self.farewell(reason)
+        os._exit(EXIT_REQUEUE)

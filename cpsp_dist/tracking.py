@@ -35,6 +35,8 @@ PATIENCE_WHEN_STOPPED = 5.0
 KEPT_LINES = 100_000
 #: Which MLflow run the folder belongs to, before its first checkpoint.
 RUN_FILE = "mlflow_run.json"
+#: MLflow's own tag for the run above one, and the one on the run above a sweep: how many runs it has.
+PARENT, SWEEP = "mlflow.parentRunId", "cpsp_dist.sweep"
 _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "mlflow")
 
 
@@ -75,7 +77,7 @@ class Tracker:
         finished: bool,
         enabled: bool,
     ):
-        """finished: nothing new is to come; what an earlier start could not send is sent."""
+        """finished: nothing is to come but what an earlier start could not tell or send."""
         self.config, self.manifest, self.world = config, manifest, world
         self.folder, self.step = Path(config.output), step
         self.finished, self.enabled = finished, enabled
@@ -91,7 +93,7 @@ class Tracker:
         self._opened = False
 
     def __enter__(self) -> Tracker:
-        if self.enabled and not self.finished:
+        if self.enabled:
             try:
                 take_back(self.file, self.step)
             except OSError as error:
@@ -119,9 +121,17 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics after optimizer step `step` (counted from 1). Values that are not finite go to the file only."""
-        if self.enabled and not self.finished:
+        if self.enabled and not (self.finished and self._holds(step, metrics)):
             self.unwritten.append(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
             self._write()
+
+    def _holds(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether an earlier start has told this; it may have ended between its last step and the results."""
+        try:
+            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):
+            return False
+        return any(line["step"] == step and metrics.keys() <= line.keys() for line in lines)
 
     def send(self) -> None:
         """Send what there is soon; returns at once."""
@@ -177,7 +187,8 @@ class Tracker:
         self.client = _client(tracking_uri(self.config.output))
         if self.run_id is None:
             name = self.config.tracking.run_name or self.folder.name
-            run = self.client.create_run(_experiment(self.client, self.config), run_name=name)
+            above = {PARENT: self.config.tracking.parent} if self.config.tracking.parent else None
+            run = self.client.create_run(_experiment(self.client, self.config), run_name=name, tags=above)
             self.run_id = run.info.run_id
             with contextlib.suppress(OSError):
                 (self.folder / RUN_FILE).write_text(json.dumps(self._identity(self.run_id)), encoding="utf-8")
@@ -186,6 +197,8 @@ class Tracker:
             run = self.client.get_run(self.run_id)
             if not self.finished:
                 self.client.update_run(self.run_id, "RUNNING")
+            if self.config.tracking.parent not in (None, run.data.tags.get(PARENT)):
+                self.client.set_tag(self.run_id, PARENT, self.config.tracking.parent)
         if not run.data.params:  # also where an earlier start ended just before this
             self._describe()
         self._opened = True
@@ -240,11 +253,16 @@ class Tracker:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def all_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
+def all_runs(uri: str, experiment: str, parent: str | None = None) -> list[dict[str, Any]]:
     """All runs of an experiment, oldest first: {'name', 'status', 'params': {}, 'metrics': {}}.
 
+    The runs above sweeps, which trained nothing, are left out.
+
+    Args:
+        parent: name or MLflow id of a sweep, for its runs alone; of sweeps with one name, the newest.
+
     Raises:
-        UserError: no such store or experiment; the text names the experiments there are.
+        UserError: no such store, experiment or sweep; the text names those there are.
     """
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"no MLflow store at {uri}; give --uri or set MLFLOW_TRACKING_URI")
@@ -253,14 +271,29 @@ def all_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments())
         raise UserError(f"no experiment '{experiment}' at {uri}; there are: {names}")
-    runs = []
-    token = None
+    every = _search(client, found.experiment_id)
+    runs = [r for r in every if SWEEP not in r.data.tags]
+    if parent is not None:
+        above = {r.info.run_id: r.info.run_name for r in every if SWEEP in r.data.tags}
+        chosen = [run_id for run_id, name in above.items() if parent in (run_id, name)]
+        if not chosen:
+            names = ", ".join(sorted({*above.values()})) or "none"
+            raise UserError(f"no sweep '{parent}' in experiment '{experiment}' at {uri}; there are: {names}")
+        runs = [r for r in runs if r.data.tags.get(PARENT) == chosen[-1]]
+    return [
+        {"name": r.info.run_name, "status": r.info.status, "params": r.data.params, "metrics": r.data.metrics}
+        for r in runs
+    ]
+
+
+def _search(client: Any, experiment_id: str, filter_string: str = "") -> list[Any]:
+    """All pages, oldest run first."""
+    runs, token = [], None
     while True:
-        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        runs += [
-            {"name": r.info.run_name, "status": r.info.status, "params": r.data.params, "metrics": r.data.metrics}
-            for r in page
-        ]
+        page = client.search_runs(
+            [experiment_id], filter_string, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        runs += page
         token = page.token
         if not token:
             return runs
@@ -270,6 +303,57 @@ def reach(uri: str, limit: float) -> None:
     """Ask the store at `uri` something. Raises what mlflow raises where it does not answer, within `limit` seconds."""
     os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(max(1, int(limit / 2))))
     _client(uri).search_experiments(max_results=1)
+
+
+def open_sweep(config: Config, folder: str, runs: int) -> str:
+    """The id of the MLflow run above a sweep's `runs` runs; that of an earlier launch of the sweep, where there is one.
+
+    Args:
+        config: of any of its runs. folder: that holds the folders of its runs; its name is the sweep's.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    try:
+        client = _client(tracking_uri(config.output))
+        experiment, place = _experiment(client, config), str(Path(folder).resolve())
+        for run in reversed(_search(client, experiment)):
+            if SWEEP in run.data.tags and run.data.tags.get("output") == place:
+                client.set_tag(run.info.run_id, SWEEP, str(runs))
+                client.update_run(run.info.run_id, "RUNNING")
+                return run.info.run_id
+        tags = {SWEEP: str(runs), "output": place}
+        return client.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id
+    except Exception as error:  # whatever a client library or server throws
+        first = str(error).strip().splitlines() or [repr(error)]
+        raise UserError(
+            f"MLflow at {without_secrets(tracking_uri(config.output))}: {first[0]}; a sweep is one run there with its "
+            "runs below it: mend the store, or set tracking.enabled=false"
+        ) from None
+
+
+def close_sweep(config: Config, status: str | None = None) -> None:
+    """End the run above a sweep: with `status`, or, where all its runs have ended by what MLflow knows, with theirs.
+
+    Trouble is told and no more: nothing but a page hangs on it.
+    """
+    parent = config.tracking.parent
+    if parent is None or not config.tracking.enabled:
+        return
+    try:
+        client = _client(tracking_uri(config.output))
+        above = client.get_run(parent)
+        if status is None:
+            below = _search(client, above.info.experiment_id, f"tags.`{PARENT}` = '{parent}'")
+            states = {run.info.status for run in below}
+            if len(below) < int(above.data.tags[SWEEP]) or not states <= {"FINISHED", "FAILED"}:
+                return
+            status = "FAILED" if "FAILED" in states else "FINISHED"
+        if above.info.status != status:
+            client.set_terminated(parent, status)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [repr(error)]
+        print(f"warning: MLflow: {first[0]}; the sweep's own run {parent} stays as it is", file=sys.stderr, flush=True)
 
 
 def _client(uri: str) -> Any:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cpsp_dist.errors import UserError, guarded
+from cpsp_dist.signals import StopSignals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,25 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def run() -> None:
-        from cpsp_dist.config import load_config
+        with StopSignals() as signals:  # first of all: the imports below take seconds
+            from cpsp_dist.config import load_config
 
-        config = load_config(args.config, args.overrides)
-        from cpsp_dist import distributed
+            config = load_config(args.config, args.overrides)
+            from cpsp_dist import distributed
 
-        ranks = distributed.discover()
-        if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
-            raise UserError(
-                "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
-            )
-        with distributed.connected(ranks, config.engine.timeout, config.engine.silence):
-            if args.dry_run:
-                from cpsp_dist.dry_run import dry_run
+            ranks = distributed.discover()
+            if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
+                raise UserError(
+                    "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
+                )
+            with distributed.connected(ranks, config.engine.timeout, config.engine.silence, signals):
+                if args.dry_run:
+                    from cpsp_dist.dry_run import dry_run
 
-                dry_run(config, ranks, args.world or ranks.world)
-                return
-            from cpsp_dist.loop import train
+                    dry_run(config, ranks, args.world or ranks.world)
+                    return
+                from cpsp_dist.loop import train
 
-            train(config, ranks, fresh=args.fresh, allow_config_change=args.allow_config_change)
+                train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     return guarded(run)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import socket
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,46 +56,50 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
     fails the test with the output of the rank that failed.
     """
     torch.save({"module": function.__module__, "function": function.__name__, "args": args}, tmp_path / "call.pt")
-    port = free_port()
-    processes = []
-    for rank in range(world):
-        env = environment(
-            RANK=str(rank),
-            WORLD_SIZE=str(world),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / "tests")]),
-        )
-        with open(tmp_path / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, str(REPO / "tests" / "rank_worker.py"), str(tmp_path)]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=REPO))
-    try:
-        for rank, process in enumerate(processes):
-            try:
-                code = process.wait(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                code = "no end within the limit"
-            if code != 0:
-                logs = "\n".join(
-                    f"--- rank {r}\n{(tmp_path / f'rank{r}.log').read_text()[-3000:]}" for r in range(world)
-                )
-                pytest.fail(f"rank {rank}: {code}\n{logs}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    the_nursery().call(tmp_path, world).finish(timeout)
     return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-@pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Starts the training command on any number of ranks in a fraction of a second: see nursery.py."""
+@functools.cache
+def the_nursery() -> Any:
+    """One for all tests of a process, made when first asked for."""
     from nursery import Nursery
 
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
+    return Nursery(Path(tempfile.mkdtemp(prefix="nursery-")))
+
+
+def pytest_sessionfinish() -> None:
+    if the_nursery.cache_info().currsize:
+        the_nursery().close()
+        shutil.rmtree(the_nursery().folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Any:
+    """Starts the training command on any number of ranks in a fraction of a second: see nursery.py."""
+    return the_nursery()
+
+
+@pytest.fixture(scope="session")
+def slurm(worker_id: str) -> Iterator[Any]:
+    """A real Slurm cluster of 4 virtual nodes: see slurm_lab.py. Its users have this Python and this repository."""
+    from slurm_lab import Lab, missing
+
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+    if why := missing():
+        if os.environ.get("CPSP_REQUIRE_SLURM"):
+            pytest.fail(f"CPSP_REQUIRE_SLURM is set, but no cluster can run here: {why}")
+        pytest.skip(f"no Slurm cluster can run here: {why}; `make slurm-up` installs one")
+    port = 17200 + 50 * int(worker_id.removeprefix("gw") if worker_id != "master" else 0)
+    # Not among pytest's folders, which are closed to others: munge wants its socket to be reachable.
+    with tempfile.TemporaryDirectory(prefix="cpsp-slurm-") as folder:
+        lab = Lab(Path(folder) / "lab", port, environment())
+        os.chmod(folder, 0o755)
+        try:
+            lab.up(4)
+            yield lab
+        finally:
+            lab.down()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A parent that has imported everything and forks the ranks of a training: real processes at 0.1 s a start, not 7.
+"""A parent that has imported everything and forks the ranks of a test: real processes at 0.1 s a start, not 7.
 
 The client (`Nursery`) sends one line for each rank; the nursery forks before any thread or process group of ours is
 there, and the child is a process like one that a launcher started: its own environment, output, signals and exit code.
@@ -126,6 +126,14 @@ class Nursery:
         command: another module with a `main`; "cpsp_dist.cli" is the console command.
         patch: "module:function", called in each child before the training as function(rank, *patch_args).
         """
+        question = {"command": command, "arguments": [*arguments], "patch": patch, "args": [*patch_args]}
+        return self._start(question, world, env)
+
+    def call(self, folder: Path, world: int) -> Attempt:
+        """Start `world` ranks that do what lies in `folder`: see rank_worker.py."""
+        return self._start({"call": str(folder)}, world, {})
+
+    def _start(self, question: dict[str, object], world: int, env: dict[str, str]) -> Attempt:
         port, ranks = free_port(), []
         for rank in range(world):
             self.count += 1
@@ -133,10 +141,7 @@ class Nursery:
             log.touch()
             launched = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
             launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | env
-            pid = self._ask(
-                {"log": str(log), "env": launched, "command": command, "arguments": [*arguments]}
-                | {"patch": patch, "args": [*patch_args]}
-            )
+            pid = self._ask(question | {"log": str(log), "env": launched})
             ranks.append(Rank(self, int(pid), log))
         return Attempt(ranks)
 
@@ -165,6 +170,7 @@ def serve() -> int:
     import ctypes
 
     import deepspeed  # noqa: F401
+    import rank_worker
     import torch
     import torch._dynamo  # that an optimizer imports, for 4 s
 
@@ -191,6 +197,8 @@ def serve() -> int:
         for source, target in ((null, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.environ.update(question["env"])
+        if "call" in question:
+            return rank_worker.work(Path(question["call"]))
         if question["patch"]:
             module, name = question["patch"].split(":")
             getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), *question["args"])

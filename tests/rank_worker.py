@@ -3,18 +3,18 @@
 import datetime
 import importlib
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+
+def work(folder: Path) -> int:
+    """In a process of the nursery, with a launcher's variables in its environment."""
     call = torch.load(folder / "call.pt", weights_only=False)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     function = getattr(importlib.import_module(call["module"]), call["function"])
     torch.save(function(*call["args"]), folder / f"result{os.environ['RANK']}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    return 0

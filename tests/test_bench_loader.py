@@ -44,7 +44,6 @@ def test_command_prints_json_and_cleans_up(tmp_path):
         "--threads",
         "1",
         "3",
-        "--cold",
     ]
     done = subprocess.run(command, env=environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -53,7 +52,12 @@ def test_command_prints_json_and_cleans_up(tmp_path):
     assert result["memcpy_ratio"] == max(row["memcpy_ratio"] for row in result["threads"].values())
     assert result["samples"] == 64
     assert list(result["cold"]) == ["1", "3"]
-    for row in (*result["threads"].values(), *result["cold"].values()):
+    assert list(result["memcpy"]) == ["1", "3"]
+    assert result["memcpy"]["1"]["memcpy_ratio"] == 1
+    assert 0 < result["floor_ratio"] < 1
+    assert result["webdataset_ratio"] > 1
+    measured = [row for kind in ("threads", "cold", "memcpy") for row in result[kind].values()]
+    for row in (*measured, result["webdataset"]):
         assert row["samples_per_second"] > 0
         assert row["cpu_ms_per_sample"] > 0
     assert list(tmp_path.iterdir()) == []

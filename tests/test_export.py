@@ -42,7 +42,7 @@ def trained(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPath
 #: A process of its own; what an exported model must not need cannot be imported in it.
 LOADER = """
 import sys
-for name in ("deepspeed", "mlflow", "pydantic", "yaml", "webdataset", "accelerate", "h5py", "awscrt", "sklearn"):
+for name in ("deepspeed", "mlflow", "pydantic", "yaml", "webdataset", "accelerate", "h5py", "crc32c", "sklearn"):
     sys.modules[name] = None
 import torch
 from cpsp_dist.export import load_model

@@ -9,7 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cpsp_dist.stream import permutation, share
@@ -219,3 +219,16 @@ def _require_even(counts: np.ndarray) -> None:
     freedom = len(counts) - 1
     chi = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom), counts
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 12), st.integers(0, 20), st.sampled_from(["drop", "pad"]))
+def test_micro_batches_count_by_the_samples_in_them(n, accumulation, micro, step, epoch_end):
+    """Against the rows that all ranks read; so a step's mean over samples does not depend on `accumulation`."""
+    batch = accumulation * micro
+    assume(n >= batch or epoch_end == "pad")
+    schedule = Schedule([n], global_batch=batch, seed=1, accumulation=accumulation, epoch_end=epoch_end)
+    real = (schedule.rows(step * batch, accumulation, 0) >= 0).sum(1)
+    weights = schedule.weights(step * batch, accumulation)
+    assert weights == pytest.approx((accumulation * real / real.sum()).tolist())
+    if epoch_end == "drop" or n % batch == 0:
+        assert weights == [1.0] * accumulation

@@ -14,6 +14,7 @@ from conftest import REPO, free_port
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
+from cpsp_dist.losses import HEALTH
 from cpsp_dist.manifest import Manifest
 from cpsp_dist.report import compare, format_table
 
@@ -43,9 +44,13 @@ def tracked_points(store: Path, name: str) -> list[int]:
 @pytest.fixture(scope="module")
 def two_runs(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
-    nursery.start(arguments(keypad_shards, folder / "gathered", "tracking.run_name=a-seed1"), 1).finish()
-    nursery.start(arguments(keypad_shards, folder / "other", "tracking.run_name=a-seed2", "train.seed=2"), 1).finish()
-    nursery.start(arguments(keypad_shards, folder / "local", "objectives.psa_v=0", "train.seed=2"), 1).finish()
+    runs = {
+        "gathered": ["tracking.run_name=a-seed1"],
+        "other": ["tracking.run_name=a-seed2", "train.seed=2"],
+        "local": ["objectives.psa_v=0", "train.seed=2"],
+    }
+    for name, settings in runs.items():
+        nursery.start(arguments(keypad_shards, folder / name, "pool.bank=16", *settings), 2).finish()
     return folder
 
 
@@ -56,10 +61,10 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
     assert [run.info.run_name for run in runs] == ["a-seed1", "a-seed2", "local"]
     run, output = runs[0], two_runs / "gathered"
-    settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp"]
+    settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp", "pool.bank=16"]
     settings += [f"data.shards={keypad_shards}", f"output={output}", "tracking.run_name=a-seed1"]
     config = load_config(CONFIG, settings)
-    assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "1"}
+    assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "2"}
     for name in ("event", "category", "avps", "psa_s", "psa_v", "total"):
         assert [p.step for p in client.get_metric_history(run.info.run_id, f"loss/{name}")] == [2, 4, 6]
     for name in ("grad_norm", "learning_rate", "videos_per_second", "data_wait_share", "accuracy/val"):
@@ -75,6 +80,32 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
     artifact = client.download_artifacts(run.info.run_id, "config.json")
     assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
+    """Two ranks of 4 videos and a bank: every figure at every logged step, and what is known of them is right."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    assert {name.removeprefix("pool/") for name in runs[0].data.metrics if name.startswith("pool/")} == set(HEALTH)
+    history = {name: client.get_metric_history(runs[0].info.run_id, f"pool/{name}") for name in HEALTH}
+    found = {name: [point.value for point in points] for name, points in history.items()}
+    assert [[point.step for point in points] for points in history.values()] == [[2, 4, 6]] * len(HEALTH)
+    assert found["gather_bytes"] == [(2 - 1) * 4 * (2 * 256 * 4 + 4 * 8)] * 3  # embeddings, their gradients, labels
+    assert all(milliseconds > 0 for milliseconds in found["gather_ms"])
+    assert found["remembered"][0] <= 8 < found["remembered"][2] <= 16
+    for size, remembered in zip(found["size"], found["remembered"], strict=True):
+        assert 0 < size - remembered <= 8
+    for name in ("anchors_with_positive", "active_hinges", "suspected_false_negatives"):
+        assert all(0 <= share <= 1 for share in found[name]), name
+    for name in ("anchors_with_positive", "active_hinges", "positive_distance", "negative_distance"):
+        assert all(value > 0 for value in found[name]), name
+    # Without PSA_V there is no pool; what is left is the integers that all ranks share.
+    assert {name for name in runs[2].data.metrics if name.startswith("pool/")} == {
+        "pool/gather_ms",
+        "pool/gather_bytes",
+    }
 
 
 def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):

@@ -2,22 +2,28 @@
 
 Every round measures memcpy and each way of reading, one after the other, so that a machine's moods hit all of them; the
 figures are medians over rounds. Warm: the shards are in the page cache; cold: they are thrown out of it before.
+
+Two measures say what to expect. The floor: a core that copies the bytes and checks them while they are in its cache
+takes the time of memcpy and that of crc32c on a block that lies there; Python and the order of an epoch come on top.
+And memcpy by several threads: where these need more CPU time a sample than one, so will the threads of a reader.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from crc32c import crc32c
 
+from cpsp_dist.bench.peer import plain_webdataset
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.packing.pack import pack
@@ -29,6 +35,8 @@ from cpsp_dist.stream import TrainStream
 SEGMENTS, CHANNELS, AUDIO = 10, 512, 128
 #: Rounds go on until the middle half of the ratios lies within this share of their median, or there are 4 times more.
 STEADY = 0.1
+#: Bytes that stay in a core's cache.
+BLOCK = 64 * 1024
 
 
 class Way(NamedTuple):
@@ -54,11 +62,14 @@ def bench_loader(
     rounds: int = 5,
     check_crc: bool = True,
     cold: bool = False,
+    against_webdataset: bool = False,
 ) -> dict[str, Any]:
     """Read `samples` samples of `shards` (None: made for the purpose, and removed) again and again.
 
-    Returns `memcpy_ratio` (samples a second over memcpy's: warm, with the fastest of `threads`), and under `threads`
-    (and `cold`) for each number its ratio, samples a second and CPU milliseconds a sample.
+    Returns `memcpy_ratio` (samples a second over memcpy's: warm, with the fastest of `threads`); under `threads`, and
+    `cold` and `memcpy`, for each number its ratio, samples a second and CPU milliseconds a sample; `floor_ratio`, what
+    one core could reach; with `against_webdataset` also `webdataset`, plain webdataset's figures on the first shards
+    with so many samples, and `webdataset_ratio`, how many times its rate the fastest of `threads` has.
 
     Raises:
         DataError: fewer samples than one batch.
@@ -76,34 +87,53 @@ def bench_loader(
             )
 
         sample_bytes = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
-        ways = {"memcpy": _memcpy(samples, batch * (depth + 1), sample_bytes)}
+        paths = [manifest.path(shard) for shard in manifest.shards if shard.split == split]
+        ways = _memcpy(samples, batch * (depth + 1), sample_bytes, {1, *threads})
+        ways |= {"crc32c": _crc(samples * sample_bytes)}
         ways |= {f"warm {n}": _warm(stream(n), samples // batch) for n in threads}
         if cold:
-            paths = [manifest.path(shard) for shard in manifest.shards if shard.split == split]
             ways |= {f"cold {n}": _cold(lambda n=n: stream(n), samples // batch, paths) for n in threads}  # type: ignore[misc]
+        if against_webdataset:
+            urls, others = _shards_of(manifest, split, samples)
+            ways["webdataset"] = _exhaust(plain_webdataset(urls), others)
         times = _measure(ways, rounds)
 
-    def figures(kind: str) -> dict[int, dict[str, float]]:
-        return {n: _figures(times[f"{kind} {n}"], times["memcpy"], samples) for n in threads}
+    def figures(way: str, read: int = samples) -> dict[str, float]:
+        return _figures(times[way], times["memcpy 1"], read, samples)
 
-    warm = figures("warm")
-    memcpy = _figures(times["memcpy"], times["memcpy"], samples)
-    return {
+    warm = {n: figures(f"warm {n}") for n in threads}
+    result: dict[str, Any] = {
         "memcpy_ratio": max(row["memcpy_ratio"] for row in warm.values()),
-        "memcpy_samples_per_second": memcpy["samples_per_second"],
-        "memcpy_cpu_ms_per_sample": memcpy["cpu_ms_per_sample"],
+        "floor_ratio": 1.0,
         "sample_bytes": sample_bytes,
         "samples": samples,
         "batch": batch,
-        "rounds": len(times["memcpy"]),
+        "rounds": len(times["memcpy 1"]),
         "check_crc": check_crc,
+        "load": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+        "memcpy": {n: figures(f"memcpy {n}") for n in sorted({1, *threads})},
         "threads": warm,
-    } | ({"cold": figures("cold")} if cold else {})
+    }
+    if check_crc:
+        result["crc32c_cpu_ms_per_sample"] = figures("crc32c")["cpu_ms_per_sample"]
+        result["floor_ratio"] = statistics.median(
+            m.wall / (m.wall + c.wall) for m, c in zip(times["memcpy 1"], times["crc32c"], strict=True)
+        )
+    if cold:
+        result["cold"] = {n: figures(f"cold {n}") for n in threads}
+    if against_webdataset:
+        result["webdataset"] = figures("webdataset", others)
+        result["webdataset_ratio"] = (
+            max(row["samples_per_second"] for row in warm.values()) / (result["webdataset"]["samples_per_second"])
+        )
+    return result
 
 
-def _figures(times: list[Times], memcpy: list[Times], samples: int) -> dict[str, float]:
+def _figures(times: list[Times], memcpy: list[Times], samples: int, copied: int) -> dict[str, float]:
+    """Of a way that read `samples` samples a round, while memcpy copied `copied`."""
     return {
-        "memcpy_ratio": statistics.median(_ratios(times, memcpy)),
+        "memcpy_ratio": statistics.median(_ratios(times, memcpy)) * samples / copied,
         "samples_per_second": samples / statistics.median(t.wall for t in times),
         "cpu_ms_per_sample": 1e3 * statistics.median(t.cpu for t in times) / samples,
     }
@@ -123,7 +153,9 @@ def _measure(ways: dict[str, Way], rounds: int) -> dict[str, list[Times]]:
             way.run()
             if number:
                 times[name].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
-        if number >= rounds and all(_steady(_ratios(t, times["memcpy"])) for t in times.values()):
+        if number >= rounds and all(
+            _steady(_ratios(t, times["memcpy 1"])) for name, t in times.items() if name.startswith("warm")
+        ):
             break
     return times
 
@@ -133,16 +165,50 @@ def _steady(ratios: list[float]) -> bool:
     return bool(high - low <= STEADY * middle)
 
 
-def _memcpy(samples: int, slots: int, sample_bytes: int) -> Way:
-    """One core copies the samples, in memory one after the other, into as many slots as the reader has."""
+def _memcpy(samples: int, slots: int, sample_bytes: int, threads: set[int]) -> dict[str, Way]:
+    """So many threads copy the samples, in memory one after the other, into as many slots as the reader has."""
     source = np.random.default_rng(0).integers(0, 256, (samples, sample_bytes), np.uint8)
     target = np.zeros((slots, sample_bytes), np.uint8)
 
+    def copy(first: int, step: int) -> None:
+        for row in range(first, samples, step):
+            np.copyto(target[row % slots], source[row])
+
+    def run(count: int) -> None:
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(copy, range(count), [count] * count))
+
+    ways = {f"memcpy {n}": Way(lambda: None, lambda n=n: run(n)) for n in sorted(threads - {1})}  # type: ignore[misc]
+    return {"memcpy 1": Way(lambda: None, lambda: copy(0, 1))} | ways
+
+
+def _crc(size: int) -> Way:
+    """crc32c of so many bytes, always the same block of them."""
+    block = bytes(BLOCK)
+
     def run() -> None:
-        for row, slot in zip(source, itertools.cycle(target), strict=False):
-            np.copyto(slot, row)
+        for _ in range(-(-size // BLOCK)):
+            crc32c(block)
 
     return Way(lambda: None, run)
+
+
+def _exhaust(read: Callable[[], Iterator[dict[str, Any]]], samples: int) -> Way:
+    def run() -> None:
+        found = sum(len(batch["label"]) for batch in read())
+        assert found == samples, f"webdataset delivered {found} of {samples} samples"
+
+    return Way(lambda: None, run)
+
+
+def _shards_of(manifest: Manifest, split: str, samples: int) -> tuple[list[str], int]:
+    """The first shards of `split` that hold at least so many samples, and how many these are."""
+    urls, count = [], 0
+    for shard in manifest.shards:
+        if shard.split == split and count < samples:
+            urls.append(str(manifest.path(shard)))
+            count += shard.nsamples
+    return urls, count
 
 
 def _warm(stream: TrainStream, steps: int) -> Way:

@@ -38,9 +38,11 @@ def stacked(stream: Iterator[Sample]) -> Batches:
 
 
 def webdataset(folder: Path) -> Callable[[], Batches]:
-    import webdataset as wds
+    return plain_webdataset(sorted(str(path) for path in (folder / "shards").glob("*.tar")))
 
-    urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+
+def plain_webdataset(urls: list[str]) -> Callable[[], Batches]:
+    import webdataset as wds
 
     def read() -> Batches:
         data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode()

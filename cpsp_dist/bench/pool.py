@@ -3,7 +3,8 @@
 Ranks are processes of this machine, one thread each, over gloo. Steps are those of PSP at the published sizes, with the
 pool off, local and gathered in turn within a round, so that a machine's moods hit all of them; figures are medians over
 rounds. Pools larger than the ranks of one machine can fill are simulated: the rows are there, nobody sends them. Their
-times, and the share of a step, are CPU time of the one thread, which other processes of the machine do not lengthen.
+times, and the share of a step, are CPU time of the one thread, which other processes of the machine hardly lengthen;
+for the share, the step and the pool are timed in turn.
 """
 
 from __future__ import annotations
@@ -54,20 +55,15 @@ def bench_pool(
         embeddings, one way), `bytes` and `collectives` of a step (forward and backward), `wire_bytes` that a process
         really wrote (None where the system does not tell), `gather_ms` waited, `step_ms` with the pool off, local,
         gathered, and `step_cpu_ms` with it off. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
-        of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: of a training step, of
-        a pool of 4,096.
+        of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: what mining, loss and
+        backward over a pool of 4,096 are of a training step's CPU time (`least` and `most` over the rounds), and
+        `floor_share`, what the bare product is. With one rank among `ranks` only.
     """
     found: dict[str, Any] = {"batch": batch, "width": WIDTH, "rounds": rounds, "ranks": {}}
     found["ranks"] = {world: _launch(_steps, world, batch, rounds) for world in ranks}
     found["pools"] = _simulate(batch, rounds, pools)
-    alone = found["ranks"].get(1)
-    if alone is not None and str(SHARE_OF) in found["pools"]:
-        step, own = alone["step_cpu_ms"], found["pools"][str(SHARE_OF)]
-        found["share"] = {
-            "pool": SHARE_OF,
-            "share": own["ms"] / (step + own["ms"]),
-            "floor_share": own["floor_ms"] / (step + own["floor_ms"]),
-        }
+    if 1 in found["ranks"]:
+        found["share"] = found["ranks"][1].pop("share")
     return found
 
 
@@ -129,7 +125,7 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
         "gather": Objectives(ObjectiveSettings(), pool="gather"),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    waits, cpu = [], []
+    waits, cpu, beside = [], [], []
     for number in range(rounds + 1):
         for kind, objectives in kinds.items():
             dist.barrier()
@@ -140,13 +136,29 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
                 times[kind].append(1e3 * (time.perf_counter() - began))
                 cpu += [1e3 * (time.process_time() - cpu_began)] if kind == "off" else []
                 waits += [objectives.traffic.milliseconds()] if kind == "gather" else []
+        if ranks.world == 1 and number:
+            beside.append(_beside(cpu[-1], size))
     return {
         "floor_bytes": (ranks.world - 1) * size * WIDTH * 4,
         **_sent(ranks, batch),
         "gather_ms": statistics.median(waits),
         "step_cpu_ms": statistics.median(cpu),
         "step_ms": {kind: statistics.median(each) for kind, each in times.items()},
+        **({"share": _share(beside)} if beside else {}),
     }
+
+
+def _beside(step_ms: float, anchors: int) -> dict[str, float]:
+    """The share of a step that has just taken `step_ms` CPU milliseconds, were its pool one of `SHARE_OF` rows."""
+    found = _simulated(SHARE_OF, min(anchors, SHARE_OF), rounds=2)
+    return {name: found[key] / (step_ms + found[key]) for name, key in (("share", "ms"), ("floor_share", "floor_ms"))}
+
+
+def _share(rounds: list[dict[str, float]]) -> dict[str, float]:
+    shares = [each["share"] for each in rounds]
+    floor = statistics.median(each["floor_share"] for each in rounds)
+    median = statistics.median(shares)
+    return {"pool": SHARE_OF, "share": median, "least": min(shares), "most": max(shares), "floor_share": floor}
 
 
 def _sent(ranks: Ranks, batch: Batch) -> dict[str, int | None]:
@@ -179,15 +191,14 @@ def _simulate(size: int, rounds: int, pools: Sequence[int]) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {str(count): _simulated(count, min(size, count), rounds) for count in pools}
+        return {str(n): _simulated(n, min(size, n), rounds) | _kept(n, min(size, n)) for n in pools}
     finally:
         torch.set_num_threads(threads)
 
 
-def _simulated(count: int, anchors: int, rounds: int) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(count)
-    rows = torch.rand(count, WIDTH, generator=g).requires_grad_()
-    pool = Rows(rows, torch.randint(0, CATEGORIES, (count,), generator=g), torch.arange(count))
+def _simulated(count: int, anchors: int, rounds: int) -> dict[str, float]:
+    """CPU milliseconds of mining, loss and backward, and of the bare product, in turn; medians."""
+    pool = _random_pool(count)
     ways = {"ms": _two_stage, "floor_ms": _product}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(2 * rounds + 1):
@@ -196,17 +207,28 @@ def _simulated(count: int, anchors: int, rounds: int) -> dict[str, Any]:
             loss = way(pool, anchors)
             if loss.requires_grad:
                 loss.backward()
-                rows.grad = None
+                pool.rows.grad = None
             if number:
                 times[name].append(1e3 * (time.process_time() - began))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _kept(count: int, anchors: int) -> dict[str, dict[str, int | None]]:
+    """Bytes that each way keeps for the backward pass."""
+    pool = _random_pool(count)
     return {
-        **{name: statistics.median(each) for name, each in times.items()},
         "saved_bytes": {
             "two_stage": _saved(_two_stage, pool, anchors),
             "full_matrix": _saved(_full_matrix, pool, anchors),
             "replicated": _saved(_full_matrix, pool, count) if count <= REPLICATED_LIMIT else None,
-        },
+        }
     }
+
+
+def _random_pool(count: int) -> Rows:
+    g = torch.Generator().manual_seed(count)
+    rows = torch.rand(count, WIDTH, generator=g).requires_grad_()
+    return Rows(rows, torch.randint(0, CATEGORIES, (count,), generator=g), torch.arange(count))
 
 
 def _two_stage(pool: Rows, anchors: int) -> Tensor:

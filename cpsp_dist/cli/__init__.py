@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from cpsp_dist import __version__
-from cpsp_dist.cli import bench, compare, demo, doctor, evaluate, export, import_checkpoint, shards
+from cpsp_dist.cli import bench, compare, demo, doctor, evaluate, export, import_checkpoint, launch, shards
 from cpsp_dist.errors import guarded
 
 
@@ -21,11 +21,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cpsp-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shards, evaluate, export, compare, import_checkpoint, bench, demo, doctor):
+    for module in (shards, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor):
         module.register(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
+    if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     return guarded(lambda: args.handler(args))

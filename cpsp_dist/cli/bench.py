@@ -14,17 +14,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     loader = benches.add_parser(
         "loader",
         help="reading shards, against memcpy",
-        description="Rate of the streaming reader, over one core's memcpy of the same bytes in the same run.",
+        description="Rate of the streaming reader, over one core's memcpy of the same bytes in the same run: in one"
+        " process, with each number of threads, page cache warm and cold; plain webdataset beside it.",
     )
     loader.add_argument("--shards", type=Path, help="folder of shards (default: 0.5 MB samples, made and removed)")
     loader.add_argument("--split", default="train", help="split to read (default: %(default)s)")
     loader.add_argument("--samples", type=_count, default=2000, help="so many samples a round (default: %(default)s)")
     loader.add_argument("--batch", type=_count, default=64, help="samples a batch (default: %(default)s)")
     loader.add_argument("--depth", type=_count, default=3, help="batches read ahead (default: %(default)s)")
-    loader.add_argument("--threads", type=_count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    loader.add_argument("--threads", type=_count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="default: 1 2 4 8")
     loader.add_argument("--rounds", type=_count, default=5, help="at least so many (default: %(default)s)")
     loader.add_argument("--no-crc", action="store_true", help="do not check the samples' crc32c")
-    loader.add_argument("--cold", action="store_true", help="measure also with the shards out of the page cache")
+    loader.add_argument("--only-warm", action="store_true", help="do not measure with the shards out of the page cache")
     loader.add_argument("--json", action="store_true", help="print JSON instead of a table")
     loader.set_defaults(handler=_loader)
 
@@ -75,22 +76,30 @@ def _loader(args: argparse.Namespace) -> None:
         threads=args.threads,
         rounds=args.rounds,
         check_crc=not args.no_crc,
-        cold=args.cold,
+        cold=not args.only_warm,
+        against_webdataset=True,
     )
     if args.json:
         print(json.dumps(result, indent=1))
         return
     checked = "crc32c checked" if result["check_crc"] else "crc32c not checked"
     print(f"{result['samples']:,} samples of {result['sample_bytes'] / 1e6:.2f} MB, batch {result['batch']},", end=" ")
-    print(f"{checked}; medians of {result['rounds']} rounds")
-    print(f"{'':16} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
-    rate, cpu = result["memcpy_samples_per_second"], result["memcpy_cpu_ms_per_sample"]
-    print(f"{'memcpy, 1 core':16} {rate:10,.0f} {1:10.2f} {cpu:14.3f}")
-    for kind, rows in (("warm", result["threads"]), ("cold", result.get("cold", {}))):
+    print(f"{checked}; medians of {result['rounds']} rounds; {result['cores']} cores, load {result['load']:.1f}")
+    print(f"{'':22} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
+    for kind, rows in (("memcpy", result["memcpy"]), ("warm", result["threads"]), ("cold", result.get("cold", {}))):
         for count, row in rows.items():
-            name = f"{kind}, {count} thread{'s' if count > 1 else ''}"
-            rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
-            print(f"{name:16} {rate:10,.0f} {ratio:10.2f} {cpu:14.3f}")
+            _print_row(f"{kind}, {count} thread{'s' if count > 1 else ''}", row)
+    _print_row("plain webdataset", result["webdataset"])
+    print(f"The fastest warm reader has {result['memcpy_ratio']:.2f} of one core's memcpy, and", end=" ")
+    print(f"{result['webdataset_ratio']:.1f} times webdataset's rate.")
+    if result["check_crc"]:
+        print(f"Floor: copying, and crc32c of bytes in the cache ({result['crc32c_cpu_ms_per_sample']:.3f} ms", end=" ")
+        print(f"a sample): one core alone reaches at most {result['floor_ratio']:.2f} of memcpy; more threads, more.")
+
+
+def _print_row(name: str, row: dict[str, float]) -> None:
+    rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
+    print(f"{name:22} {rate:10,.0f} {ratio:10.3f} {cpu:14.3f}")
 
 
 def _peers(args: argparse.Namespace) -> None:
@@ -107,8 +116,7 @@ def _peers(args: argparse.Namespace) -> None:
         if "error" in row:
             print(f"{name:22} failed: {row['error']}")
             continue
-        rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
-        print(f"{name:22} {rate:10,.0f} {ratio:10.3f} {cpu:14.3f}")
+        _print_row(name, row)
 
 
 def _pool(args: argparse.Namespace) -> None:
@@ -136,5 +144,6 @@ def _pool(args: argparse.Namespace) -> None:
         print(f"{size:>6} {row['ms']:9.2f} {row['floor_ms']:10.2f} {kept[0]:>12} {kept[1]:>13} {kept[2]:>15}")
     if "share" in result:
         share = result["share"]
-        print(f"A pool of {share['pool']:,}: {share['share']:.2%} of the CPU time of a training step", end=" ")
-        print(f"(its bare product: {share['floor_share']:.2%})")
+        told = f"{share['share']:.2%} of a training step's CPU time ({share['least']:.2%} to {share['most']:.2%})"
+        print(f"A pool of {share['pool']:,} at {args.batch} videos a rank: {told}; its bare product", end=" ")
+        print(f"{share['floor_share']:.2%}")

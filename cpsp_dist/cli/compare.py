@@ -19,6 +19,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default="accuracy/test,accuracy/best_val,loss/total,videos_per_second",
         help="metrics to show, by commas (default: %(default)s)",
     )
+    parser.add_argument("--parent", metavar="SWEEP", help="the runs of one sweep alone: its name or MLflow id")
     parser.add_argument(
         "--mean", action="store_true", help="one row for runs that differ in seed only: mean ± deviation"
     )
@@ -29,4 +30,5 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _compare(args: argparse.Namespace) -> None:
     from cpsp_dist.report import compare
 
-    print(compare(args.uri, args.experiment, args.metrics.split(","), mean=args.mean, as_json=args.json))
+    metrics = args.metrics.split(",")
+    print(compare(args.uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))

@@ -97,6 +97,12 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
         default="raise",
         help="videos that cannot be packed: list them and stop, or leave them out (listed in skipped.txt)",
     )
+    pack.add_argument(
+        "--portion",
+        metavar="I/N",
+        help="make only the I-th of N portions of the shards (from 0), for an array of N jobs; the same command "
+        "without --portion then finishes",
+    )
     pack.set_defaults(handler=_pack)
 
 
@@ -206,11 +212,14 @@ def _repack(args: argparse.Namespace, source: Packed, out: Path) -> None:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from cpsp_dist.packing.pack import pack
+    from cpsp_dist.packing.pack import pack, pack_portion
     from cpsp_dist.packing.plan import PackOptions
     from cpsp_dist.packing.preview import describe
     from cpsp_dist.packing.source import SourceOptions, open_source
 
+    number, _, portions = (args.portion or "").partition("/")
+    if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
+        raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
     if args.shard_mb <= 0:
         raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
     if args.workers is not None and args.workers < 1:
@@ -219,6 +228,12 @@ def _pack(args: argparse.Namespace) -> int:
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     options = PackOptions(args.visual_dtype, args.shard_mb, args.seed, args.on_error)
+    if args.portion:
+        made, shards = pack_portion(
+            source, args.out, options, int(number), int(portions), overwrite=args.overwrite, workers=args.workers
+        )
+        print(f"{args.out}.part: {made} of {shards} shards made by portion {args.portion}; not finished yet")
+        return 0
     manifest = pack(source, args.out, options, overwrite=args.overwrite, workers=args.workers)
     print(describe(manifest))
     return 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from awscrt.checksums import crc32c
+from crc32c import crc32c
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard

@@ -27,7 +27,7 @@ from cpsp_dist.manifest import Field, Manifest
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
 from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan, plan_key, sample_bytes, schema
 from cpsp_dist.packing.source import Source, SourceOptions, open_source
-from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, workplace
+from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
 from cpsp_dist.packing.write import write_shard
 from cpsp_dist.progress import Progress
 
@@ -70,29 +70,9 @@ def pack(
         UserError: `out` is there already, or the disk is too full.
         Interrupted: a worker process was killed; what is finished stays for the next call.
     """
-    if source.problems and options.on_error == "raise":
-        raise report(source.problems)
-    if not source.entries:
-        raise report(source.problems) if source.problems else DataError("the source has no videos to pack")
-    fields = schema(source, options.visual_dtype)
-    plans = plan(source.entries, fields, options)
-    size = sample_bytes(fields) * len(source.entries)
-    if workers is None:
-        workers = min(_cores(), 1 + int(size / 1e9))
+    fields, plans = _planned(source, options)
     with workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
-        check_space(part, size - sum(path.stat().st_size for path in part.glob("*.tar")))
-        job = Job(source, part, fields, options.on_error)
-        outcomes: dict[str, Outcome] = {}
-        problems = list(source.problems)
-        with (
-            Progress(len(source.entries), "videos", "packing") as shown,
-            contextlib.closing(_run(job, plans, min(workers, len(plans)), shown.update)) as running,
-        ):
-            for outcome in running:
-                outcomes[outcome.name] = outcome
-                problems += outcome.problems
-                if options.on_error == "raise" and len(problems) >= MAX_PROBLEMS:
-                    raise report(problems, stopped=len(outcomes) < len(plans))
+        outcomes = _make(Job(source, part, fields, options.on_error), plans, workers)
         # Told in the shards' order, not in that in which processes came to them.
         problems = source.problems + [problem for p in plans for problem in outcomes[p.name].problems]
         shards = [(p.name, shard) for p in plans if (shard := outcomes[p.name].shard) is not None]
@@ -101,6 +81,67 @@ def pack(
         _tell_skipped(problems, part / SKIPPED_NAME, out)
         assemble(part, shards, source.categories).save()
     return Manifest.load(out)
+
+
+def pack_portion(
+    source: Source,
+    out: Path,
+    options: PackOptions,
+    number: int,
+    portions: int,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> tuple[int, int]:
+    """Make every `portions`-th shard of what `pack` would make, from shard `number` on (from 0), and leave them in the
+    work folder; `pack` with the same arguments keeps them, makes those that are missing, and finishes.
+
+    Portions may be made at the same time, on several machines with a common disk.
+
+    Returns:
+        how many shards are made now, of how many in all.
+
+    Raises:
+        as `pack`; what is finished stays.
+    """
+    fields, plans = _planned(source, options)
+    mine = plans[number::portions]
+    with shared_workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
+        outcomes = _make(Job(source, part, fields, options.on_error), mine, workers)
+        problems = [problem for p in mine for problem in outcomes[p.name].problems]
+        if problems and options.on_error == "raise":
+            raise report(problems)
+    return len(mine), len(plans)
+
+
+def _planned(source: Source, options: PackOptions) -> tuple[dict[str, Field], list[ShardPlan]]:
+    if source.problems and options.on_error == "raise":
+        raise report(source.problems)
+    if not source.entries:
+        raise report(source.problems) if source.problems else DataError("the source has no videos to pack")
+    fields = schema(source, options.visual_dtype)
+    return fields, plan(source.entries, fields, options)
+
+
+def _make(job: Job, plans: list[ShardPlan], workers: int | None) -> dict[str, Outcome]:
+    """The outcome of every shard, by name."""
+    videos = sum(len(p.entries) for p in plans)
+    size = sample_bytes(job.fields) * videos
+    check_space(job.part, size - sum(p.stat().st_size for p in (job.part / q.name for q in plans) if p.is_file()))
+    if workers is None:
+        workers = min(_cores(), 1 + int(size / 1e9))
+    outcomes: dict[str, Outcome] = {}
+    problems = list(job.source.problems)
+    with (
+        Progress(videos, "videos", "packing") as shown,
+        contextlib.closing(_run(job, plans, min(workers, len(plans)), shown.update)) as running,
+    ):
+        for outcome in running:
+            outcomes[outcome.name] = outcome
+            problems += outcome.problems
+            if job.on_error == "raise" and len(problems) >= MAX_PROBLEMS:
+                raise report(problems, stopped=len(outcomes) < len(plans))
+    return outcomes
 
 
 def _cores() -> int:

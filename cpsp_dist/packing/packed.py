@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from awscrt.checksums import crc32c
+from crc32c import crc32c
 
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.manifest import Manifest

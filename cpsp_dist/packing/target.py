@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from cpsp_dist.errors import UserError
 from cpsp_dist.manifest import INDEX_NAME
@@ -19,6 +21,8 @@ class Interrupted(UserError):
 
 WORK_NAME = ".work"  # in the folder while it is worked in: drafts, notes, and these two
 KEY_NAME, LOCK_NAME = "key", "lock"
+#: How long a process waits for another that prepares their common folder.
+PREPARING_SECONDS, POLL_SECONDS = 60.0, 0.05
 
 
 @contextlib.contextmanager
@@ -35,21 +39,10 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
     """
     _check_target(out, overwrite)
     part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
-    with contextlib.ExitStack() as stack:
+    work = part / WORK_NAME
+    with _locked(part, fcntl.LOCK_EX):
         try:
-            work = part / WORK_NAME
-            work.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(work / LOCK_NAME, "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, however the process ends
-        except BlockingIOError:
-            raise UserError(f"{part}: another process is writing it; wait for it, or choose another --out") from None
-        except OSError as error:
-            raise UserError(f"{part}: cannot make this folder ({error.strerror})") from None
-        try:
-            if key is None or not (work / KEY_NAME).is_file() or (work / KEY_NAME).read_text() != key:
-                _empty(part)
-                _empty(work)
-                (work / KEY_NAME).write_text(key or "")
+            _prepare(part, key)
             yield part
             _check_target(out, overwrite)  # once more: long work gives others time to make it
             shutil.rmtree(work)
@@ -68,6 +61,66 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             else:
                 print(f"note: what is finished stays in {part}; the same command continues there", file=sys.stderr)
             raise
+
+
+@contextlib.contextmanager
+def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
+    """The folder that `workplace` works in, for several processes (on several machines, too) that fill it together.
+
+    It stays; `workplace` with the same `key` finishes it. Whoever comes first prepares it while the others wait.
+
+    Raises:
+        UserError: `out` is there and must not be, others are at work in it with another `key`, or it cannot be written.
+    """
+    _check_target(out, overwrite)
+    part = out.with_name(out.name + ".part")
+    end = time.monotonic() + PREPARING_SECONDS
+    while True:
+        with _locked(part, fcntl.LOCK_SH, patient=time.monotonic() < end) as lock:
+            if lock is not None and _key_of(part) == key:
+                yield part
+                return
+        # Nobody's yet, or of an earlier call: only a process that is alone in it may empty it.
+        with _locked(part, fcntl.LOCK_EX, patient=time.monotonic() < end) as lock:
+            if lock is not None:
+                _prepare(part, key)
+            else:
+                time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _locked(part: Path, kind: int, patient: bool = False) -> Iterator[IO[str] | None]:
+    """The work folder of `part`, made, and locked; None where somebody else has the lock and `patient`.
+
+    The kernel gives the lock back, however the process ends."""
+    with contextlib.ExitStack() as stack:
+        lock: IO[str] | None = None
+        try:
+            (part / WORK_NAME).mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(part / WORK_NAME / LOCK_NAME, "w"))
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patient:
+                raise UserError(
+                    f"{part}: another process is writing it; wait for it, or choose another --out"
+                ) from None
+            lock = None
+        except OSError as error:
+            raise UserError(f"{part}: cannot make this folder ({error.strerror})") from None
+        yield lock
+
+
+def _prepare(part: Path, key: str | None) -> None:
+    """Empty what was not begun with `key`."""
+    if key is None or _key_of(part) != key:
+        _empty(part)
+        _empty(part / WORK_NAME)
+        (part / WORK_NAME / KEY_NAME).write_text(key or "")
+
+
+def _key_of(part: Path) -> str | None:
+    path = part / WORK_NAME / KEY_NAME
+    return path.read_text() if path.is_file() else None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from awscrt.checksums import crc32c
+from crc32c import crc32c
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import ARRAY_FIELDS, INDEX_NAME, TABLE_NAME, Manifest, Shard

@@ -64,7 +64,7 @@ class ShardFile:
         if end > self.size:
             raise DataError(f"bytes {offset} to {end} lie beyond the shard's end ({self.size})")
         if self._bytes is not None:
-            np.copyto(into, self._bytes[offset:end])
+            into[:] = self._bytes[offset:end]
             return
         done = 0
         while done < into.nbytes:

@@ -262,6 +262,10 @@ class EvalStream(_Stream):
         """One pass. A batch's tensors are good until the next batch is asked for."""
         return self._deliver(self._plans())
 
+    def read(self, rows: np.ndarray) -> Batch:
+        """The samples at these rows of the sample table, as many as there are slots; -1 for an empty one."""
+        return next(self._deliver(iter([rows])))
+
     def _plans(self) -> Iterator[np.ndarray]:
         for first in range(0, self.samples, self._batch):
             count = min(self._batch, self.samples - first)

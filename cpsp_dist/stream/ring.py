@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from awscrt.checksums import crc32c
+from crc32c import crc32c
 
 from cpsp_dist.batch import Batch
 from cpsp_dist.errors import DataError
@@ -240,7 +240,7 @@ class Ring:
                 row = rows[position]
                 try:
                     file.read(row, offset)
-                    if check and crc32c(row) != crc:
+                    if check and crc32c(row.data) != crc:
                         raise DataError("these bytes are not the ones that were packed (crc32c differs)")
                 except (DataError, OSError) as error:
                     opened[i] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -65,6 +66,16 @@ class Schedule:
             here = (epochs == epoch) & (offsets < self.n)
             rows[here] = self.order(epoch)(offsets[here])
         return rows
+
+    def weights(self, position: int, accumulation: int) -> list[float]:
+        """How much each micro-batch of the step at `position` counts: its share of the step's samples, times their
+        number. All 1 but for a padded step, where the mean over its samples is not the mean over its micro-batches."""
+        if self.epoch_length <= self.n:
+            return [1.0] * accumulation
+        ends = [position + self.micro * part for part in range(accumulation + 1)]
+        before = [end // self.epoch_length * self.n + min(end % self.epoch_length, self.n) for end in ends]
+        total = max(1, before[-1] - before[0])
+        return [accumulation * (end - first) / total for first, end in itertools.pairwise(before)]
 
     def order(self, epoch: int) -> Order:
         """The order of an epoch; the last few are kept."""

@@ -1,0 +1,1 @@
+"""Training as Slurm jobs, or as ranks of this machine, through submitit. The only room that knows it."""

@@ -1,0 +1,207 @@
+"""Training as Slurm jobs: the batch file, and submitting it through submitit.
+
+Every rank hears the scheduler's signals by itself (signals.py); the batch script, which sees the exit code of all
+ranks, asks for the requeue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
+from cpsp_dist.launch.files import new_folder, prepared, write_snapshots
+from cpsp_dist.launch.job import run
+from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, recall, remember, states
+from cpsp_dist.launch.sweep import Planned
+
+#: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
+NOTICE, PARTING = 300, 120
+#: sbatch flags that follow from the others.
+DECIDED = {
+    "nodes": "--nodes",
+    "ntasks-per-node": "--ranks-per-node",
+    "ntasks": "--nodes and --ranks-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "cpus-per-task": "--cpus-per-task",
+    "time": "--time",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "mem": "--mem",
+    "job-name": "--name",
+    "array": "--sweep and --parallel",
+    "output": "launch itself: logs lie below the configuration's output",
+    "error": "launch itself: logs lie below the configuration's output",
+    "open-mode": "launch itself: a requeued job's logs are continued",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for. None: the cluster's default."""
+
+    nodes: int = 1
+    gpus: int = 0  # of each node
+    ranks: int = 1  # of each node
+    cpus: int | None = None  # of each rank
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    more: dict[str, str | bool] = field(default_factory=dict)  # sbatch flags
+    setup: tuple[str, ...] = ()  # lines of the batch script, before the ranks start
+    retries: int = 3  # new starts after a lost or killed rank
+    parallel: int | None = None  # runs of a sweep at a time
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} node" + ("s" if self.nodes > 1 else "")
+        ranks = f"{self.ranks} rank" + ("s" if self.ranks > 1 else "")
+        return f"{nodes} with {ranks} each, " + ("on its GPU" if self.gpus else "on CPUs: --gpus-per-node is not given")
+
+
+def sbatch_flags(texts: Sequence[str]) -> dict[str, str | bool]:
+    """`constraint=h100`, `exclusive`: flags by name.
+
+    Raises:
+        UserError: a flag that follows from others.
+    """
+    flags: dict[str, str | bool] = {}
+    for text in texts:
+        key, equals, value = text.removeprefix("--").partition("=")
+        key = key.replace("_", "-")
+        if key in DECIDED:
+            raise UserError(f"--slurm {key}: that is decided by {DECIDED[key]}")
+        flags[key] = value if equals else True
+    return flags
+
+
+def dry_run(runs: Sequence[Planned], output: str, name: str, resources: Resources) -> str:
+    """The sbatch file that `submit` would hand in."""
+    executor = _executor(new_folder(output), name, resources, array=len(runs) > 1)
+    if len(runs) > 1:
+        executor.parameters["map_count"] = len(runs)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(runs: Sequence[Planned], output: str, name: str, source: str, resources: Resources) -> list[Job]:
+    """Hand the runs to Slurm: a job, or an array of jobs.
+
+    Raises:
+        UserError: there is no Slurm here, or it refuses; a job that has not ended has the run's folder; MLflow does not
+            answer.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    if shutil.which("sbatch") is None:
+        raise UserError("no sbatch here, so this machine is no part of a Slurm cluster; --local trains on it alone")
+    _refuse_twice(runs, output)
+    with prepared(runs, output) as (folder, runs_):
+        executor = _executor(folder, name, resources, array=len(runs_) > 1)
+        snapshots = write_snapshots(folder, runs_, source)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):  # submitit prints what sbatch says, and raises it too
+                submitted = executor.map_array(run, snapshots, [source] * len(runs_))
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["it says nothing"]
+            raise UserError(f"Slurm refuses the job: {lines[-1].strip().removeprefix('sbatch: error: ')}") from None
+        jobs = [
+            Job(job.job_id, run_.name, run_.config.output, str(folder), "slurm")
+            for job, run_ in zip(submitted, runs_, strict=True)
+        ]
+        remember(folder, jobs)
+    return jobs
+
+
+def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
+    """Two jobs that write one run's checkpoints would lose both."""
+    wanted = {Path(run_.config.output).resolve() for run_ in runs}
+    earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in recall(file.parent)]
+    same = [job for job in earlier if Path(job.output).resolve() in wanted and job.cluster == "slurm"]
+    for job_id, state in states(same).items():
+        if not state.ended and state.text != "UNKNOWN":
+            raise UserError(
+                f"output={output} belongs to job {job_id}, which is {state.text.lower()} and goes on by itself where "
+                f"it is interrupted; scancel {job_id} first, or set another output=..."
+            )
+
+
+def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any:
+    import submitit
+
+    class Executor(submitit.SlurmExecutor):
+        """Whether there is a Slurm is asked elsewhere: a batch file can be shown without."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    executor = Executor(folder)
+    executor.update_parameters(
+        job_name=name,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.ranks,
+        gpus_per_node=resources.gpus or None,
+        cpus_per_task=resources.cpus,
+        time=resources.time,
+        partition=resources.partition,
+        account=resources.account,
+        qos=resources.qos,
+        mem=resources.mem,
+        wckey=None,
+        array_parallelism=resources.parallel or 256,
+        stderr_to_stdout=True,
+        # What the script itself and srun say does not come between rank 0's lines.
+        additional_parameters={
+            "requeue": True,
+            "output": f"{folder}/{'%A_%a' if array else '%j'}_batch.out",
+            **resources.more,
+        },
+        signal_delay_s=NOTICE,
+        srun_args=["--cpu-bind=cores", "--kill-on-bad-exit=0", f"--wait={PARTING}"],  # ranks end each other
+        setup=_before(folder, resources),
+        teardown=_after(resources),
+    )
+    return executor
+
+
+def _before(folder: Path, resources: Resources) -> list[str]:
+    return [
+        *resources.setup,
+        "# srun does not take it from sbatch",
+        '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f"files={shlex.quote(str(folder))}/$job",
+        'rm -f "${files}_exit"',
+    ]
+
+
+def _after(resources: Resources) -> list[str]:
+    """The highest exit code of the ranks decides: a user's mistake or an error ends the job."""
+    return [
+        "code=$?",
+        "again=",
+        f"# {EXIT_REQUEUE}: a signal asked for the end, and all is saved",
+        f"[ $code -ne {EXIT_REQUEUE} ] || again=yes",
+        f"# {EXIT_LOST_RANK}, 128 and more: a rank was lost or killed; {resources.retries} times, not for ever",
+        f"if [ $code -eq {EXIT_LOST_RANK} ] || [ $code -ge 128 ]; then",
+        '    echo $code >>"${files}_lost"',
+        f'    [ "$(wc -l <"${{files}}_lost")" -gt {resources.retries} ] || again=yes',
+        "fi",
+        'if [ -n "$again" ]; then',
+        '    echo "exit code $code: to be started again"',
+        "    # Slurm ends this script then",
+        '    scontrol requeue "$job" && sleep 60',
+        "fi",
+        'echo $code >"${files}_exit"',
+        "exit $code",
+    ]

@@ -1,0 +1,83 @@
+"""The folder of a launch, `OUTPUT/slurm/TIME`: settings, batch file, logs; and the MLflow run above a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from cpsp_dist.config import load_config
+from cpsp_dist.errors import UserError
+from cpsp_dist.launch.jobs import Job, State
+from cpsp_dist.launch.sweep import Planned, with_parent
+from cpsp_dist.tracking import close_sweep, open_sweep, tracking_uri
+
+
+@contextlib.contextmanager
+def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[Planned]]]:
+    """The launch's folder, and the runs, of a sweep below their MLflow run. Where the launch fails, the folder is
+    removed and that run ends FAILED."""
+    first = runs[0].config
+    parent = open_sweep(first, output, len(runs)) if runs[0].name and first.tracking.enabled else None
+    folder = new_folder(output)
+    try:
+        folder.mkdir(parents=True)
+        yield folder, [with_parent(run_, parent) if parent else run_ for run_ in runs]
+    except (OSError, UserError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for empty in (folder.parent, folder.parent.parent):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+        if parent:
+            close_sweep(with_parent(runs[0], parent).config, "FAILED")
+        if isinstance(error, OSError):
+            raise UserError(f"output={output}: cannot write the launch's files: {error}") from None
+        raise
+
+
+def new_folder(output: str) -> Path:
+    """`OUTPUT/slurm/20260131-120000`: the files of one launch."""
+    base = Path(output).absolute() / "slurm" / time.strftime("%Y%m%d-%H%M%S")
+    others = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
+    return base if not base.exists() else next(path for path in others if not path.exists())
+
+
+def _snapshot(folder: Path, name: str) -> Path:
+    return folder / (f"config-{name}.yaml" if name else "config.yaml")
+
+
+def write_snapshots(folder: Path, runs: Sequence[Planned], source: str) -> list[str]:
+    for run_ in runs:
+        text = yaml.safe_dump(run_.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        head = f"# {source} and its overrides, as resolved by cpsp-dist launch"
+        _snapshot(folder, run_.name).write_text(f"{head}\n{text}", encoding="utf-8")
+    return [str(_snapshot(folder, run_.name)) for run_ in runs]
+
+
+def end_sweep(jobs: Sequence[Job], ended: dict[str, State]) -> None:
+    """Once every job has ended: end the MLflow run above them, where there is one."""
+    if all(ended[job.id].ended for job in jobs):
+        well = all(ended[job.id].well for job in jobs)
+        with contextlib.suppress(UserError):
+            config = load_config(_snapshot(Path(jobs[0].folder), jobs[0].name))
+            close_sweep(config, "FINISHED" if well else "FAILED")
+
+
+def comparison(jobs: Sequence[Job]) -> str:
+    """The command whose table shows a sweep's runs; nothing where they are not tracked."""
+    with contextlib.suppress(UserError):
+        config = load_config(_snapshot(Path(jobs[0].folder), jobs[0].name))
+        if config.tracking.parent and config.tracking.enabled:
+            words = ["cpsp-dist", "compare", "--parent", config.tracking.parent]
+            if config.tracking.experiment != "cpsp":
+                words += ["--experiment", config.tracking.experiment]
+            if not os.environ.get("MLFLOW_TRACKING_URI"):
+                words += ["--uri", tracking_uri(config.output)]
+            return shlex.join(words)
+    return ""

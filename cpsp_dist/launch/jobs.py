@@ -1,0 +1,242 @@
+"""Launched jobs: which they are, what state they are in, what they print. Asks Slurm; knows nothing of submitit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cpsp_dist.errors import UserError
+
+#: Seconds between two looks at the logs, and between two questions to Slurm.
+LOOK, ASK = 0.2, 3.0
+#: Seconds after which a job that Slurm does not know any more, and that left no exit code, counts as lost.
+PATIENCE = 60.0
+FORGOTTEN = "Slurm does not know it"
+LAUNCH_FILE = "launch.json"
+#: Slurm's states in which a job will not run again by itself. (A requeued or preempted one is PENDING before long.)
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a launch. `id` is Slurm's (12, or 12_3 in an array), or the pid of a local one."""
+
+    id: str
+    name: str  # '' where the launch has one run
+    output: str
+    folder: str
+    cluster: str  # slurm or local
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 prints."""
+        return Path(self.folder) / f"{self.id}_0_log.out"
+
+    @property
+    def exit_file(self) -> Path:
+        """Holds the exit code, once the job will not start again."""
+        return Path(self.folder) / f"{self.id}_exit"
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.output).name
+
+
+@dataclass(frozen=True)
+class State:
+    """`text`: Slurm's word for it; `why`: what it waits for; `code`: where it left one."""
+
+    text: str
+    why: str = ""
+    code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.text in ENDED
+
+    @property
+    def well(self) -> bool:
+        return self.text == "COMPLETED"
+
+
+def remember(folder: Path, jobs: Sequence[Job]) -> None:
+    (folder / LAUNCH_FILE).write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
+
+
+def recall(folder: str | Path) -> list[Job]:
+    """The jobs of a launch: of the folder it named, or the newest in a run's output folder.
+
+    Raises:
+        UserError: nothing was launched there.
+    """
+    place = Path(folder)
+    found = [place / LAUNCH_FILE] if (place / LAUNCH_FILE).is_file() else sorted(place.glob(f"slurm/*/{LAUNCH_FILE}"))
+    try:
+        return [Job(**{**job, "folder": str(found[-1].parent)}) for job in json.loads(found[-1].read_text())]
+    except IndexError:
+        raise UserError(f"{folder}: nothing was launched here; give the output folder of a launched run") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{found[-1]}: cannot be read: {error}") from None
+
+
+def states(jobs: Sequence[Job]) -> dict[str, State]:
+    """By job id. An exit code left behind is the last word; then Slurm's controller, which is never late; then its
+    accounting, for what the controller has forgotten. UNKNOWN where nobody knows."""
+    known: dict[str, State] = {}
+    for job in jobs:
+        code = _exit_code(job)
+        if code is not None:
+            known[job.id] = State("COMPLETED" if code == 0 else "FAILED", code=code)
+        elif job.cluster == "local":
+            known[job.id] = State("RUNNING" if _alive(job) else "FAILED", "its launcher was killed")
+    ask = [job.id for job in jobs if job.id not in known]
+    if ask:
+        mains = ",".join(sorted({job_id.partition("_")[0] for job_id in ask}))
+        told = _ask(["squeue", "--noheader", "--array", "--states=all", f"--jobs={mains}", "--format=%i|%T|%r"])
+        found = _read(told.stdout)
+        if told.returncode and "Invalid job id" not in told.stderr:
+            silent = State("UNKNOWN", "Slurm does not answer: " + (told.stderr.strip().splitlines() or ["squeue"])[-1])
+            return {job_id: silent for job_id in ask} | known
+        if {*ask} - {*found}:
+            more = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={mains}", "--format=JobID,State"]
+            found = _read(_ask(more).stdout) | found
+        known |= {job_id: found.get(job_id, State("UNKNOWN", FORGOTTEN)) for job_id in ask}
+    return known
+
+
+def _read(lines: str) -> dict[str, State]:
+    found = {}
+    for line in lines.splitlines():
+        job_id, state, *why = line.split("|")
+        # "CANCELLED by 1000"; a reason stands for those that wait alone.
+        word = state.split()[0].rstrip("+") if state else "UNKNOWN"
+        found[job_id] = State(word, why[0].replace("None", "") if why and word == "PENDING" else "")
+    return found
+
+
+def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+
+
+def _exit_code(job: Job) -> int | None:
+    try:
+        return int(job.exit_file.read_text())
+    except (OSError, ValueError):  # not there, or just being written
+        return None
+
+
+def _alive(job: Job) -> bool:
+    return "submitit" in _ask(["ps", "-p", job.id, "-o", "args="]).stdout
+
+
+def describe(jobs: Sequence[Job], now: dict[str, State]) -> str:
+    """A line for each job: state, step, log; and below it why one failed."""
+    from cpsp_dist.report import format_table
+
+    rows = [
+        {
+            "run": job.label,
+            "job": job.id,
+            "state": now[job.id].text.lower() + (f" ({now[job.id].why})" if now[job.id].why else ""),
+            "step": last_step(job),
+            "log": str(job.log),
+        }
+        for job in jobs
+    ]
+    failed = [f"{job.label}: {reason(job, now[job.id])}" for job in jobs if now[job.id].ended and not now[job.id].well]
+    return "\n".join([format_table(rows), *failed])
+
+
+def reason(job: Job, state: State) -> str:
+    """Why a job failed: its exit code, or Slurm's word, and the last line of the log."""
+    how = f"exit code {state.code}" if state.code else state.text.lower() + (f", {state.why}" if state.why else "")
+    for log in (
+        job.log,
+        *sorted(Path(job.folder).glob(f"{job.id}_*_log.out")),
+        Path(job.folder) / f"{job.id}_batch.out",
+    ):
+        if lines := _tail(log).strip().splitlines():
+            return f"{how}: {lines[-1]}"
+    return f"{how}; it printed nothing"
+
+
+def last_step(job: Job) -> str:
+    """As rank 0 told last: `12/40`, or `-`."""
+    told = re.findall(r"^step (\d+/\d+) ", _tail(job.log), re.MULTILINE)
+    return told[-1] if told else "-"
+
+
+def _tail(file: Path, size: int = 65536) -> str:
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+class Logs:
+    """Prints what rank 0 of each job prints, whole lines, with the run's name where there are several."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs, self._read = jobs, dict[str, int]()
+
+    def show(self) -> None:
+        for job in self.jobs:
+            try:
+                with open(job.log, "rb") as file:
+                    file.seek(self._read.get(job.id, 0))
+                    text = file.read()
+            except OSError:  # it waits
+                continue
+            text = text[: text.rfind(b"\n") + 1]
+            self._read[job.id] = self._read.get(job.id, 0) + len(text)
+            for line in text.decode(errors="replace").splitlines():
+                print(f"{job.name}: {line}" if job.name else line, flush=True)
+
+
+def follow(jobs: Sequence[Job]) -> dict[str, State]:
+    """Print rank 0's log of each job until none will run again, requeues included; their states at the end.
+
+    Says what it waits for, where a job waits, and again when that changes.
+    """
+    logs, told = Logs(jobs), dict[str, State]()
+    known = {job.id: time.monotonic() for job in jobs}  # when somebody last knew it
+    while True:
+        asked, now = time.monotonic(), states(jobs)
+        for job in jobs:
+            state, before = now[job.id], told.get(job.id)
+            if state.text in ("PENDING", "UNKNOWN") and state != before:
+                why = f": {state.why}" if state.why else ""
+                print(f"{job.label}: job {job.id} is {state.text.lower()}{why}", flush=True)
+            told[job.id] = state
+            if state.why != FORGOTTEN:
+                known[job.id] = asked
+            elif asked - known[job.id] > PATIENCE:
+                now[job.id] = State("FAILED", f"{FORGOTTEN}, and it left no exit code")
+            # Without an exit code: not while Slurm is just about to start it again.
+            if state.ended and state.code is None and state != before:
+                now[job.id] = State("COMPLETING")
+        # The states are older than the logs: nothing that an ended job printed is missed.
+        logs.show()
+        if all(now[job.id].ended for job in jobs):
+            return now
+        left = [job for job in jobs if not now[job.id].ended]
+        while time.monotonic() - asked < ASK and not any(job.exit_file.exists() for job in left):
+            time.sleep(LOOK)
+            logs.show()
+
+
+def exit_code(ended: dict[str, State]) -> int:
+    """Of a command that waited for jobs: 0 where all ended well, their own where they agree, else 1."""
+    codes = {state.code or 1 for state in ended.values() if not state.well}
+    return 0 if not codes else codes.pop() if len(codes) == 1 else 1

@@ -1,0 +1,107 @@
+"""The runs of a launch: one, or one for each combination of a sweep's values; checked before anything is submitted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpsp_dist.cache import without_secrets
+from cpsp_dist.config import Config, check_config
+from cpsp_dist.errors import ConfigError
+
+#: Settings that a sweep makes for each of its runs.
+ITS_OWN = ("output", "tracking.run_name", "tracking.parent")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be: its settings, and in a sweep the name that tells it from the others ('' where there is one run)."""
+
+    name: str
+    config: Config
+
+
+def plan(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[str] = ()) -> tuple[str, list[Planned]]:
+    """The output folder of a launch, and its runs.
+
+    Args:
+        sweeps: texts `key=value,value,...`; there is a run for each combination, `psa_v=0,seed=1`, in a folder of that
+            name below the configuration's `output`. A value may be a YAML list: `train.milestones=[6,9],[4,8]`.
+
+    Raises:
+        ConfigError: every mistake of every combination; one that all have is told once.
+    """
+    values, mistakes = _parse(sweeps, overrides)
+    runs, told = [], dict[str, list[str]]()
+    combinations = list(itertools.product(*values.values()))
+    for combination in combinations:
+        swept = dict(zip(values, combination, strict=True))
+        name = _name(swept)
+        config, found = check_config(path, [*overrides, *(f"{key}={value}" for key, value in swept.items())])
+        if config is not None:
+            found += _secrets(config)
+            runs.append(Planned(name, config))
+        for mistake in found:
+            told.setdefault(mistake, []).append(name)
+    for mistake, names in told.items():
+        mistakes.append(mistake if len(names) == len(combinations) else f"{names[0]}: {mistake}")
+    names = [run.name for run in runs]
+    mistakes += sorted({f"two runs would both be named '{name}'" for name in names if names.count(name) > 1})
+    if mistakes:
+        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
+    output = runs[0].config.output
+    return output, [Planned(run.name, _child(run, output)) if run.name else run for run in runs]
+
+
+def with_parent(run: Planned, parent: str | None) -> Planned:
+    """The same run, listed under an MLflow run."""
+    tracking = run.config.tracking.model_copy(update={"parent": parent})
+    return Planned(run.name, run.config.model_copy(update={"tracking": tracking}))
+
+
+def _child(run: Planned, output: str) -> Config:
+    tracking = run.config.tracking.model_copy(update={"run_name": None})
+    return run.config.model_copy(update={"output": str(Path(output) / run.name), "tracking": tracking})
+
+
+def _parse(sweeps: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    values: dict[str, list[str]] = {}
+    mistakes = []
+    given = {text.partition("=")[0] for text in overrides}
+    for text in sweeps:
+        key, equals, listed = text.partition("=")
+        found = re.findall(r"(?:\[[^\]]*\]|[^,\[])+", listed)
+        if not equals or not found or not re.fullmatch(r"\w+(\.\w+)*", key):
+            mistakes.append(f"--sweep '{text}': write it as section.key=value,value,...")
+        elif key in ITS_OWN:
+            mistakes.append(f"--sweep {key}: a sweep sets it for each of its runs")
+        elif key in values:
+            mistakes.append(f"--sweep {key}: is given twice; list all values in one")
+        elif key in given:
+            mistakes.append(f"--sweep {key}: also stands among the overrides; take it out of there")
+        elif len(found) > len({*found}):
+            mistakes.append(f"--sweep '{text}': a value stands there twice")
+        else:
+            values[key] = found
+    return values, mistakes
+
+
+def _name(swept: dict[str, str]) -> str:
+    """`psa_v=0,seed=1`: last parts of the keys, where these tell them apart, the seed at the end; fit for a folder."""
+    last = [key.rpartition(".")[2] for key in swept]
+    short = dict(zip(swept, last if len({*last}) == len(last) else swept, strict=True))
+    order = sorted(swept, key=lambda key: key == "train.seed")
+    return ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9.+-]+', '_', swept[key]).strip('_')}" for key in order)
+
+
+def _secrets(config: Config) -> list[str]:
+    """The settings are written beside the job's logs, a password in them would be too."""
+    if without_secrets(config.data.shards) == config.data.shards:
+        return []
+    return [
+        f"data.shards: {without_secrets(config.data.shards)} is given with a password or signature, which would be "
+        "written to the job's files; give it in the environment (AWS_..., FSSPEC_...), which the job inherits"
+    ]

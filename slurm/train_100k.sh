@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Train CPSP on VGGSound-AVEL100k, one rank for each GPU:
+#
+#   sbatch slurm/train_100k.sh                                          2 nodes of 8 GPUs
+#   sbatch --nodes 4 slurm/train_100k.sh train.seed=2                   other resources, other settings
+#   sbatch slurm/train_100k.sh configs/avel100k_weak.yaml engine.zero=2   another config
+#
+# Resources are sbatch's flags. Everything else is a config file (default: configs/avel100k_full.yaml) and settings on
+# top of it. Give it in the folder that holds configs/; paths are relative to there.
+#
+#SBATCH --job-name=cpsp
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#
+# What a site wants besides, on sbatch's command line or as lines here:
+##SBATCH --partition=...
+##SBATCH --account=...
+
+# --- What python is. One of these, or the environment in which sbatch was called.
+# module load python cuda
+# source /path/to/conda/etc/profile.d/conda.sh && conda activate cpsp
+# container=(--container-image=... --container-mounts=...)      (pyxis; used by srun below)
+if [ -f .venv/bin/activate ]; then
+    . .venv/bin/activate
+fi
+# --- On clusters with several networks: the one between the nodes.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# A job that lost a rank (no memory left, a GPU gone) is started again so often; after a signal, always.
+LOST_RANKS=3
+
+config=configs/avel100k_full.yaml
+case ${1:-} in *.yaml | *.yml) config=$1 && shift ;; esac
+
+# srun itself no longer looks at the job's --cpus-per-task.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+
+echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+
+# Ranks tell and end each other, all with the same exit code: srun leaves that to them, for two minutes.
+srun --cpu-bind=cores --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
+    python -m cpsp_dist.train --config "$config" "$@" &
+
+# Slurm tells this script 5 minutes before the time is over, and before a preemption; the ranks then save and end with
+# exit code 75. TERM comes from a cancellation or a requeue that Slurm itself has under way, to the ranks too.
+told='' ending=''
+trap 'told=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'told=1 ending=1' TERM
+code=130
+while [ $code -gt 128 ]; do
+    told=''
+    wait $!
+    code=$?
+    [ -n "$told" ] || break
+done
+
+# `again` is set where a new start is right: never after a user's mistake, nor where Slurm is ending the job itself.
+log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdErr=//p')
+again=''
+if [ $code = 75 ]; then
+    again='stopped by a signal, all is saved'
+elif [ $code = 69 ] || [ $code -gt 128 ]; then
+    [ "$(grep -ac 'a rank was lost; requeued$' "$log")" -ge $LOST_RANKS ] || again='a rank was lost'
+fi
+if [ $code != 0 ] && [ -n "$again" ] && [ -z "$ending" ]; then
+    echo "exit code $code: $again; requeued"
+    scontrol requeue "$SLURM_JOB_ID" && exit $code
+    echo "cannot requeue this job: give the same sbatch command again, it goes on from the newest checkpoint"
+elif [ $code != 0 ]; then
+    # The last error in the log, its lines made one.
+    reason=$(tail -n 1000 "$log" | awk '
+        /^(error: |[A-Za-z_.]*(Error|Exception)(: |$))/ { said = $0; more = 1; next }
+        more && /^  / { said = said (said ~ /: *$/ ? "" : ";") $0; next }
+        { more = 0 }
+        END { gsub(/ +/, " ", said); print said }')
+    echo "exit code $code, not requeued: ${reason:-see above}"
+fi
+exit $code

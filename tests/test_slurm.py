@@ -1,0 +1,209 @@
+"""The scripts in slurm/ on a real cluster of virtual nodes: trained, mistaken, requeued, preempted, plugs pulled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from packing_sources import files_under
+from test_crashes import audited
+from test_training import losses, newest_state, overrides
+
+from cpsp_dist.cli import main
+from cpsp_dist.tracking import all_runs
+
+SCRIPTS = REPO / "slurm"
+CONFIG = REPO / "configs/avel100k_full.yaml"
+
+
+class Job:
+    """A script of slurm/, submitted from the repository as a user would."""
+
+    def __init__(self, slurm: Any, folder: Path, script: str, flags: list[str], arguments: list[str]):
+        self.slurm, self.log = slurm, folder / f"{time.monotonic_ns()}.log"
+        submitted = slurm.run(
+            *["sbatch", "--parsable", "--cpus-per-task=1", f"--output={self.log}", *flags],
+            *[str(SCRIPTS / script), *arguments],
+            cwd=REPO,
+        )
+        assert submitted.returncode == 0, submitted.stderr
+        self.id = submitted.stdout.strip()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, f"not within {timeout} s; {self.shown()}\n{self.output[-6000:]}"
+            time.sleep(0.1)
+
+    def until_trains(self, start: int) -> None:
+        """Until the `start`-th start of the job has done some steps."""
+        self.until(lambda: self.output.count("\njob ") + self.output.startswith("job ") >= start)
+        begun = self.output.rindex("job ")
+        self.until(lambda: self.output[begun:].count("\nstep ") >= 3)
+
+    def shown(self) -> dict[str, str]:
+        """What Slurm knows of it."""
+        told = self.slurm.run("scontrol", "--oneliner", "show", "job", self.id).stdout
+        return dict(word.split("=", 1) for word in told.split() if "=" in word)
+
+    def wait(self, timeout: float = 240) -> dict[str, str]:
+        """Until it is over; what Slurm knows of it then."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        self.until(lambda: self.shown()["JobState"] in over, timeout)
+        return self.shown()
+
+
+def settings(shards: Path, output: Path, *more: str) -> list[str]:
+    return [*overrides(shards, output, "tracking.every_steps=1", "model.dropout=0.1", *more)]
+
+
+NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+
+
+def test_trains_over_two_nodes(slurm: Any, nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """As it is, at the default config, shrunk by overrides; the same losses to the last digit as the same ranks
+    started by hand. Then the script that evaluates it."""
+    run = settings(keypad_shards, tmp_path / "run", "train.steps=6")
+    done = slurm.run(
+        *["sbatch", "--wait", "--cpus-per-task=1", *NODES, f"--output={tmp_path}/log", str(SCRIPTS / "train_100k.sh")],
+        *run,
+        cwd=REPO,
+        timeout=240,
+    )
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, log
+    assert "on node[" in log.splitlines()[0], "two nodes"
+    found = all_runs(f"sqlite:///{tmp_path}/mlflow.db", "avel100k")
+    assert [run["status"] for run in found] == ["FINISHED"]
+    by_hand = settings(keypad_shards, tmp_path / "by_hand", "train.steps=6", "tracking.enabled=false")
+    nursery.start(["--config", str(CONFIG), *by_hand], 2).finish()
+    assert losses(tmp_path / "run") == losses(tmp_path / "by_hand")
+
+    job = Job(slurm, tmp_path, "eval_100k.sh", [], [str(tmp_path / "run"), "--split", "val"])
+    assert job.wait()["ExitCode"] == "0:0", job.output
+    accuracy = found[0]["metrics"]["accuracy/best_val"]
+    assert f"accuracy {accuracy:.2f} %" in job.output
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("train.stepz=6", "unknown key 'train.stepz'; did you mean 'train.steps'?"),
+        ("data.shards=nowhere", "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_told_last_and_not_requeued(slurm: Any, tmp_path: Path, mistake: str, said: str) -> None:
+    job = Job(slurm, tmp_path, "train_100k.sh", NODES, [mistake, "train.sed=1"] if "z" in mistake else [mistake])
+    shown = job.wait()
+    last = job.output.splitlines()[-1]
+    assert last.startswith("exit code 2, not requeued: error: ")
+    assert said in last
+    if "z" in mistake:
+        assert "did you mean 'train.seed'?" in last, "every mistake"
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def rank_of(job: Job, rank: int) -> int:
+    """The process of a rank of the job, as seen from outside of its node."""
+    wanted = {f"SLURM_JOB_ID={job.id}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            training = b"cpsp_dist.train" in (folder / "cmdline").read_bytes().split(b"\0")
+            variables = {*(folder / "environ").read_bytes().split(b"\0")}
+        except OSError:
+            continue
+        if training and wanted <= variables and b"SLURM_STEP_ID=0" in variables:
+            return int(folder.name)
+    raise AssertionError(f"job {job.id} has no rank {rank}")
+
+
+def test_disturbed_in_every_way(slurm: Any, nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """Told that its time is over, requeued, preempted, a rank killed, its node's plug pulled: goes on each time, in one
+    MLflow run with each step once, and ends bit for bit as if nothing had been."""
+    more = ["train.steps=100", "engine.kind=ddp", "checkpoint.every_steps=4", "train.epochs=99", "train.global_batch=8"]
+    alone = settings(keypad_shards, tmp_path / "alone", *more, "tracking.enabled=false")
+    nursery.start(["--config", str(CONFIG), *alone], 2).finish(240)
+
+    job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "disturbed", *more))
+    job.until_trains(start=1)
+    slurm.run("scancel", "--batch", "--signal=USR1", job.id)  # what --signal makes Slurm send before the time is over
+    job.until_trains(start=2)
+    assert "exit code 75: stopped by a signal, all is saved; requeued" in job.output
+    slurm.run("scontrol", "requeue", job.id)
+    job.until_trains(start=3)
+    urgent = slurm.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert urgent.returncode == 0, urgent.stderr
+    job.until_trains(start=4)
+    assert job.output.count("stopped by a signal, all is saved; requeued") == 2
+    os.kill(rank_of(job, 1), signal.SIGKILL)
+    job.until_trains(start=5)
+    assert "a rank was lost; requeued" in job.output
+    node = job.shown()["BatchHost"]
+    slurm.fail(node)
+    job.until_trains(start=6)
+    slurm.boot(node)
+    shown = job.wait()
+    assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), job.output[-3000:]
+    assert job.output.count("going on from") == 5
+
+    expected, found = newest_state(tmp_path / "alone"), newest_state(tmp_path / "disturbed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert history(tmp_path, "avel100k", "loss/total") == list(range(1, 101))
+
+
+def history(folder: Path, experiment: str, metric: str) -> list[int]:
+    """The steps of a metric in the one run of an experiment."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert run.info.status == "FINISHED"
+    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def test_goes_on_on_another_number_of_nodes(slurm: Any, nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """A job that may not be requeued says so; submitted again on 2 nodes in place of 4, the same global batches."""
+    more = ["train.steps=30", "engine.kind=ddp", "data.audit=true", "train.epochs=99", "tracking.enabled=false"]
+    nursery.start(["--config", str(CONFIG), *settings(keypad_shards, tmp_path / "alone", *more)], 2).finish()
+    run = settings(keypad_shards, tmp_path / "moved", *more)
+    first = Job(slurm, tmp_path, "train_100k.sh", [*NODES, "--nodes=4", "--no-requeue"], run)
+    first.until_trains(start=1)
+    slurm.run("scancel", "--batch", "--signal=USR1", first.id)
+    assert first.wait()["ExitCode"] == "75:0", first.output
+    assert "cannot requeue this job: give the same sbatch command again" in first.output.splitlines()[-1]
+    second = Job(slurm, tmp_path, "train_100k.sh", NODES, run)
+    assert second.wait()["ExitCode"] == "0:0", second.output
+    assert "going on from" in second.output
+    expected, found = audited(tmp_path / "alone"), audited(tmp_path / "moved")
+    assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}
+    assert len(found) == 30
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "run", "train.epochs=99"))
+    job.until(lambda: "job " in job.output)
+    slurm.run("scancel", job.id)
+    assert job.wait()["JobState"] == "CANCELLED"
+    assert job.shown()["Restarts"] == "0"
+
+
+def test_packs_as_an_array(slurm: Any, keypad_features: Path, tmp_path: Path) -> None:
+    """Three jobs, finished by one, give the bytes of one process."""
+    options = ["--layout", "ave-h5", "--source", str(keypad_features), "--shard-mb", "0.5"]
+    assert main(["shards", "pack", *options, "--out", str(tmp_path / "one" / "shards")]) == 0
+    out = tmp_path / "array" / "shards"
+    job = Job(slurm, tmp_path, "pack_100k.sh", ["--array=3-5"], [*options, "--out", str(out)])
+    job.until(out.exists)
+    assert files_under(out) == files_under(tmp_path / "one" / "shards")
