@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import torch
-from awscrt.checksums import crc32c
+from crc32c import crc32c
 
 from cpsp_dist.cache import Cache, without_secrets
 from cpsp_dist.checkpoint import Checkpoints
