@@ -71,7 +71,8 @@ def test_one_module_knows_each_big_library():
 @pytest.mark.timing
 @pytest.mark.parametrize(
     "command",
-    [["cpsp_dist", "--help"], ["cpsp_dist", "shards", "pack", "--help"], ["cpsp_dist.train", "--help"]],
+    [["cpsp_dist", "--help"], ["cpsp_dist", "shards", "pack", "--help"], ["cpsp_dist.train", "--help"]]
+    + [["cpsp_dist", "launch", "--help"]],
     ids=" ".join,
 )
 def test_help_answers_in_half_a_second(command):
