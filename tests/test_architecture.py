@@ -74,6 +74,7 @@ def test_one_module_knows_each_big_library():
     [
         ["cpsp_dist", "--help"],
         ["cpsp_dist", "shards", "pack", "--help"],
+        ["cpsp_dist", "launch", "--help"],
         ["cpsp_dist", "doctor", "--help"],
         ["cpsp_dist.train", "--help"],
     ],

@@ -22,10 +22,10 @@ from test_training import KEYPAD, losses, newest_weights, overrides
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import ConfigError
-from cpsp_dist.launch import jobs
+from cpsp_dist.launch import files, jobs
 from cpsp_dist.launch.cluster import Resources, dry_run
 from cpsp_dist.launch.jobs import Job, State
-from cpsp_dist.launch.sweep import plan
+from cpsp_dist.launch.sweep import plan, with_parent
 from cpsp_dist.report import compare
 from cpsp_dist.tracking import close_sweep, open_sweep
 
@@ -416,9 +416,19 @@ def test_a_sweep_is_one_run_with_its_runs_below(nursery, keypad_shards, tmp_path
     client = MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
     below = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.info.run_name for run in below} == {"seed=1", "seed=2"}
-    # The same sweep launched again, of more runs: the same run above it.
+    # The same sweep launched again, of more runs: the same run above it. One of its jobs fails before MLflow hears of
+    # it, and those that followed the jobs see it.
     assert open_sweep(runs[0].config, str(output), 3) == parent
     assert parents(output)[0]["status"] == "RUNNING"
+    child = with_parent(runs[0], parent)
+    close_sweep(child.config)
+    assert parents(output)[0]["status"] == "RUNNING"
+    files.write_snapshots(output, [child], "source")
+    ended = [Job("1", child.name, child.config.output, str(output), "slurm"), Job("2", "", "", str(output), "slurm")]
+    files.end_sweep(ended, {"1": State("COMPLETED"), "2": State("RUNNING")})
+    assert parents(output)[0]["status"] == "RUNNING"
+    files.end_sweep(ended, {"1": State("COMPLETED"), "2": State("FAILED", code=2)})
+    assert parents(output)[0]["status"] == "FAILED"
     # A run beside the sweep, and the tables.
     beside = [f"output={output}/beside", "train.seed=7"]
     nursery.start(["--config", str(KEYPAD), *settings, *beside], 1).finish()

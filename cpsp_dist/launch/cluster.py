@@ -18,7 +18,7 @@ from typing import Any
 from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
 from cpsp_dist.launch.files import new_folder, prepared, write_snapshots
 from cpsp_dist.launch.job import run
-from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, recall, remember, states
+from cpsp_dist.launch.jobs import Job, remember
 from cpsp_dist.launch.sweep import Planned
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
@@ -102,7 +102,6 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
 
     if shutil.which("sbatch") is None:
         raise UserError("no sbatch here, so this machine is no part of a Slurm cluster; --local trains on it alone")
-    _refuse_twice(runs, output)
     with prepared(runs, output) as (folder, runs_):
         executor = _executor(folder, name, resources, array=len(runs_) > 1)
         snapshots = write_snapshots(folder, runs_, source)
@@ -119,19 +118,6 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
         ]
         remember(folder, jobs)
     return jobs
-
-
-def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
-    """Two jobs that write one run's checkpoints would lose both."""
-    wanted = {Path(run_.config.output).resolve() for run_ in runs}
-    earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in recall(file.parent)]
-    same = [job for job in earlier if Path(job.output).resolve() in wanted and job.cluster == "slurm"]
-    for job_id, state in states(same).items():
-        if not state.ended and state.text != "UNKNOWN":
-            raise UserError(
-                f"output={output} belongs to job {job_id}, which is {state.text.lower()} and goes on by itself where "
-                f"it is interrupted; scancel {job_id} first, or set another output=..."
-            )
 
 
 def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any:

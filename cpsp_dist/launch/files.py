@@ -14,7 +14,7 @@ import yaml
 
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
-from cpsp_dist.launch.jobs import Job, State
+from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, recall, states
 from cpsp_dist.launch.sweep import Planned, with_parent
 from cpsp_dist.tracking import close_sweep, open_sweep, tracking_uri
 
@@ -22,7 +22,12 @@ from cpsp_dist.tracking import close_sweep, open_sweep, tracking_uri
 @contextlib.contextmanager
 def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[Planned]]]:
     """The launch's folder, and the runs, of a sweep below their MLflow run. Where the launch fails, the folder is
-    removed and that run ends FAILED."""
+    removed and that run ends FAILED.
+
+    Raises:
+        UserError: a job that has not ended has a run's folder; MLflow does not answer; the folder cannot be written.
+    """
+    _refuse_twice(runs, output)
     first = runs[0].config
     parent = open_sweep(first, output, len(runs)) if runs[0].name and first.tracking.enabled else None
     folder = new_folder(output)
@@ -39,6 +44,19 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
         if isinstance(error, OSError):
             raise UserError(f"output={output}: cannot write the launch's files: {error}") from None
         raise
+
+
+def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
+    """Two jobs that write one run's checkpoints would lose both."""
+    wanted = {Path(run_.config.output).resolve() for run_ in runs}
+    earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in recall(file.parent)]
+    same = [job for job in earlier if Path(job.output).resolve() in wanted]
+    for job_id, state in states(same).items():
+        if not state.ended and state.text != "UNKNOWN":
+            raise UserError(
+                f"output={output} belongs to job {job_id}, which is {state.text.lower()} and goes on by itself where "
+                "it is interrupted; end that one first, or set another output=..."
+            )
 
 
 def new_folder(output: str) -> Path:
