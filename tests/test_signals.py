@@ -191,6 +191,25 @@ def test_signal_to_a_rank_that_waits_for_others(
     assert checkpoint_files(stopped) == before
 
 
+def test_a_second_signal_once_all_is_saved(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """As when a launcher ends the ranks that are left: it does not replace the code that asks for a new start."""
+    where = ["cpsp_dist.distributed", "_part", 1, str(tmp_path / "go")]
+    run = arguments(keypad_shards, tmp_path / "run")
+    attempt = nursery.start(run, 2, patch="test_signals:wait_inside", patch_args=where)
+    assert attempt.until_step(1)
+    parting = attempt.ranks[1]
+    parting.signal(signal.SIGUSR1)
+    assert attempt.until(lambda: "waiting" in parting.output)
+
+    def ended() -> bool:
+        parting.signal(signal.SIGTERM)
+        return not nursery.alive(parting.pid)
+
+    assert attempt.until(ended, 20)
+    assert attempt.wait() == [EXIT_REQUEUE] * 2, attempt.outputs()
+    assert parting.output.strip().splitlines()[-1] == "SIGTERM again: ending at once"
+
+
 def test_signal_during_the_last_evaluation(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """The training is saved: the evaluation is left at once, and done by the next start; its results are told once."""
     output = tmp_path / "run"
