@@ -113,7 +113,7 @@ def train(
         if not progress.finished:
             run = Run(config, schedule, manifest, ranks, stream, checkpoints, tracker, signals)
             progress = run.train(state, progress)
-        signals.unsaved = False
+        signals.release()
         results = _final_results(config, manifest, ranks, checkpoints, progress, signals)
         tracker.log(progress.step, results)
     if ranks.first:
@@ -159,7 +159,7 @@ class Run:
         engine.module.train()
         begun = f"{progress.step} of {schedule.steps} steps are saved in {config.output}"
         distributed.stop_if_asked(self.signals, ranks.device, begun if progress.step else "before the first step")
-        self.signals.unsaved = True
+        self.signals.hold()
         for step in range(progress.step, schedule.steps):
             learning_rate = schedule.learning_rate(step)
             norm, witness, parts = math.nan, Witness(), []
@@ -201,6 +201,7 @@ class Run:
                 self._save(engine, objectives, progress)
                 tracker.send()
             if asked and not progress.finished:
+                self.signals.release()
                 raise distributed.stopped(asked, f"saved step {progress.step} of {schedule.steps} in {config.output}")
             meter.resume()
         return progress

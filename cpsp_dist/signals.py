@@ -33,15 +33,22 @@ class StopSignals:
 
     Attributes:
         received: the number of the first one.
-        unsaved: whether this process holds what only a checkpoint keeps. If not (before and after the training), it
-            ends with EXIT_REQUEUE where it has not come to a safe point after PATIENCE seconds.
-        farewell: called then first, with the reason.
+        farewell: called with the reason before this process ends because no safe point came, see `release`.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.unsaved = False
         self.farewell: Callable[[str], None] = lambda _: None
+        self._safe_since: float | None = 0.0
+
+    def hold(self) -> None:
+        """From here on this process has what only a checkpoint keeps, and needs to come to a safe point."""
+        self._safe_since = None
+
+    def release(self) -> None:
+        """From here on, as at first, nothing is lost when it ends: a second signal does that with EXIT_REQUEUE, and so
+        does the first where no safe point comes within PATIENCE seconds."""
+        self._safe_since = time.monotonic()
 
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()
@@ -64,7 +71,7 @@ class StopSignals:
         first = 0.0
         while True:
             if not select.select([self._read], [], [], None if self.received is None else 0.2)[0]:
-                if not self.unsaved and time.monotonic() - first > PATIENCE:
+                if self._safe_since is not None and time.monotonic() - max(first, self._safe_since) > PATIENCE:
                     self._give_up()
                 continue
             number = os.read(self._read, 1)
@@ -77,7 +84,7 @@ class StopSignals:
                 self.received = number[0]
             elif time.monotonic() - first > SAME_REQUEST:
                 os.write(2, f"{signal.Signals(number[0]).name} again: ending at once\n".encode())
-                os._exit(128 + number[0])
+                os._exit(128 + number[0] if self._safe_since is None else EXIT_REQUEUE)
         os.close(self._read)
 
     def _give_up(self) -> None:

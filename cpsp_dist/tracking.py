@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -368,8 +369,27 @@ def _client(uri: str) -> Any:
     for name in ("mlflow", "alembic"):  # migrations of a new SQLite file are no news
         logging.getLogger(name).setLevel(logging.ERROR)
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _make_store(Path(uri.removeprefix("sqlite:///")))
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _make_store(file: Path) -> None:
+    """A new SQLite file appears whole: mlflow makes it table by table for seconds, and cannot go on with one whose
+    making a kill has ended, or where two runs begin at once."""
+    if file.exists():
+        return
+    import mlflow
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as part:
+        made = Path(part) / file.name
+        mlflow.MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+        try:
+            os.link(made, file)
+        except FileExistsError:
+            pass  # another run was faster
+        except OSError:  # a file system without hard links
+            made.rename(file)
 
 
 def _experiment(client: Any, config: Config) -> str:

@@ -96,6 +96,7 @@ class Nursery:
         self.folder, self.count = folder, 0
         env = environment(PYTHONPATH=os.pathsep.join([str(REPO), str(REPO / "tests")]), DS_ACCELERATOR="cpu")
         env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as train.py has it, before torch is imported
+        env["GIT_PYTHON_REFRESH"] = "quiet"  # as tracking.py has it, before mlflow is
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             env=env,
@@ -170,6 +171,7 @@ def serve() -> int:
     import ctypes
 
     import deepspeed  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import rank_worker
     import torch
     import torch._dynamo  # that an optimizer imports, for 4 s

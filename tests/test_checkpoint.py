@@ -85,6 +85,21 @@ def test_kept_by_count_and_by_metric(tmp_path: Path) -> None:
     assert checkpoints.steps() == [2, 5, 6]
 
 
+def test_folders_are_on_disk_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new folder is an entry in the one above, which has to be synced like the checkpoint's own files."""
+    synced, sync = set(), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    output = tmp_path / "runs" / "one"
+    Checkpoints(output).save(TrainingState({"w": torch.ones(3)}, {}, 1), Progress(step=1), keep=1)
+    assert {tmp_path, output.parent, output, output / "checkpoints"} <= synced
+    assert tmp_path.parent not in synced
+
+
 def test_a_checkpoint_holds_what_a_run_needs(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """The random states are none: each step seeds itself, which the bitwise tests with dropout show."""
     output = tmp_path / "run"

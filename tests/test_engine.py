@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ def exchange(states: dict[tuple, TrainingState]) -> dict[str, object]:
         foreign = states.get(("deepspeed", 2, "fp32"))
         if foreign is not None:
             found["taken_over"][kind] = same(engine(*kind, foreign).capture(), foreign)
+    found["compiler"] = "torch._inductor.compile_fx" in sys.modules
     return found
 
 
@@ -85,6 +87,7 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
     for found in (one, *on_three):
         assert set(found["bitwise"]) == set(KINDS)
         assert all(found["bitwise"].values()), found["bitwise"]
+        assert not found["compiler"], "4 s of each rank's start"
     for found in on_three:
         assert set(found["taken_over"]) == set(KINDS)
         assert all(found["taken_over"].values()), found["taken_over"]

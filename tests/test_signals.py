@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPO, environment
+from test_tracking import tracked_points
 from test_training import KEYPAD, newest_state, overrides
 
 from cpsp_dist.checkpoint import Checkpoints
@@ -80,3 +86,147 @@ def test_a_second_signal_ends_at_once(nursery: Any, keypad_shards: Path, tmp_pat
 def attempt_alive(attempt: Any, seconds: float) -> None:
     """Raises when nobody ended within `seconds`."""
     attempt.until(lambda: not all(rank.nursery.alive(rank.pid) for rank in attempt.ranks), seconds)
+
+
+def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
+    """A process of its own, as soon as it listens: the imports are yet to come. One line, and nothing is made."""
+    config = ["--config", str(KEYPAD), f"output={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "cpsp_dist.train", *config]
+    with subprocess.Popen(command, env=environment(), cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not listens(process.pid, signal.SIGUSR1):
+            assert time.monotonic() < end
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        process.send_signal(signal.SIGUSR1)
+        _, told = process.communicate(timeout=120)
+    assert "libtorch" not in mapped
+    assert process.returncode == EXIT_REQUEUE
+    assert told == f"SIGUSR1: before anything was begun; give the same command again to go on (exit code {75})\n"
+    assert not (tmp_path / "run").exists()
+
+
+def listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def wait_inside(rank: int, module: str, function: str, waiter: int, go: str, patience: float = 20.0) -> None:
+    """Rank `waiter` says so when it comes to a function, and waits there for the file `go`."""
+    from cpsp_dist import signals
+
+    signals.PATIENCE = patience
+    owner = importlib.import_module(module)
+    original = getattr(owner, function)
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        if rank == waiter and not Path(go).exists():
+            print("waiting", flush=True)
+            end = time.monotonic() + 60
+            while not Path(go).exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        return original(*args, **kwargs)
+
+    setattr(owner, function, waits)
+
+
+@pytest.fixture(scope="module")
+def stopped(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a run that was stopped after some steps."""
+    run = arguments(keypad_shards, tmp_path_factory.mktemp("stopped") / "run", "train.steps=1000", "train.epochs=100")
+    attempt = nursery.start(run, 2)
+    assert attempt.until_step(1)
+    attempt.ranks[0].signal(signal.SIGTERM)
+    assert attempt.wait() == [EXIT_REQUEUE] * 2
+    return run
+
+
+def checkpoint_files(run: list[str]) -> dict[Path, int]:
+    (output,) = [Path(setting.removeprefix("output=")) for setting in run if setting.startswith("output=")]
+    return {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")}
+
+
+@pytest.mark.parametrize("function", ["distributed:connect", "loop:_find_state", "loop:build_engine"])
+def test_signal_during_the_start(nursery: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
+    """To one rank alone: both end before their next step, and what was saved is as it was."""
+    before = checkpoint_files(stopped)
+    where = [*f"cpsp_dist.{function}".split(":"), 1, str(tmp_path / "go")]
+    attempt = nursery.start(stopped, 2, patch="test_signals:wait_inside", patch_args=where)
+    assert attempt.until(lambda: "waiting" in attempt.ranks[1].output)
+    attempt.ranks[1].signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    assert attempt.wait() == [EXIT_REQUEUE] * 2, attempt.outputs()
+    last = attempt.ranks[0].output.splitlines()[-1]
+    told = "before anything was begun" if function == "distributed:connect" else "of 1000 steps are saved in "
+    assert last.startswith("SIGTERM: ")
+    assert told in last
+    assert last.endswith("give the same command again to go on (exit code 75)")
+    assert "\nstep " not in attempt.outputs()
+    assert checkpoint_files(stopped) == before
+
+
+@pytest.mark.parametrize(("function", "others"), [("distributed:connect", None), ("loop:build_engine", EXIT_REQUEUE)])
+def test_signal_to_a_rank_that_waits_for_others(
+    nursery: Any, stopped: list[str], tmp_path: Path, function: str, others: int | None
+) -> None:
+    """No safe point comes within the patience: it ends all the same, and tells those it is connected with."""
+    before = checkpoint_files(stopped)
+    where = [*f"cpsp_dist.{function}".split(":"), 1, str(tmp_path / "go"), 1.0]
+    attempt = nursery.start(stopped, 2, patch="test_signals:wait_inside", patch_args=where)
+    assert attempt.until(lambda: "waiting" in attempt.ranks[1].output)
+    signalled = attempt.ranks[0 if others is None else 1]
+    if others is None:  # rank 0 waits for rank 1 to come to the meeting
+        assert attempt.until(lambda: listens(signalled.pid, signal.SIGTERM))
+    signalled.signal(signal.SIGTERM)
+    assert nursery.wait(signalled.pid, 30) == EXIT_REQUEUE
+    assert signalled.output.splitlines()[-1] == (
+        "SIGTERM: nothing was unsaved; give the same command again to go on (exit code 75)"
+    )
+    if others is None:
+        attempt.ranks[1].kill()
+    else:
+        assert nursery.wait(attempt.ranks[0].pid, 30) == others
+        assert attempt.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: nothing was unsaved")
+    attempt.wait()
+    assert checkpoint_files(stopped) == before
+
+
+def test_a_second_signal_once_all_is_saved(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """As when a launcher ends the ranks that are left: it does not replace the code that asks for a new start."""
+    where = ["cpsp_dist.distributed", "_part", 1, str(tmp_path / "go")]
+    run = arguments(keypad_shards, tmp_path / "run")
+    attempt = nursery.start(run, 2, patch="test_signals:wait_inside", patch_args=where)
+    assert attempt.until_step(1)
+    parting = attempt.ranks[1]
+    parting.signal(signal.SIGUSR1)
+    assert attempt.until(lambda: "waiting" in parting.output)
+
+    def ended() -> bool:
+        parting.signal(signal.SIGTERM)
+        return not nursery.alive(parting.pid)
+
+    assert attempt.until(ended, 20)
+    assert attempt.wait() == [EXIT_REQUEUE] * 2, attempt.outputs()
+    assert parting.output.strip().splitlines()[-1] == "SIGTERM again: ending at once"
+
+
+def test_signal_during_the_last_evaluation(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """The training is saved: the evaluation is left at once, and done by the next start; its results are told once."""
+    output = tmp_path / "run"
+    more = ["train.steps=2", "evaluation.batch=4", "tracking.enabled=true"]
+    run = arguments(keypad_shards, output, *more)
+    where = ["cpsp_dist.loop", "_final_results", 1, str(tmp_path / "go")]
+    attempt = nursery.start(run, 2, patch="test_signals:wait_inside", patch_args=where)
+    assert attempt.until(lambda: "waiting" in attempt.ranks[1].output)
+    attempt.ranks[0].signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    assert attempt.wait() == [EXIT_REQUEUE] * 2, attempt.outputs()
+    assert attempt.ranks[0].output.splitlines()[-1].startswith("SIGUSR1: trained and saved, not yet evaluated; ")
+    assert not (output / "results.json").exists()
+    for _ in range(2):
+        told = nursery.start(run, 2).finish()
+        assert "step 2/2" not in told
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        (line,) = [line for line in lines if "accuracy/test" in line]
+        assert line["accuracy/test"] == json.loads((output / "results.json").read_text())["accuracy/test"]
+        assert tracked_points(tmp_path / "mlflow.db", "accuracy/test") == [2]

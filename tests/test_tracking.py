@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 from importlib.metadata import version
@@ -191,3 +193,27 @@ def test_a_server_that_never_answers_holds_nothing_up(nursery: Any, keypad_shard
     assert "MLflow has not taken all points" in told
     assert told_steps(tmp_path / "run") == [2, 4, 6]
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+def killed_making_the_store(rank: int) -> None:
+    """SIGKILL when mlflow comes to its tenth table."""
+    from alembic.ddl.impl import DefaultImpl
+
+    create_table, count = DefaultImpl.create_table, iter(range(1000))
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(count) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return create_table(self, *args, **kwargs)
+
+    DefaultImpl.create_table = create
+
+
+def test_killed_while_the_store_is_made(nursery: Any, keypad_shards: Path, tmp_path: Path):
+    """A half-made SQLite file would be one that no later start can use."""
+    run = arguments(keypad_shards, tmp_path / "run")
+    attempt = nursery.start(run, 1, patch="test_tracking:killed_making_the_store")
+    assert attempt.wait() == [-signal.SIGKILL]
+    assert not (tmp_path / "mlflow.db").exists()
+    nursery.start(run, 1).finish()
+    assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]

@@ -1,0 +1,37 @@
+"""A run that moves between world sizes: the same global batches, the same parameters."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_crashes import audited
+from test_signals import arguments
+from test_training import newest_state
+
+from cpsp_dist.errors import EXIT_REQUEUE
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_four_two_three_four_ranks(nursery: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
+    """50 steps of SGD, stopped by a signal and gone on with on another number of ranks, against 4 ranks throughout."""
+    more = [f"engine.zero={zero}", "model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]
+    more += ["train.steps=50", "data.audit=true", "train.milestones=[]"]
+    nursery.start(arguments(keypad_shards, tmp_path / "four", *more), 4).finish(240)
+    run = arguments(keypad_shards, tmp_path / "moved", *more)
+    for world, step in ((4, 10), (2, 22), (3, 34)):
+        attempt = nursery.start(run, world)
+        assert attempt.until_step(step)
+        attempt.ranks[-1].signal(signal.SIGUSR2)
+        assert attempt.wait() == [EXIT_REQUEUE] * world, attempt.outputs()
+    assert "going on from" in nursery.start(run, 4).finish(240)
+
+    expected, found = audited(tmp_path / "four"), audited(tmp_path / "moved")
+    assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}
+    assert len(found) == 50
+    weights = newest_state(tmp_path / "four"), newest_state(tmp_path / "moved")
+    apart = max((weights[1][name] - tensor).abs().max().item() for name, tensor in weights[0].items())
+    print(f"zero {zero}: parameters at most {apart:.1e} apart after 50 steps")
+    assert apart <= 1e-6
