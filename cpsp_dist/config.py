@@ -88,7 +88,12 @@ class ObjectiveSettings(Section):
     avps: float = Field(100.0, ge=0, description="audio-visual pair similarity (pair level)")
     psa_s: float = Field(0.01, ge=0, description="event against background segments of a video (segment level)")
     psa_v: float = Field(1.0, ge=0, description="a class's videos against the others (video level)")
-    sspsp: float = Field(0.0, ge=0, description="self-supervised: an audio segment against all visual segments")
+    sspsp: float = Field(
+        0.0,
+        ge=0,
+        description="self-supervised: an audio segment against all visual segments of the pool; they are gathered only "
+        "where this is more than 0 (T times the bytes of embeddings), and with pool.scope=gather",
+    )
     temperature: float = Field(0.6, gt=0, description="of PSA_S")
     margin: float = Field(0.2, ge=0, description="of PSA_V")
     negatives: int = Field(3, ge=1, description="negatives of PSA_V for each anchor")

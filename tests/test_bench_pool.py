@@ -28,7 +28,8 @@ def test_command_measures_what_is_sent_and_kept(tmp_path: Path) -> None:
     if two["wire_bytes"] is not None:  # what the kernel saw: no more than gloo's headers besides
         assert two["bytes"] <= two["wire_bytes"] < two["bytes"] + 4096
     for row in (one, two):
-        assert all(row["step_ms"][kind] > 0 for kind in ("off", "local", "gather"))
+        for times in (row["step_ms"], row["step_cpu_ms"]):
+            assert all(times[kind] > 0 for kind in ("off", "local", "gather"))
 
     small, large = result["pools"]["64"], result["pools"]["4096"]
     # Two stages: O(b·(1+k)·d), whatever the pool; the plain ways grow with it.

@@ -314,17 +314,20 @@ def collectives(cases: list[str]) -> list[list[str]]:
     return steps
 
 
-def costs(width: int) -> dict[str, float]:
-    """Bytes and collectives of a step with PSA_V alone over embeddings of `width` in float32."""
+def costs(width: int) -> dict[str, dict[str, float]]:
+    """Bytes and time of a step with objectives over the pool, embeddings of `width` in float32."""
     rank, ranks = pool.world()
-    _, batch = edge("even", torch.float32)
-    output = edge("even", torch.float32)[0]
-    fusion = torch.randn(SLOTS // ranks, T, width, requires_grad=True)
+    whole, batch = edge("even", torch.float32)
     own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
-    output = Output(*(None if x is None else x[own] for x in output))._replace(fusion=fusion)
-    objectives = Objectives(only("psa_v"), pool="gather")
-    objectives(output, share(batch, rank, ranks))[0].backward()
-    return objectives.health()
+    wanted = {"psa_v": only("psa_v"), "both": only("psa_v").model_copy(update={"sspsp": 1.0}), "local": ALL}
+    found = {}
+    for name, chosen in wanted.items():
+        fusion = torch.randn(SLOTS // ranks, T, width, requires_grad=True)
+        output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+        objectives = Objectives(chosen, pool="local" if name == "local" else "gather")
+        objectives(output._replace(fusion=fusion), share(batch, rank, ranks))[0].backward()
+        found[name] = objectives.health()
+    return found
 
 
 def everything() -> dict[str, Any]:
@@ -452,11 +455,15 @@ def test_every_rank_does_the_same_at_every_step_and_gathers_beside_the_losses(wo
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_bytes_are_those_of_the_floor(worlds: Any, world: int) -> None:
-    """(W−1)·b·d·4 bytes forward and as many backward; beside them 4 integers a slot."""
+    """(W−1)·b·d·4 bytes forward and as many backward; beside them 4 integers a slot. Segments go round only where SSPSP
+    is asked for, and with local pools nothing but the integers."""
     slots = SLOTS // world
     for rank in worlds[world]:
-        assert rank["costs"]["pool/gather_bytes"] == (world - 1) * slots * (2 * 256 * 4 + 4 * 8)
-        assert rank["costs"]["pool/gather_ms"] > 0
+        labels = (world - 1) * slots * 4 * 8
+        embeddings, segments = (2 * (world - 1) * slots * size * 4 for size in (256, T * 8))
+        received = {name: health["pool/gather_bytes"] for name, health in rank["costs"].items()}
+        assert received == {"psa_v": labels + embeddings, "both": labels + embeddings + segments, "local": labels}
+        assert rank["costs"]["psa_v"]["pool/gather_ms"] > 0
 
 
 @settings(max_examples=60, deadline=None)

@@ -53,8 +53,8 @@ def bench_pool(
     Returns:
         ranks: for each number of them `floor_bytes` ((W−1)·b·d·4: what one rank has to receive of the others'
         embeddings, one way), `bytes` and `collectives` of a step (forward and backward), `wire_bytes` that a process
-        really wrote (None where the system does not tell), `gather_ms` waited, `step_ms` with the pool off, local,
-        gathered, and `step_cpu_ms` with it off. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
+        really wrote (None where the system does not tell), `gather_ms` waited, `step_ms` and `step_cpu_ms` (of one
+        rank) with the pool off, local, gathered. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
         of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: what mining, loss and
         backward over a pool of 4,096 are of a training step's CPU time (`least` and `most` over the rounds), and
         `floor_share`, what the bare product is. With one rank among `ranks` only.
@@ -125,7 +125,8 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
         "gather": Objectives(ObjectiveSettings(), pool="gather"),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    waits, cpu, beside = [], [], []
+    cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
+    waits, beside = [], []
     for number in range(rounds + 1):
         for kind, objectives in kinds.items():
             dist.barrier()
@@ -134,16 +135,16 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
             engine.step(0.0)
             if number:  # the first round warms up
                 times[kind].append(1e3 * (time.perf_counter() - began))
-                cpu += [1e3 * (time.process_time() - cpu_began)] if kind == "off" else []
+                cpu[kind].append(1e3 * (time.process_time() - cpu_began))
                 waits += [objectives.traffic.milliseconds()] if kind == "gather" else []
         if ranks.world == 1 and number:
-            beside.append(_beside(cpu[-1], size))
+            beside.append(_beside(cpu["off"][-1], size))
     return {
         "floor_bytes": (ranks.world - 1) * size * WIDTH * 4,
         **_sent(ranks, batch),
         "gather_ms": statistics.median(waits),
-        "step_cpu_ms": statistics.median(cpu),
         "step_ms": {kind: statistics.median(each) for kind, each in times.items()},
+        "step_cpu_ms": {kind: statistics.median(each) for kind, each in cpu.items()},
         **({"share": _share(beside)} if beside else {}),
     }
 

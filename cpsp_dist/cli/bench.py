@@ -129,14 +129,22 @@ def _pool(args: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
         return
     print(f"{args.batch} videos a rank, embeddings of {result['width']}, medians of {result['rounds']} rounds")
-    print("A step's pool: received bytes forward and backward, of them the floor (W-1)*b*d*4 each way; step times")
+    print("A step's pool: received bytes forward and backward, of them the floor (W-1)*b*d*4 each way")
     print(f"{'ranks':>5} {'collectives':>11} {'floor, 2 ways':>13} {'bytes':>10} {'on the wire':>11}", end=" ")
-    print(f"{'waited ms':>9} {'off ms':>8} {'local ms':>8} {'gather ms':>9}")
+    print(f"{'waited ms':>9}")
     for world, row in result["ranks"].items():
         wire = "unknown" if row["wire_bytes"] is None else f"{row['wire_bytes']:,}"
         print(f"{world:5} {row['collectives']:11} {2 * row['floor_bytes']:13,} {row['bytes']:10,} {wire:>11}", end=" ")
-        step = row["step_ms"]
-        print(f"{row['gather_ms']:9.1f} {step['off']:8.0f} {step['local']:8.0f} {step['gather']:9.0f}")
+        print(f"{row['gather_ms']:9.1f}")
+    print("A whole step of a rank with the pool off, local, gathered: time and CPU time in ms")
+    print(f"{'ranks':>5} {'off':>8} {'local':>8} {'gathered':>8} {'CPU off':>9} {'CPU local':>9} {'CPU gathered':>12}")
+    for world, row in result["ranks"].items():
+        step, cpu = row["step_ms"].values(), row["step_cpu_ms"].values()
+        print(
+            f"{world:5}",
+            *(f"{ms:8.0f}" for ms in step),
+            *(f"{ms:{n}.0f}" for ms, n in zip(cpu, (9, 9, 12), strict=True)),
+        )
     print("Pools (simulated): CPU time of mining, loss and backward; of the bare product; bytes kept for backward")
     print(f"{'pool':>6} {'ms':>9} {'product ms':>10} {'two-stage':>12} {'full matrix':>13} {'replicated':>15}")
     for size, row in result["pools"].items():
