@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ class Manifest:
             "name": self.folder.name.removesuffix(".part"),
             "cpsp_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "table": {"url": TABLE_NAME, "sha256": hashlib.sha256(table.read_bytes()).hexdigest()},
+            "table": {"url": TABLE_NAME, "sha256": _sha256(table)},
             "fields": {name: {"dtype": f.dtype, "shape": list(f.shape)} for name, f in self.fields.items()},
             "categories": self.categories,
             "splits": {name: len(rows) for name, rows in self.splits.items()},
@@ -160,7 +161,7 @@ class Manifest:
         """Read a manifest from a folder or a URL; `cache` keeps what a URL holds (by default, `Cache()`).
 
         Raises:
-            DataError: no such folder, no or a damaged index, a table that does not belong to it, missing or
+            DataError: no such folder, no or a damaged index, a table that is not the index's (every byte), missing or
                 truncated shards (by file size; `shards verify` reads every byte). Remote shards are checked, every
                 byte, as they are fetched.
         """
@@ -173,7 +174,7 @@ class Manifest:
         if not index_path.is_file():
             raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
         index = _Index.parse(index_path.read_bytes(), str(index_path))
-        table = _load_table(folder / TABLE_NAME, index)
+        table = _load_table(folder / TABLE_NAME, index, "`cpsp-dist shards index` makes it anew from the tars")
         manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
         for shard in index.shards:
             path = manifest.path(shard)
@@ -221,7 +222,7 @@ def _load_remote(remote: Remote) -> Manifest:
     digest = str(index.table_sha256)
     held = remote.open(TABLE_NAME, digest)
     try:
-        table = _load_table(remote.cache.path(digest), index)
+        table = _load_table(remote.cache.path(digest), index, "delete this file of the cache, and it is fetched again")
     finally:
         os.close(held)  # the map outlives the file, should the cache delete it
     return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
@@ -236,11 +237,19 @@ def _fingerprint(fields: dict[str, Field], categories: list[str], shards: list[S
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def _load_table(path: Path, index: _Index) -> np.ndarray:
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def _load_table(path: Path, index: _Index, remedy: str) -> np.ndarray:
+    """The table, once all its bytes are known to be right: no checksum of an array covers what it says of a sample."""
     try:
+        if _sha256(path) != index.table_sha256:
+            raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: sample table missing or damaged ({error}); pack the shards again") from None
+        raise DataError(f"{path}: sample table missing or damaged ({error}); {remedy}") from None
     if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):
-        raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; pack the shards again")
+        raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; {remedy}")
     return samples

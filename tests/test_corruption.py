@@ -17,7 +17,7 @@ import pytest
 from tiny_shards import Written, write_shards
 
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import Manifest
+from cpsp_dist.manifest import TABLE_NAME, Manifest
 from cpsp_dist.stream import EvalStream
 
 #: Flips of each kind of place that holds no array; every byte of every array is flipped.
@@ -121,6 +121,20 @@ def test_every_truncation_is_found(damaged):
         with pytest.raises(DataError, match=f"{shard}: shard is {length} bytes long, not {len(content)}"):
             Manifest.load(damaged.folder)
     shard.write_bytes(content)
+    assert delivered(damaged, "map")
+
+
+def test_every_flip_of_the_sample_table_is_found(damaged):
+    """It holds what no array's checksum covers: the categories, and which videos are one."""
+    table = damaged.folder / TABLE_NAME
+    content = bytearray(table.read_bytes())
+    for offset in range(0, len(content), 3):
+        content[offset] ^= 1 << offset % 8
+        table.write_bytes(content)
+        with pytest.raises(DataError, match="not the table that was packed"):
+            Manifest.load(damaged.folder)
+        content[offset] ^= 1 << offset % 8
+    table.write_bytes(content)
     assert delivered(damaged, "map")
 
 

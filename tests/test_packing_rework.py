@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from conftest import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_sources import CATEGORIES, arrays, files_under, read_back, video_id, write_ave
@@ -53,6 +56,52 @@ def test_the_index_comes_back_from_the_tars_alone(shards: Manifest) -> None:
         (shards.folder / name).unlink()
     assert main(["shards", "index", str(shards.folder)]) == 0
     assert files_under(shards.folder) == before
+
+
+#: `shards index` that ends by SIGKILL before its so many-th call of a method.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cpsp_dist.cli import main
+from cpsp_dist.packing import rework
+name, calls, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+owner = rework if name == "index_shard" else Path
+method = getattr(owner, name)
+def killed(*args, **kwargs):
+    global calls
+    calls -= 1
+    if not calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*args, **kwargs)
+setattr(owner, name, killed)
+main(["shards", "index", folder])
+"""
+
+
+@pytest.mark.parametrize("old", ["none", "other"])
+@pytest.mark.parametrize(("method", "calls"), [("index_shard", 3), ("replace", 1), ("write_text", 1), ("replace", 2)])
+def test_killed_while_indexing(shards: Manifest, method: str, calls: int, old: str) -> None:
+    """While tars are read, and at each stage of writing: what is there loads whole or not at all, and the next call
+    ends well. `old`: no manifest was there, or that of the tars as they were before."""
+    before = files_under(shards.folder)
+    if old == "none":
+        for name in ("index.json", "samples.npy"):
+            (shards.folder / name).unlink()
+    else:
+        tar = shards.folder / "train-000000.tar"
+        content = bytearray(tar.read_bytes())
+        content[int(shards.samples[0]["label"])] ^= 1  # another label in a tar of the same size
+        tar.write_bytes(content)
+    command = [sys.executable, "-c", KILLED, method, str(calls), str(shards.folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if old == "none" or (method == "replace" and calls == 2):
+        with pytest.raises(DataError, match=r"no index\.json here|not the table"):
+            Manifest.load(shards.folder)
+    assert main(["shards", "index", str(shards.folder)]) == 0
+    verify(shards.folder)
+    assert (files_under(shards.folder) == before) == (old == "none")
+    assert set(files_under(shards.folder)) == set(before), "nothing is left behind"
 
 
 @pytest.mark.parametrize("writer", ["webdataset", "gnu tar"])

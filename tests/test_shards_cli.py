@@ -414,7 +414,7 @@ def test_a_full_disk_is_told_beforehand(
     write_ave(tmp_path / "source")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     (line,) = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "ave-h5"))
-    assert_matches(r"GB needed, 0\.0 GB free", line)
+    assert_matches(r"[1-9] MB needed, 0 MB free", line)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

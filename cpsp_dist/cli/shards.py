@@ -57,6 +57,7 @@ def _register_plan(actions: argparse._SubParsersAction) -> None:
     plan.add_argument("--gpus", type=int, default=8, help="ranks of each node (default: %(default)s)")
     plan.add_argument("--batch", type=int, default=64, help="videos of a rank in each step (default: %(default)s)")
     plan.add_argument("--order", choices=("full", "lanes"), default="full", help="lanes: for shards fetched from afar")
+    plan.add_argument("--epoch-end", choices=("carry", "drop", "pad"), default="carry", help="as data.epoch_end")
     plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: tells the bandwidth it needs")
     plan.set_defaults(handler=_plan)
 
@@ -275,7 +276,14 @@ def _plan(args: argparse.Namespace) -> int:
     from cpsp_dist.stream.simulate import describe, simulate
 
     sizes = {"nodes": args.nodes, "gpus": args.gpus, "batch": args.batch}
-    found = simulate(Manifest.load(args.folder), args.split, order=args.order, step_seconds=args.step_seconds, **sizes)
+    found = simulate(
+        Manifest.load(args.folder),
+        args.split,
+        order=args.order,
+        epoch_end=args.epoch_end,
+        step_seconds=args.step_seconds,
+        **sizes,
+    )
     print(describe(found))
     return 0
 

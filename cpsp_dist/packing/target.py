@@ -127,7 +127,9 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --out")
+        raise UserError(
+            f"{folder.parent}: {-(-needed // 10**6):,} MB needed, {free // 10**6:,} MB free; use another --out"
+        )
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import ARRAY_FIELDS, INDEX_NAME, TABLE_NAME, Manifest, Shard
+from cpsp_dist.manifest import ARRAY_FIELDS, Manifest, Shard
 from cpsp_dist.packing.index import index_shard
 from cpsp_dist.progress import Progress
 
@@ -21,11 +19,10 @@ def verify(place: str | Path) -> Manifest:
     """The manifest, if every byte is as packed; of a URL, as fetched into the cache.
 
     Raises:
-        DataError: all damage found, a line each: which shard, which sample, which byte.
+        DataError: all damage found, a line each: which shard, which sample, which byte; or of the manifest itself.
     """
     manifest = Manifest.load(place)
-    # A remote table was compared with its hash when it was fetched.
-    found = _table_damage(manifest.folder) if manifest.remote is None else []
+    found: list[str] = []
     with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
         for number, shard in enumerate(manifest.shards):
             try:
@@ -38,14 +35,6 @@ def verify(place: str | Path) -> Manifest:
         more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
         raise DataError("\n  ".join([f"{manifest.place}: {len(found)} damaged places", *found[:MAX_LISTED], *more]))
     return manifest
-
-
-def _table_damage(folder: Path) -> list[str]:
-    recorded = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["table"]["sha256"]
-    path = folder / TABLE_NAME
-    if hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
-        return [f"{path}: not the table that was packed; the offsets below may be wrong"]
-    return []
 
 
 def _shard_damage(manifest: Manifest, number: int, shard: Shard, path: Path) -> list[str]:

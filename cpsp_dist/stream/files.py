@@ -152,11 +152,12 @@ class LookAhead:
         self._files, self._fields = files, fields
         self._stride = 1
 
-    def ask(self, table: np.ndarray) -> None:
-        """`table`: rows of coming samples. A shard that cannot be opened is left to their reading."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
+    def ask(self, table: np.ndarray, first: int = 0) -> None:
+        """`table`: rows of coming samples, the `first` and following of a batch. A shard that cannot be opened is left
+        to their reading."""
+        table = table[-first % self._stride :: self._stride]
+        if not len(table) or not hasattr(os, "posix_fadvise"):  # macOS
             return
-        table = table[:: self._stride]
         before = _blocks_read()
         for shard, start, end in sample_ranges(table, self._fields):
             try:
@@ -164,10 +165,9 @@ class LookAhead:
                     file.advise(start, end)
             except (DataError, OSError):
                 continue
-        if len(table):
-            # Blocks that a network file system reads are not counted: there, every sample is asked for.
-            warm = self._files.local and _blocks_read() == before
-            self._stride = min(64, 2 * self._stride) if warm else 1
+        # Blocks that a network file system reads are not counted: there, every sample is asked for.
+        warm = self._files.local and _blocks_read() == before
+        self._stride = min(64, 2 * self._stride) if warm else 1
 
 
 def sample_ranges(table: np.ndarray, fields: dict[str, Field]) -> Iterator[tuple[int, int, int]]:

@@ -42,13 +42,16 @@ class Slot:
         a = self.arrays
         return Batch(a["visual"], a["audio"], self.event, self.category, self.valid, self.video, self.index)
 
-    def describe(self, positions: np.ndarray, table: np.ndarray, index: np.ndarray) -> None:
-        """Fill everything but the features of the samples at `positions`; their label bytes are there."""
-        self.event.numpy()[positions] = self.arrays["label"].numpy()[positions] != 0
-        self.valid.numpy()[positions] = True
-        self.category.numpy()[positions] = table["category"]
-        self.video.numpy()[positions] = table["video"]
-        self.index.numpy()[positions] = index
+    def describe(self, table: np.ndarray, index: np.ndarray) -> None:
+        """Fill everything but the features, and pad where `index` is -1; the samples' label bytes are there."""
+        self.index.numpy()[:], self.valid.numpy()[:] = index, index >= 0
+        self.category.numpy()[:], self.video.numpy()[:] = table["category"], table["video"]
+        self.event.numpy()[:] = self.arrays["label"].numpy() != 0
+        if len(padding := np.flatnonzero(index < 0)):
+            for tensor in (*self.arrays.values(), self.event):
+                tensor.numpy()[padding] = 0
+            for tensor in (self.category, self.video):
+                tensor.numpy()[padding] = -1
 
     def blank(self, position: int) -> None:
         """Zero a damaged sample; its index, category and video stay."""
@@ -56,12 +59,6 @@ class Slot:
             rows[position][:] = 0
         self.event[position] = False
         self.valid[position] = False
-
-    def pad(self, positions: np.ndarray) -> None:
-        for tensor in (*self.arrays.values(), self.event, self.valid):
-            tensor.numpy()[positions] = 0
-        for tensor in (self.category, self.video, self.index):
-            tensor.numpy()[positions] = -1
 
     def give_back(self) -> None:
         """The consumer is done with this slot, but for copies to a GPU that it has queued."""
@@ -75,12 +72,16 @@ class Slot:
 
 
 class Job:
-    """One batch on its way: where it goes, what is claimed, what is done, what failed."""
+    """One batch on its way: where it goes and comes from, what is claimed, what is done, what failed."""
 
     def __init__(self, slot: Slot, index: np.ndarray, table: np.ndarray, coming: list[np.ndarray]) -> None:
         self.slot, self.index, self.table, self.coming = slot, index, table, coming
+        # Lists: read item by item, they are quicker than arrays.
+        self.shards = np.where(index >= 0, table["shard"].astype(np.int64), -1).tolist()
+        self.places = {name: (table[name].tolist(), table[f"{name}_crc"].tolist()) for name in ARRAY_FIELDS}
         self.claimed = 0
         self.pending = slot.size
+        self.done = False
         self.failures: list[tuple[int, Exception]] = []
 
 
@@ -129,7 +130,7 @@ class Ring:
                 self._free.append(self._held)
                 self._held = None
                 self._room.notify_all()
-            while not (self._jobs and self._jobs[0].pending == 0):
+            while not (self._jobs and self._jobs[0].done):
                 if self._broken is not None:
                     raise self._broken
                 if self._exhausted and not self._jobs:
@@ -169,7 +170,11 @@ class Ring:
                 with self._lock:
                     job.failures += failures
                     job.pending -= end - first
-                    if job.pending == 0:
+                    last = job.pending == 0
+                if last:
+                    job.slot.describe(job.table, job.index)
+                    with self._lock:
+                        job.done = True
                         self._ready.notify_all()
         except BaseException as error:  # in the order itself: the consumer would wait in vain otherwise
             with self._lock:
@@ -213,39 +218,31 @@ class Ring:
     def _fill(self, job: Job, first: int, end: int) -> list[tuple[int, Exception]]:
         """Read samples [first, end) of a batch; the positions that failed, each with its error."""
         for table in job.coming:
-            self._look_ahead.ask(table[first:end])
+            self._look_ahead.ask(table[first:end], first)
         slot, files, check = job.slot, self._files, self._check_crc
         slot.wait_copied()
-        real = job.index[first:end] >= 0
-        if not real.all():
-            slot.pad(first + np.flatnonzero(~real))
-        positions = first + np.flatnonzero(real)
-        table = job.table.take(positions)
         failures: dict[int, Exception] = {}
         opened: list[ShardFile | None] = []
-        for position, number in zip(positions.tolist(), table["shard"].tolist(), strict=True):
+        for position, number in enumerate(job.shards[first:end], first):
             try:
-                opened.append(files[number])
+                opened.append(files[number] if number >= 0 else None)
             except DataError as error:
                 opened.append(None)
                 failures[position] = error
         # Field by field: small loops stay in the processor's cache, where half a megabyte a turn pushes all else out.
         for name in ARRAY_FIELDS:
-            rows, offsets, crcs = slot.rows[name], table[name].tolist(), table[f"{name}_crc"].tolist()
-            for i, (file, position, offset, crc) in enumerate(
-                zip(opened, positions.tolist(), offsets, crcs, strict=True)
-            ):
+            rows, (offsets, crcs) = slot.rows[name], job.places[name]
+            for position, file in enumerate(opened, first):
                 if file is None:
                     continue
                 row = rows[position]
                 try:
-                    file.read(row, offset)
-                    if check and crc32c(row.data) != crc:
+                    file.read(row, offsets[position])
+                    if check and crc32c(row.data) != crcs[position]:
                         raise DataError("these bytes are not the ones that were packed (crc32c differs)")
                 except (DataError, OSError) as error:
-                    opened[i] = None
-                    failures[position] = self._explain(error, table[i], name, offset)
-        slot.describe(positions, table, job.index[positions])
+                    opened[position - first] = None
+                    failures[position] = self._explain(error, job.table[position], name, offsets[position])
         return list(failures.items())
 
     def _explain(self, error: Exception, sample: np.void, field: str, offset: int) -> Exception:
