@@ -369,7 +369,7 @@ def _client(uri: str) -> Any:
     for name in ("mlflow", "alembic"):  # migrations of a new SQLite file are no news
         logging.getLogger(name).setLevel(logging.ERROR)
     if uri.startswith("sqlite:///"):
-        _make_store(Path(uri.removeprefix("sqlite:///")))
+        _make_store(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
