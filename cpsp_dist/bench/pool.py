@@ -61,7 +61,7 @@ def bench_pool(
     """
     found: dict[str, Any] = {"batch": batch, "width": WIDTH, "rounds": rounds, "ranks": {}}
     found["ranks"] = {world: _launch(_steps, world, batch, rounds) for world in ranks}
-    found["pools"] = _simulate(batch, rounds, pools)
+    found["pools"] = _launch(_simulate, 1, batch, rounds, list(pools))
     if 1 in found["ranks"]:
         found["share"] = found["ranks"][1].pop("share")
     return found
@@ -187,14 +187,9 @@ def _written() -> int | None:
     return int(dict(line.split(": ") for line in lines)["wchar"])
 
 
-def _simulate(size: int, rounds: int, pools: Sequence[int]) -> dict[str, Any]:
-    """Pools that this machine's ranks cannot fill, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return {str(n): _simulated(n, min(size, n), rounds) | _kept(n, min(size, n)) for n in pools}
-    finally:
-        torch.set_num_threads(threads)
+def _simulate(ranks: Ranks, size: int, rounds: int, pools: Sequence[int]) -> dict[str, Any]:
+    """Pools that this machine's ranks cannot fill, in a process set up as one that trains."""
+    return {str(n): _simulated(n, min(size, n), rounds) | _kept(n, min(size, n)) for n in pools}
 
 
 def _simulated(count: int, anchors: int, rounds: int) -> dict[str, float]:
