@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, environment
-from test_training import KEYPAD, losses, newest_weights, overrides
+from conftest import REPO, environment, loss_history
+from test_training import KEYPAD, newest_weights, overrides
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
@@ -281,8 +281,8 @@ def test_local_ranks_give_the_same_loss(trained, nursery, keypad_shards, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     run = ["--config", str(KEYPAD), *overrides(keypad_shards, tmp_path / "other", *QUICK, "tracking.enabled=false")]
     nursery.start(run, 2).finish()
-    assert len(losses(output)) == 3
-    assert losses(output) == losses(tmp_path / "other")
+    assert len(loss_history(output)) == 3
+    assert loss_history(output) == loss_history(tmp_path / "other")
     assert "step 3/3 " in done.stdout
     expected = newest_weights(tmp_path / "other")
     assert all(tensor.equal(expected[name]) for name, tensor in newest_weights(output).items())
@@ -308,7 +308,7 @@ def test_what_is_submitted_is_two_paths(trained, keypad_shards, capsys):
     assert header.split() == ["run", "job", "state", "step", "log"]
     name, _, state, step, log = line.split()
     assert (name, state, step) == ("run", "completed", "3/3")
-    assert f"step 3/3  loss {losses(output)[-1]['loss/total']:.4f}" in Path(log).read_text()
+    assert f"step 3/3  loss {loss_history(output)[-1]['loss/total']:.4f}" in Path(log).read_text()
 
 
 def test_a_failing_local_run_is_told_as_failed(tmp_path):

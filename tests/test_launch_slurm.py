@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import REPO, environment
+from conftest import REPO, environment, loss_history
 from test_launch import parents
-from test_training import KEYPAD, losses, newest_state, overrides
+from test_training import KEYPAD, newest_state, overrides
 
 LIMIT = 240  # seconds for whatever trains; a job here takes about ten
 #: Without DeepSpeed's import at each start.
@@ -92,8 +92,8 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, nursery, keypad_s
         alone = tmp_path / f"alone-{more}"
         run = overrides(keypad_shards, alone, *LIGHT, "train.steps=24", "tracking.enabled=false")
         nursery.start(["--config", str(KEYPAD), *run, more], 1).finish()
-        assert len(losses(alone)) == 24
-        assert losses(output / name) == losses(alone)
+        assert len(loss_history(alone)) == 24
+        assert loss_history(output / name) == loss_history(alone)
         expected, found = newest_state(alone), newest_state(output / name)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
         results = json.loads((alone / "results.json").read_text())
@@ -111,8 +111,8 @@ def test_two_nodes_give_the_same_loss(slurm, nursery, keypad_shards, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3 " in done.stdout
     nursery.start(["--config", str(KEYPAD), *overrides(keypad_shards, tmp_path / "one", *quick)], 2).finish()
-    assert len(losses(tmp_path / "nodes")) == 3
-    assert losses(tmp_path / "nodes") == losses(tmp_path / "one")
+    assert len(loss_history(tmp_path / "nodes")) == 3
+    assert loss_history(tmp_path / "nodes") == loss_history(tmp_path / "one")
 
     (submitted,) = (tmp_path / "nodes").glob("slurm/*/*_submission.sh")
     assert shown.strip() == re.sub(r"/slurm/\d+-\d+", f"/slurm/{stamp(shown)}", submitted.read_text()).strip()
