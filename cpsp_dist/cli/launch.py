@@ -39,7 +39,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     asked = parser.add_argument_group("what each job asks for")
     asked.add_argument("--nodes", type=_count, default=1, metavar="N", help="(default: %(default)s)")
-    asked.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="(default: none: CPUs)")
+    asked.add_argument("--gpus-per-node", type=_natural, default=0, metavar="G", help="(default: none: CPUs)")
     asked.add_argument("--ranks-per-node", type=_count, metavar="R", help="(default: one for each GPU, else 1)")
     asked.add_argument("--cpus-per-task", type=_count, metavar="C", help="CPUs of each rank")
     asked.add_argument("--time", metavar="D-HH:MM:SS", help="time limit (default: the partition's)")
@@ -55,15 +55,19 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     asked.add_argument("--name", help="of the job (default: the output folder's)")
     asked.add_argument(
-        "--retries", type=int, default=3, metavar="N", help="new starts after a lost rank (default: %(default)s)"
+        "--retries", type=_natural, default=3, metavar="N", help="new starts after a lost rank (default: %(default)s)"
     )
     parser.set_defaults(handler=_launch)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1 up")
+def _natural(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from {least} up")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return _natural(text, 1)
 
 
 def _launch(args: argparse.Namespace) -> int:

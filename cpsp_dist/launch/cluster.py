@@ -62,9 +62,11 @@ class Resources:
     parallel: int | None = None  # runs of a sweep at a time
 
     def __str__(self) -> str:
-        nodes = f"{self.nodes} node" + ("s" if self.nodes > 1 else "")
-        ranks = f"{self.ranks} rank" + ("s" if self.ranks > 1 else "")
-        return f"{nodes} with {ranks} each, " + ("on its GPU" if self.gpus else "on CPUs: --gpus-per-node is not given")
+        def of(count: int, word: str) -> str:
+            return f"{count} {word}" + ("s" if count > 1 else "")
+
+        gpus = of(self.gpus, "GPU") if self.gpus else "no GPU (--gpus-per-node)"
+        return f"{of(self.nodes, 'node')} with {of(self.ranks, 'rank')} and {gpus}"
 
 
 def sbatch_flags(texts: Sequence[str]) -> dict[str, str | bool]:
