@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import loss_history
 from test_crashes import audited
-from test_training import KEYPAD, arguments, losses, newest_weights, overrides
+from test_training import KEYPAD, arguments, newest_weights, overrides
 
 from cpsp_dist import distributed
 from cpsp_dist.config import load_config
@@ -81,7 +82,7 @@ def test_epochs_are_the_same_for_any_ranks_and_parts_and_over_a_kill(
         assert {step: sorted(found) for step, found in audited(tmp_path / other).items()} == {
             step: sorted(found) for step, found in audited(tmp_path / "one").items()
         }
-        for at_one, at_other in zip(losses(tmp_path / "one"), losses(tmp_path / other), strict=True):
+        for at_one, at_other in zip(loss_history(tmp_path / "one"), loss_history(tmp_path / other), strict=True):
             assert at_other == pytest.approx(at_one, rel=1e-9), other
         for name, weight in newest_weights(tmp_path / other).items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-9)
@@ -124,6 +125,6 @@ def test_access_reaches_the_reader(ranks, keypad_shards, tmp_path):
     [calls] = ranks(train_and_count_reads, 1, keypad_shards, tmp_path)
     assert calls["map"] == calls["auto"] == 0
     assert calls["read"] >= 3 * (48 + 16 + 16 + 16)
-    assert losses(tmp_path / "map") == losses(tmp_path / "read")
+    assert loss_history(tmp_path / "map") == loss_history(tmp_path / "read")
     for name, weight in newest_weights(tmp_path / "map").items():
         assert torch.equal(weight, newest_weights(tmp_path / "read")[name])

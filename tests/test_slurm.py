@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, loss_history
 from packing_sources import files_under
 from test_crashes import audited
-from test_training import losses, newest_state, overrides
+from test_training import newest_state, overrides
 
 from cpsp_dist.cli import main
 from cpsp_dist.tracking import all_runs
@@ -88,7 +88,7 @@ def test_trains_over_two_nodes(slurm: Any, nursery: Any, keypad_shards: Path, tm
     assert [run["status"] for run in found] == ["FINISHED"]
     by_hand = settings(keypad_shards, tmp_path / "by_hand", "train.steps=6", "tracking.enabled=false")
     nursery.start(["--config", str(CONFIG), *by_hand], 2).finish()
-    assert losses(tmp_path / "run") == losses(tmp_path / "by_hand")
+    assert loss_history(tmp_path / "run") == loss_history(tmp_path / "by_hand")
 
     job = Job(slurm, tmp_path, "eval_100k.sh", [], [str(tmp_path / "run"), "--split", "val"])
     assert job.wait()["ExitCode"] == "0:0", job.output
