@@ -68,6 +68,16 @@ def the_nursery() -> Any:
     return Nursery(Path(tempfile.mkdtemp(prefix="nursery-")))
 
 
+#: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
+LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "pool", "launchers", "avdigits", "reference", "training"]
+LONG += ["launch", "demo", "dry_run", "checkpoint", "remote", "signals", "nonfinite", "packing_resume", "tracking"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 def pytest_sessionfinish() -> None:
     if the_nursery.cache_info().currsize:
         the_nursery().close()

@@ -443,21 +443,6 @@ def test_looks_ahead_less_while_everything_is_in_memory_and_fully_once_it_is_not
     assert counts == [16, 8, 4, 2, 1, 1, 1, 1, 1, 16]
 
 
-@pytest.mark.timing
-def test_threads_cost_no_more_cpu(tmp_path):
-    """A sample's bookkeeping, which is all there is to do for samples this small; the least of many rounds each."""
-    manifest = write_shards(tmp_path, {"train": [250] * 4}).manifest
-    streams = {n: TrainStream(manifest, "train", global_batch=64, seed=0, threads=n) for n in (1, 8)}
-    seconds: dict[int, list[float]] = {n: [] for n in streams}
-    for _ in range(12):
-        for n, stream in streams.items():
-            began = time.process_time()
-            for batch in stream.batches(count=40):
-                assert len(batch) == 64
-            seconds[n].append(time.process_time() - began)
-    assert min(seconds[8]) < 1.4 * min(seconds[1]), seconds
-
-
 def test_asking_covers_the_sample(written):
     """A sample's range starts at its first array and ends with its last one."""
     manifest = written.manifest
