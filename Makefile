@@ -7,8 +7,6 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
-# Test workers: one more than there are cores, for some tests wait; on a large machine not too many at once.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(1 + (os.cpu_count() or 1), 5))')
 
 .PHONY: help install demo test lint format bench-peers slurm-up slurm-down clean
 
@@ -31,7 +29,8 @@ demo: install
 	@$(VENV)/bin/cpsp-dist demo
 
 test: lint
-	@$(RUN) -m pytest -m "not timing" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(RUN) -m pytest -m "not timing" --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 	@$(RUN) -m pytest -m timing
 
 lint: install

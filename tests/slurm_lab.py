@@ -74,6 +74,8 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 PriorityType=priority/basic
+# The ranks of a job meet on a port made from its number, and two clusters here share the machine's ports.
+FirstJobId={port}
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=10
@@ -293,11 +295,20 @@ def missing() -> str:
 
 
 def install() -> None:
-    """Debian's packages, none of whose services is started."""
+    """Debian's packages. None of their own services is started meanwhile: Debian asks this file."""
     apt = ["apt-get", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"]
-    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    subprocess.run(["apt-get", "-qq", "update"], check=True, timeout=600)
-    subprocess.run([*apt, "install", *PACKAGES], env=env, check=True, timeout=900, stdout=subprocess.DEVNULL)
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    policy = Path("/usr/sbin/policy-rc.d")
+    made = not policy.exists()
+    if made:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        subprocess.run(["apt-get", "-qq", "update"], check=True, timeout=600)
+        subprocess.run([*apt, "install", *PACKAGES], env=env, check=True, timeout=900, stdout=subprocess.DEVNULL)
+    finally:
+        if made:
+            policy.unlink()
 
 
 def main(arguments: Sequence[str]) -> int:

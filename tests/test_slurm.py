@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +199,22 @@ def test_a_cancelled_job_stays_cancelled(slurm: Any, keypad_shards: Path, tmp_pa
     slurm.run("scancel", job.id)
     assert job.wait()["JobState"] == "CANCELLED"
     assert job.shown()["Restarts"] == "0"
+
+
+def test_the_doctor_looks_at_every_node(slurm: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """Inside srun: the ranks meet, the sum over them is right, both nodes see the shards and the output folder."""
+    doctor = [sys.executable, "-m", "cpsp_dist", "doctor", "--json", "--config", str(CONFIG)]
+    doctor += settings(keypad_shards, tmp_path / "run")
+    done = slurm.run("srun", *NODES, "--cpus-per-task=1", *doctor, cwd=REPO, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    found = {finding["check"]: finding for finding in told["findings"]}
+    assert told["errors"] == 0
+    assert "2 of 2 ranks on 2 nodes" in found["ranks"]["found"]
+    assert "srun" in found["ranks"]["found"]
+    assert "right" in found["all-reduce"]["found"]
+    assert len(found["shards"]["nodes"]) == 2
+    assert "the same folder on every node" in found["output"]["found"]
 
 
 def test_packs_as_an_array(slurm: Any, keypad_features: Path, tmp_path: Path) -> None:
