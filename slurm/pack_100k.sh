@@ -30,9 +30,10 @@ if [ -n "${CPSP_FINISH:-}" ]; then
     exec "${pack[@]}"
 fi
 if [ $portion = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
-    # Runs when all portions are made; never, where one of them failed.
+    # Runs when all portions are made; never, where one of them failed. Its log goes beside this one.
+    log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
     CPSP_FINISH=1 sbatch --export=ALL --array=0 --job-name="$SLURM_JOB_NAME-finish" --kill-on-invalid-dep=yes \
-        --dependency="afterok:$SLURM_ARRAY_JOB_ID" "$0" "$@" ||
+        --dependency="afterok:$SLURM_ARRAY_JOB_ID" --output="${log%/*}/%x-%j.log" "$0" "$@" ||
         echo "cannot submit the last job: when all are done, give this command: ${pack[*]}"
 fi
 exec "${pack[@]}" --portion "$portion/$SLURM_ARRAY_TASK_COUNT"

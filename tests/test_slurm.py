@@ -224,4 +224,5 @@ def test_packs_as_an_array(slurm: Any, keypad_features: Path, tmp_path: Path) ->
     out = tmp_path / "array" / "shards"
     job = Job(slurm, tmp_path, "pack_100k.sh", ["--array=3-5"], [*options, "--out", str(out)])
     job.until(out.exists)
+    assert list(tmp_path.glob("cpsp-pack-finish-*.log")), "its log lies beside the others'"
     assert files_under(out) == files_under(tmp_path / "one" / "shards")
