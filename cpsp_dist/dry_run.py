@@ -23,9 +23,10 @@ from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
-from cpsp_dist.loop import Schedule, dropout_seed, new_model, open_stream
+from cpsp_dist.loop import dropout_seed, new_model, open_stream
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.schedule import Schedule
 from cpsp_dist.stream import TrainStream
 
 #: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -19,55 +17,24 @@ from cpsp_dist import distributed
 from cpsp_dist.batch import Batch
 from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints, Progress, make_folder
-from cpsp_dist.config import Config, TrainSettings, flat
+from cpsp_dist.config import Config
 from cpsp_dist.distributed import Ranks
 from cpsp_dist.engine import PRECISIONS, Engine, PlainModel, TrainingState, build_engine, tune_cpu
-from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.errors import UserError
 from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
 from cpsp_dist.manifest import Manifest
+from cpsp_dist.meter import Audit, Meter, say
 from cpsp_dist.models import Output, load_weights, model_for
 from cpsp_dist.nonfinite import Replay, Witness
+from cpsp_dist.resume import find_state
+from cpsp_dist.schedule import Schedule
 from cpsp_dist.signals import StopSignals
 from cpsp_dist.stream import EvalStream, TrainStream
-from cpsp_dist.tracking import Tracker, take_back, tracking_uri
-
-#: Settings that do not change what is computed: a run may go on with others.
-FREE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
-#: But these say which samples a position stands for.
-POSITION_KEYS = ("data.order", "data.epoch_end")
+from cpsp_dist.tracking import Tracker, tracking_uri
 
 #: Training videos whose features tell the scale that an encoder's features have.
 CALIBRATION_VIDEOS = 64
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
-
-    `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for
-    any number of ranks and parts.
-    """
-
-    settings: TrainSettings
-    length: int
-
-    def epoch(self, step: int) -> int:
-        """The epoch in which step `step` (from 0) begins; a batch may straddle two."""
-        return step * self.settings.global_batch // self.length
-
-    @property
-    def steps(self) -> int:
-        whole = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
-        return min(whole, self.settings.steps or whole)
-
-    def learning_rate(self, step: int) -> float:
-        passed = sum(self.epoch(step) >= milestone for milestone in self.settings.milestones)
-        return self.settings.learning_rate * self.settings.gamma**passed
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch, or the run, is over after step `step`."""
-        return step + 1 == self.steps or self.epoch(step + 1) > self.epoch(step)
 
 
 def train(
@@ -98,7 +65,7 @@ def train(
         stream = stack.enter_context(open_stream(config, manifest, ranks))
         schedule = Schedule(config.train, stream.schedule.epoch_length)
         _make_folder(config.output)
-        state, progress = _find_state(checkpoints, config, manifest, ranks, allow_config_change)
+        state, progress = find_state(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
             Tracker(
                 config,
@@ -118,8 +85,8 @@ def train(
         tracker.log(progress.step, results)
     if ranks.first:
         _write_json(config, "results.json", results)
-        _say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
-        _say(f"results in {config.output}/results.json; runs in {tracking_uri(config.output)}")
+        say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
+        say(f"results in {config.output}/results.json; runs in {tracking_uri(config.output)}")
     return results
 
 
@@ -192,7 +159,7 @@ class Run:
                 if progress.best_accuracy is None or accuracy > progress.best_accuracy:
                     progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
                 if ranks.first:
-                    _say(f"epoch {schedule.epoch(step) + 1}/{config.train.epochs}: val accuracy {accuracy:.2f} %")
+                    say(f"epoch {schedule.epoch(step) + 1}/{config.train.epochs}: val accuracy {accuracy:.2f} %")
             progress = replace(progress, finished=progress.step == schedule.steps)
             every = config.checkpoint.every_steps
             # One tiny collective: whichever rank a signal reached, all stop after the same step.
@@ -220,7 +187,7 @@ class Run:
                 "at these videos, lower train.learning_rate, or use train.precision=fp32"
             )
         if self.ranks.first:
-            _say(f"warning: {text}; step left out ({progress.nonfinite} of at most {budget})")
+            say(f"warning: {text}; step left out ({progress.nonfinite} of at most {budget})")
 
     def _replay(self, engine: Engine, step: int) -> Replay:
         """The network of step `step`, a copy on each rank that needs no other one; all ranks call it together."""
@@ -256,86 +223,6 @@ class Run:
                 + (f": {mistake}" if mistake else "")
                 + "; the ones before are whole: make room, then give the same command again"
             )
-
-
-class Audit:
-    """`audit/rank*.jsonl`: the keys of the samples that each rank trained on, a line for each step."""
-
-    def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
-        """Going on after `step`: what comes behind it in files there are, of any number of ranks, is taken back."""
-        self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.audit else None
-        self.samples, self.rows = manifest.samples, list[int]()
-        if self.file is None:
-            return
-        if ranks.first:
-            self.file.parent.mkdir(exist_ok=True)
-            for file in self.file.parent.glob("rank*.jsonl"):
-                take_back(file, step)
-        distributed.barrier()
-
-    def see(self, batch: Batch) -> None:
-        if self.file is not None:
-            self.rows += batch.index[batch.valid].tolist()
-
-    def close_step(self, step: int) -> None:
-        if self.file is not None:
-            keys = [self.samples[row]["key"].decode() for row in self.rows]
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "keys": keys}) + "\n")
-            self.rows = []
-
-
-class Meter:
-    """Means of the loss terms, the rate and the time left, over the steps since it was last read."""
-
-    def __init__(self, config: Config, schedule: Schedule, ranks: Ranks, stream: TrainStream, step: int):
-        self.config, self.schedule, self.ranks, self.stream = config, schedule, ranks, stream
-        self._start(step)
-
-    def _start(self, step: int) -> None:
-        self.terms: dict[str, Tensor] = {}
-        self.parts, self.first_step = 0, step
-        self.began, self.waited = time.monotonic(), self.stream.wait_seconds
-
-    def pause(self) -> None:
-        """Evaluations and checkpoints are not part of the rate."""
-        self.paused = time.monotonic()
-
-    def resume(self) -> None:
-        self.began += time.monotonic() - self.paused
-
-    def add(self, parts: list[dict[str, Tensor]]) -> None:
-        """The loss terms of a step's micro-batches."""
-        self.parts += len(parts)
-        for terms in parts:
-            for name, value in terms.items():
-                self.terms[name] = self.terms.get(name, 0) + value
-
-    def read(self, step: int, norm: float, learning_rate: float) -> dict[str, float]:
-        """Metrics after `step`, the loss terms averaged over ranks (all ranks call it); also a line to read."""
-        sums = torch.stack(list(self.terms.values())) if self.terms else torch.zeros(0, device=self.ranks.device)
-        means = distributed.sum_over_ranks(sums) / (max(self.parts, 1) * self.ranks.world)
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        done = step + 1 - self.first_step
-        rate = done * self.config.train.global_batch / seconds
-        wait = (self.stream.wait_seconds - self.waited) / seconds
-        metrics = {f"loss/{name}": value for name, value in zip(self.terms, means.tolist(), strict=True)}
-        if self.ranks.first and (step + 1) % self.config.tracking.every_steps == 0:
-            loss = metrics.get("loss/total", math.nan)
-            left = (self.schedule.steps - step - 1) * seconds / done
-            _say(
-                f"step {step + 1}/{self.schedule.steps}  loss {loss:.4f}  {rate:,.0f} videos/s  "
-                f"waiting for data {100 * wait:.0f} %  {int(left) // 60}:{int(left) % 60:02d} left"
-            )
-        self._start(step + 1)
-        return metrics | {
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "epoch": self.schedule.epoch(step),
-            "videos_per_second": rate,
-            "data_wait_share": wait,
-            "skipped_samples": float(self.stream.skipped),
-        }
 
 
 def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
@@ -379,46 +266,6 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     return model
 
 
-def _find_state(
-    checkpoints: Checkpoints, config: Config, manifest: Manifest, ranks: Ranks, allow_change: bool
-) -> tuple[TrainingState | None, Progress]:
-    """The newest whole checkpoint, the same one on every rank, or a fresh start."""
-    choice: list[int | None] = [None]
-    if ranks.first:
-        choice[0], passed_over = checkpoints.newest_valid()
-        for line in passed_over:
-            _say(line)
-    if ranks.world > 1:
-        dist.broadcast_object_list(choice)
-    described = config.model_dump(mode="json")
-    if choice[0] is None:
-        if checkpoints.steps():
-            raise DataError(f"{checkpoints.folder}: no checkpoint here is whole; remove the folder to start anew")
-        return None, Progress(config=described, fingerprint=manifest.fingerprint, world=ranks.world)
-    state, progress = checkpoints.load(choice[0])
-    changes = _changes(progress, config, manifest)
-    if changes and not allow_change:
-        raise UserError(
-            f"{checkpoints.path(choice[0])} was written by another configuration: {'; '.join(changes)}; "
-            "set another output=…, or pass --allow-config-change"
-        )
-    if ranks.first:
-        _say(f"going on from {checkpoints.path(choice[0])}" + (" (finished)" if progress.finished else ""))
-    return state, replace(progress, config=described, fingerprint=manifest.fingerprint, world=ranks.world)
-
-
-def _changes(progress: Progress, config: Config, manifest: Manifest) -> list[str]:
-    before, now = flat(progress.config), flat(config)
-    changes = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (key in POSITION_KEYS or not key.startswith(FREE_TO_CHANGE))
-    ]
-    if progress.fingerprint != manifest.fingerprint:
-        changes.append(f"the shards at {manifest.place} are not the ones it was trained on")
-    return changes
-
-
 def dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
     """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
     seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
@@ -458,8 +305,4 @@ def _write_json(config: Config, name: str, content: Any) -> None:
     try:
         (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        _say(f"warning: {config.output}/{name} could not be written: {error.strerror}")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+        say(f"warning: {config.output}/{name} could not be written: {error.strerror}")

@@ -17,9 +17,9 @@ LAYERS = [
     {"cli"},
     {"train", "launch", "report", "doctor", "dry_run", "demo", "bench", "keypad", "export"},
     {"loop"},
-    {"engine", "stream", "packing", "checkpoint", "tracking", "evaluate"},
+    {"engine", "stream", "packing", "checkpoint", "resume", "meter", "tracking", "evaluate"},
     {"models", "losses", "pool", "metrics", "nonfinite"},
-    {"batch", "cache", "manifest", "config", "errors", "distributed", "watch", "signals", "progress"},
+    {"batch", "cache", "manifest", "config", "schedule", "errors", "distributed", "watch", "signals", "progress"},
 ]
 #: The one module that may import each.
 KNOWN_BY = {"deepspeed": "engine", "mlflow": "tracking", "submitit": "launch"}

@@ -82,7 +82,7 @@ def test_an_error_of_one_rank_is_told_by_the_others(nursery: Any, keypad_shards:
 
 def fail_at_step(rank: int, step: int, failing: int) -> None:
     """A mistake of ours on one rank."""
-    from cpsp_dist.loop import Schedule
+    from cpsp_dist.schedule import Schedule
 
     learning_rate = Schedule.learning_rate
 

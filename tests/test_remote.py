@@ -33,8 +33,8 @@ from cpsp_dist.cache import Cache, without_secrets
 from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.errors import DataError
-from cpsp_dist.loop import _changes
 from cpsp_dist.manifest import Manifest, Shard
+from cpsp_dist.resume import changes
 from cpsp_dist.stream import EvalStream, TrainStream
 from cpsp_dist.stream import remote as stream_remote
 from cpsp_dist.stream import ring as stream_ring
@@ -688,9 +688,9 @@ def test_training_from_a_url(nginx, keypad_shards, tmp_path):
     with TrainStream(manifest, "train", global_batch=8, seed=1, order="lanes") as stream:
         assert trained == [[manifest.samples[r]["key"].decode() for r in real(b)] for b in stream.batches(count=3)]
     progress = Checkpoints(output).load(3)[1]
-    assert _changes(progress, load_config(keypad, [*settings, f"data.shards={url}"]), manifest) == []
+    assert changes(progress, load_config(keypad, [*settings, f"data.shards={url}"]), manifest) == []
     moved = load_config(keypad, [*settings, f"data.shards={keypad_shards}"])
-    assert _changes(progress, moved, manifest) == ["data.order 'lanes' -> 'full'"]
+    assert changes(progress, moved, manifest) == ["data.order 'lanes' -> 'full'"]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"mlflow.db", "progress.json", "metrics.jsonl"} <= {path.name for path in written}
     assert not [path for path in written if b"s3cret" in path.read_bytes()]

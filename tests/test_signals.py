@@ -52,7 +52,7 @@ def test_each_signal_saves_and_asks_for_a_new_start(nursery: Any, keypad_shards:
 
 def sleep_before_step(rank: int, step: int, sleeper: int) -> None:
     """A rank that takes a minute over one step, so that the others wait for it in a collective."""
-    from cpsp_dist.loop import Schedule
+    from cpsp_dist.schedule import Schedule
 
     learning_rate = Schedule.learning_rate
 
@@ -146,7 +146,7 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")}
 
 
-@pytest.mark.parametrize("function", ["distributed:connect", "loop:_find_state", "loop:build_engine"])
+@pytest.mark.parametrize("function", ["distributed:connect", "loop:find_state", "loop:build_engine"])
 def test_signal_during_the_start(nursery: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""
     before = checkpoint_files(stopped)

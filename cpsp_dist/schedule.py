@@ -1,0 +1,37 @@
+"""The steps of a run: how many, which epoch each belongs to, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cpsp_dist.config import TrainSettings
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
+
+    `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for
+    any number of ranks and parts.
+    """
+
+    settings: TrainSettings
+    length: int
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which step `step` (from 0) begins; a batch may straddle two."""
+        return step * self.settings.global_batch // self.length
+
+    @property
+    def steps(self) -> int:
+        whole = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
+        return min(whole, self.settings.steps or whole)
+
+    def learning_rate(self, step: int) -> float:
+        passed = sum(self.epoch(step) >= milestone for milestone in self.settings.milestones)
+        return self.settings.learning_rate * self.settings.gamma**passed
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the run, is over after step `step`."""
+        return step + 1 == self.steps or self.epoch(step + 1) > self.epoch(step)
