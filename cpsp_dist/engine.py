@@ -11,9 +11,11 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -322,7 +324,8 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    import deepspeed
+    with _not_for_this_thread("mlflow"):
+        import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
@@ -332,6 +335,27 @@ def import_deepspeed(device: torch.device) -> Any:
         # An inference-only operator that init_distributed would compile for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _not_for_this_thread(name: str) -> Iterator[None]:
+    """Package `name` cannot be newly imported by this thread; others, as the tracker's, are not concerned.
+
+    DeepSpeed's autotuner, which we never use, imports mlflow where it is installed: most of the CPU time of importing
+    DeepSpeed, on every rank, while only rank 0 ever tells MLflow anything."""
+    here = threading.get_ident()
+
+    class Absent(MetaPathFinder):
+        def find_spec(self, wanted: str, path: object, target: object = None) -> None:
+            if wanted == name and threading.get_ident() == here:
+                raise ModuleNotFoundError(f"{name} is not imported here", name=name)
+
+    finder = Absent()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _import_muon() -> None:

@@ -78,6 +78,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: the two files of Slurm come first, and mostly wait."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_sessionfinish() -> None:
     if the_nursery.cache_info().currsize:
         the_nursery().close()

@@ -6,6 +6,7 @@ there, and the child is a process like one that a launcher started: its own envi
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -170,7 +171,6 @@ def serve() -> int:
     """The nursery itself. In a child this returns the training command's exit code."""
     import ctypes
 
-    import deepspeed  # noqa: F401
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import rank_worker
     import torch
@@ -178,10 +178,14 @@ def serve() -> int:
 
     import cpsp_dist.loop
     import cpsp_dist.train  # noqa: F401
+    from cpsp_dist.engine import import_deepspeed
 
     torch.set_num_threads(1)
+    import_deepspeed(torch.device("cpu"))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     codes: dict[int, int] = {}
+    gc.collect()
+    gc.freeze()  # a child's collections would touch, and so copy, all that it shares with this process
     answers.write("ready\n")
     while line := sys.stdin.readline():
         question = json.loads(line)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import environment
 from torch import nn
 
 from cpsp_dist import distributed
 from cpsp_dist.batch import Batch
 from cpsp_dist.config import Config
-from cpsp_dist.engine import Engine, TrainingState, build_engine
+from cpsp_dist.engine import Engine, TrainingState, _not_for_this_thread, build_engine
 
 KINDS = [
     *[("deepspeed", zero, precision) for zero in range(4) for precision in ("fp32", "bf16")],
@@ -145,3 +150,27 @@ def test_accumulated_parts_are_one_batch(ranks):
             for kind, weights in found.items():
                 for name, tensor in weights.items():
                     torch.testing.assert_close(tensor, expected[kind][name], rtol=1e-4, atol=1e-5)
+
+
+def test_deepspeed_brings_no_mlflow() -> None:
+    """Which is most of the CPU time of its import, on every rank. In a new process: this one may have both."""
+    code = "import sys, torch; from cpsp_dist.engine import import_deepspeed as start; start(torch.device('cpu')); "
+    code += "print(*sorted({'deepspeed', 'mlflow'} & {*sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), check=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["deepspeed"]
+
+
+def test_a_package_is_kept_from_one_thread_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rank 0 imports DeepSpeed its tracker imports mlflow."""
+    (tmp_path / "kept_from_one.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with _not_for_this_thread("kept_from_one"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("kept_from_one")
+        other = threading.Thread(target=importlib.import_module, args=["kept_from_one"])
+        other.start()
+        other.join(60)
+        assert sys.modules.pop("kept_from_one")
+    assert importlib.import_module("kept_from_one")
