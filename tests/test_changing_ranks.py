@@ -13,14 +13,22 @@ from test_training import newest_state
 
 from cpsp_dist.errors import EXIT_REQUEUE
 
+STEPS = ["model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]
+STEPS += ["train.steps=50", "data.audit=true", "train.milestones=[]"]
+
+
+@pytest.fixture(scope="module")
+def four(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of 4 ranks throughout; its engine is plain DDP, which no stage of ZeRO may differ from."""
+    output = tmp_path_factory.mktemp("throughout") / "four"
+    nursery.start(arguments(keypad_shards, output, "engine.kind=ddp", *STEPS), 4).finish(240)
+    return output
+
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_four_two_three_four_ranks(nursery: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
+def test_four_two_three_four_ranks(nursery: Any, keypad_shards: Path, four: Path, tmp_path: Path, zero: int) -> None:
     """50 steps of SGD, stopped by a signal and gone on with on another number of ranks, against 4 ranks throughout."""
-    more = [f"engine.zero={zero}", "model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]
-    more += ["train.steps=50", "data.audit=true", "train.milestones=[]"]
-    nursery.start(arguments(keypad_shards, tmp_path / "four", *more), 4).finish(240)
-    run = arguments(keypad_shards, tmp_path / "moved", *more)
+    run = arguments(keypad_shards, tmp_path / "moved", f"engine.zero={zero}", *STEPS)
     for world, step in ((4, 10), (2, 22), (3, 34)):
         attempt = nursery.start(run, world)
         assert attempt.until_step(step)
@@ -28,10 +36,10 @@ def test_four_two_three_four_ranks(nursery: Any, keypad_shards: Path, tmp_path: 
         assert attempt.wait() == [EXIT_REQUEUE] * world, attempt.outputs()
     assert "going on from" in nursery.start(run, 4).finish(240)
 
-    expected, found = audited(tmp_path / "four"), audited(tmp_path / "moved")
+    expected, found = audited(four), audited(tmp_path / "moved")
     assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}
     assert len(found) == 50
-    weights = newest_state(tmp_path / "four"), newest_state(tmp_path / "moved")
+    weights = newest_state(four), newest_state(tmp_path / "moved")
     apart = max((weights[1][name] - tensor).abs().max().item() for name, tensor in weights[0].items())
     print(f"zero {zero}: parameters at most {apart:.1e} apart after 50 steps")
     assert apart <= 1e-6
