@@ -75,10 +75,11 @@ if [ $code != 0 ] && [ -n "$again" ] && [ -z "$ending" ]; then
     scontrol requeue "$SLURM_JOB_ID" && exit $code
     echo "cannot requeue this job: give the same sbatch command again, it goes on from the newest checkpoint"
 elif [ $code != 0 ]; then
-    # The last error in the log, its lines made one.
+    # The last error in the log, its lines made one; other ranks' and Slurm's own may stand between them.
     reason=$(tail -n 1000 "$log" | awk '
         /^(error: |[A-Za-z_.]*(Error|Exception)(: |$))/ { said = $0; more = 1; next }
-        more && /^  / { said = said (said ~ /: *$/ ? "" : ";") $0; next }
+        more && /^  / { if (!index(said, $0)) said = said (said ~ /: *$/ ? "" : ";") $0; next }
+        /^(srun|slurmstepd): / { next }
         { more = 0 }
         END { gsub(/ +/, " ", said); print said }')
     echo "exit code $code, not requeued: ${reason:-see above}"

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -76,6 +77,11 @@ LONG += ["launch", "demo", "dry_run", "checkpoint", "remote", "signals", "nonfin
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_configure() -> None:
+    """Shells start background jobs with Ctrl-C ignored, which all that the tests start would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:

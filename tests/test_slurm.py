@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -114,6 +115,27 @@ def test_a_users_mistake_is_told_last_and_not_requeued(slurm: Any, tmp_path: Pat
     if "z" in mistake:
         assert "did you mean 'train.seed'?" in last, "every mistake"
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def test_the_last_error_is_whole_where_ranks_write_into_each_other() -> None:
+    """Seen: every rank tells every mistake of a config, and srun that ranks ended."""
+    program = (REPO / "slurm/train_100k.sh").read_text().split("awk '")[1].split("')")[0]
+    log = """step 1/9  loss 1.0
+error: a.yaml:
+  unknown key 'b'
+  unknown key 'c'
+error: a.yaml:
+  unknown key 'b'
+srun: error: node1: task 0: Exited with exit code 2
+error: a.yaml:
+  unknown key 'b'
+  unknown key 'b'
+  unknown key 'c'
+srun: error: node2: task 1: Exited with exit code 2
+  unknown key 'c'
+"""
+    done = subprocess.run(["awk", program], input=log, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "error: a.yaml: unknown key 'b'; unknown key 'c'\n"
 
 
 def rank_of(job: Job, rank: int) -> int:
