@@ -78,7 +78,7 @@ elif [ $code != 0 ]; then
     # The last error in the log, its lines made one; other ranks' and Slurm's own may stand between them.
     reason=$(tail -n 1000 "$log" | awk '
         /^(error: |[A-Za-z_.]*(Error|Exception)(: |$))/ { said = $0; more = 1; next }
-        more && /^  / { if (!index(said, $0)) said = said (said ~ /: *$/ ? "" : ";") $0; next }
+        more && /^  / { if (!index(said ";", $0 ";")) said = said (said ~ /: *$/ ? "" : ";") $0; next }
         /^(srun|slurmstepd): / { next }
         { more = 0 }
         END { gsub(/ +/, " ", said); print said }')

@@ -118,24 +118,24 @@ def test_a_users_mistake_is_told_last_and_not_requeued(slurm: Any, tmp_path: Pat
 
 
 def test_the_last_error_is_whole_where_ranks_write_into_each_other() -> None:
-    """Seen: every rank tells every mistake of a config, and srun that ranks ended."""
+    """Seen: every rank tells every mistake of a config, and srun that ranks ended. One line may begin another."""
     program = (REPO / "slurm/train_100k.sh").read_text().split("awk '")[1].split("')")[0]
     log = """step 1/9  loss 1.0
 error: a.yaml:
-  unknown key 'b'
-  unknown key 'c'
+  output: nowhere else
+  output: nowhere
 error: a.yaml:
-  unknown key 'b'
+  output: nowhere else
 srun: error: node1: task 0: Exited with exit code 2
 error: a.yaml:
-  unknown key 'b'
-  unknown key 'b'
-  unknown key 'c'
+  output: nowhere else
+  output: nowhere else
+  output: nowhere
 srun: error: node2: task 1: Exited with exit code 2
-  unknown key 'c'
+  output: nowhere
 """
     done = subprocess.run(["awk", program], input=log, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "error: a.yaml: unknown key 'b'; unknown key 'c'\n"
+    assert done.stdout == "error: a.yaml: output: nowhere else; output: nowhere\n"
 
 
 def rank_of(job: Job, rank: int) -> int:
