@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cpsp_dist.config import load_config
@@ -24,8 +25,9 @@ MARK = "cpsp-dist-demo"
 RUN_LIMIT_SECONDS = 1800
 
 
-def demo(config: str, output: str, *, seeds: int, ranks: int, overrides: Sequence[str]) -> None:
-    """Run the demo in `output`, which is made anew.
+def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: Sequence[str]) -> None:
+    """Run the demo in `output`, which is made anew. Its MLflow store is there too, whatever MLFLOW_TRACKING_URI says:
+    what it compares are its own runs.
 
     Raises:
         UserError: a mistake in the configuration, `output` is somebody else's folder, or a run that failed.
@@ -33,8 +35,11 @@ def demo(config: str, output: str, *, seeds: int, ranks: int, overrides: Sequenc
     load_config(config, overrides)  # mistakes are told before anything is made
     began = time.monotonic()
     folder = Path(output)
+    if ranks is None:
+        ranks = _ranks()
     _make_anew(folder)
     shards = folder / "shards"
+    store = f"sqlite:///{folder / 'mlflow.db'}"
     say = _Steps(3 + len(KINDS) * seeds)
     say("Make the keypad corpus: digits on a wall, telephone tones, ten seconds each (AVE's h5 layout)")
     _run(["-m", "cpsp_dist", "shards", "keypad", "--out", str(folder / "features")])
@@ -51,13 +56,31 @@ def demo(config: str, output: str, *, seeds: int, ranks: int, overrides: Sequenc
                 + ["--config", config, f"data.shards={shards}", f"output={folder / run}", f"train.seed={seed}"]
                 + ["tracking.experiment=demo", f"tracking.run_name={run}", *settings, *overrides],
                 quiet=["[Gloo]", "torch/distributed/run.py"],
+                env={"MLFLOW_TRACKING_URI": store},
             )
     say("Compare the runs (test accuracy in percent; mean ± standard deviation over seeds)")
-    store = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
     print(compare(store, "demo", ["accuracy/test", "accuracy/best_val", "videos_per_second"], mean=True))
     print(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
-    print(f"  cpsp-dist compare --experiment demo --uri sqlite:///{folder / 'mlflow.db'}")
-    print(f"  mlflow ui --backend-store-uri sqlite:///{folder / 'mlflow.db'}    then open http://127.0.0.1:5000\n")
+    print(f"  {_command('cpsp-dist')} compare --experiment demo --uri {store}")
+    print(f"  {_command('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+
+
+def _ranks() -> int:
+    """Two; but a GPU takes one rank."""
+    import torch
+
+    if torch.cuda.device_count() != 1:
+        return 2
+    print("One GPU, so one rank, whose own pool is the gathered one; the difference takes two")
+    return 1
+
+
+def _command(name: str) -> str:
+    """How the user can call this environment's `name`: without its folder where that is on the PATH."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _make_anew(folder: Path) -> None:
@@ -79,10 +102,16 @@ class _Steps:
         print(f"\n[{self.done}/{self.total}] {text}", flush=True)
 
 
-def _run(arguments: Sequence[str], quiet: Sequence[str] = ()) -> None:
-    """Run python with `arguments`, passing on its lines but those of launchers that hold a text of `quiet`."""
+def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    """Run python with `arguments` and `env` on top of the environment, passing on its lines but those of launchers that
+    hold a text of `quiet`."""
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(env or {})},
     )
     # Ends a run that hangs without a word, too.
     limit = threading.Timer(RUN_LIMIT_SECONDS, process.kill)

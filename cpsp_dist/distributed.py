@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, Stopped, UserError
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, RankError, Stopped, UserError
 from cpsp_dist.signals import StopSignals
 from cpsp_dist.watch import Watch
 
@@ -59,7 +59,9 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
         rank, world, local = 0, 1, 0
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
-        raise UserError(f"local rank {local}, but this machine shows {gpus} GPU(s); start at most one rank for each")
+        # Of several, the first tells it: local rank 0 has its GPU and knows nothing.
+        kind = RankError if local == gpus else UserError
+        raise kind(f"local rank {local}, but this machine shows {gpus} GPU(s); start at most one rank for each")
     return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
 
@@ -141,6 +143,8 @@ def connected(ranks: Ranks, timeout: int, silence: int, signals: StopSignals) ->
             if isinstance(error, RuntimeError) and (lost := watch.find_lost()):
                 watch.linger()
                 raise lost from None
+            if isinstance(error, DataError):
+                error.tell = watch.first_to_say(str(error))
             told = isinstance(error, UserError)
             first = str(error).strip().splitlines()[:1] or [""]
             reason = str(error) if told else f"{type(error).__name__}: {first[0]}"

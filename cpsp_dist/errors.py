@@ -20,7 +20,17 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or of the wrong form; names the file, and the sample where there is one."""
+    """Data that is missing, damaged or of the wrong form; names the file, and the sample where there is one.
+
+    Attributes:
+        tell: whether it is for this process to print the text; False where another rank met the same and prints it.
+    """
+
+    tell = True
+
+
+class RankError(UserError):
+    """A mistake that this rank alone meets, such as a GPU too few."""
 
 
 class Stopped(Exception):
@@ -43,13 +53,14 @@ def guarded(main: Callable[[], int | None]) -> int:
     """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130.
 
     Under a launcher, a mistake that every rank sees is told once per machine (local rank 0, which under plain srun only
-    Slurm's own variable tells); a `DataError` may concern one rank only and is told by the rank that met it.
+    Slurm's own variable tells); a `DataError` may concern one rank only and is told by the rank that met it first.
     """
     local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     try:
         return main() or 0
     except UserError as error:
-        if isinstance(error, DataError) or local_rank == "0":
+        own = error.tell if isinstance(error, DataError) else isinstance(error, RankError)
+        if own or (local_rank == "0" and not isinstance(error, DataError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LostRank as lost:

@@ -19,7 +19,7 @@ from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints, Progress, make_folder
 from cpsp_dist.config import Config
 from cpsp_dist.distributed import Ranks
-from cpsp_dist.engine import PRECISIONS, Engine, PlainModel, TrainingState, build_engine, tune_cpu
+from cpsp_dist.engine import PRECISIONS, Engine, PlainModel, TrainingState, build_engine, deepspeed_settings, tune_cpu
 from cpsp_dist.errors import UserError
 from cpsp_dist.evaluate import evaluate
 from cpsp_dist.losses import Objectives
@@ -64,6 +64,9 @@ def train(
     with ExitStack() as stack:
         stream = stack.enter_context(open_stream(config, manifest, ranks))
         schedule = Schedule(config.train, stream.schedule.epoch_length)
+        # Both read files that the user names; a mistake there is told before anything is made.
+        deepspeed_settings(config, ranks.world)
+        model = new_model(config, manifest)
         _make_folder(config.output)
         state, progress = find_state(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
@@ -79,7 +82,7 @@ def train(
         )
         if not progress.finished:
             run = Run(config, schedule, manifest, ranks, stream, checkpoints, tracker, signals)
-            progress = run.train(state, progress)
+            progress = run.train(model, state, progress)
         signals.release()
         results = _final_results(config, manifest, ranks, checkpoints, progress, signals)
         tracker.log(progress.step, results)
@@ -103,15 +106,15 @@ class Run:
     tracker: Tracker
     signals: StopSignals
 
-    def train(self, state: TrainingState | None, progress: Progress) -> Progress:
-        """Train from `progress` to the end.
+    def train(self, model: nn.Module, state: TrainingState | None, progress: Progress) -> Progress:
+        """Train `model`, with the weights of `state` where there is one, from `progress` to the end.
 
         Raises:
             Stopped: a signal asked for it; all is saved.
             UserError: too many steps were not finite, or a checkpoint could not be written.
         """
         config, schedule, ranks, tracker = self.config, self.schedule, self.ranks, self.tracker
-        engine = build_engine(new_model(config, self.manifest), config, ranks, state)
+        engine = build_engine(model, config, ranks, state)
         objectives = Objectives(
             config.objectives,
             pool=config.pool.scope,

@@ -17,6 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+#: The GPUs that this machine shows: for test_gpu.py. All else computes on the CPU, which any number of ranks may share.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+#: What a launcher around the tests would set, and a developer's own tracking server: not for tests.
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
+for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
+    del os.environ[_name]
+
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
@@ -39,8 +47,7 @@ def free_port() -> int:
 
 def environment(**extra: str) -> dict[str, str]:
     """What a subprocess of a test runs in: no launcher's variables, one thread a rank, the repo importable."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
     return env | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
 
 

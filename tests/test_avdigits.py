@@ -20,7 +20,7 @@ def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path)
     shards = tmp_path / "shards"
     pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(shared / "avdigits/ave_h5")]
     assert main([*pack, "--out", str(shards)]) == 0
-    modalities.run(str(shards), str(tmp_path), ["cpsp", "audio-only", "visual-only"], seeds=1, epochs=8)
+    modalities.run(str(shards), str(tmp_path), ["cpsp", "audio-only", "visual-only"], runs=1, epochs=8)
     both, audio, visual = (
         json.loads((tmp_path / f"{kind}-seed1/results.json").read_text())
         for kind in ("cpsp", "audio-only", "visual-only")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,11 +152,11 @@ def test_another_world_size_and_engine_goes_on(nursery, keypad_shards, tmp_path,
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance)
 
 
-def user_error(nursery: Any, arguments: list[str]) -> str:
-    """The one line that a mistaken call prints; checks exit code 2."""
-    attempt = nursery.start(arguments, 1)
-    assert attempt.wait() == [2], attempt.outputs()
-    (line,) = attempt.ranks[0].output.strip().splitlines()
+def user_error(nursery: Any, arguments: list[str], world: int = 1, **more: Any) -> str:
+    """The one line that all ranks of a mistaken call print between them; checks that each exits with code 2."""
+    attempt = nursery.start(arguments, world, **more)
+    assert attempt.wait() == [2] * world, attempt.outputs()
+    (line,) = [line for rank in attempt.ranks for line in rank.output.strip().splitlines()]
     return line
 
 
@@ -176,7 +178,59 @@ def test_mistakes_are_one_line_with_exit_code_2(nursery, keypad_shards, tmp_path
     told = user_error(nursery, [*shards, "train.global_batch=64"])
     assert "48" in told
     assert "64" in told
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "half.json").write_text('{"zero_optimization": ')
+    for setting in (
+        f"engine.deepspeed={tmp_path}/none.json",
+        f"engine.deepspeed={tmp_path}/half.json",
+        f"model.weights={tmp_path}/none.safetensors",
+        f"model.weights={tmp_path}/empty.safetensors",
+    ):
+        assert setting.partition("=")[2] in user_error(nursery, [*shards, "train.global_batch=8", setting])
     assert not out.exists(), "a refused run leaves nothing behind"
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def damaged(shards: Path, folder: Path, name: str, size: int) -> Path:
+    """A copy of `shards` whose file `name` has only its first `size` bytes."""
+    shutil.copytree(shards, folder)
+    os.truncate(folder / name, size)
+    return folder
+
+
+def test_damaged_data_is_told_once_by_all_ranks_together(nursery, keypad_shards, tmp_path):
+    """What every rank meets as what one rank meets alone: one line that names the file, and every rank ends."""
+    shard = next(keypad_shards.glob("train-*.tar")).name
+    places = {
+        "nothing": tmp_path / "nothing",
+        "index.json": damaged(keypad_shards, tmp_path / "index", "index.json", 200),
+        "samples.npy": damaged(keypad_shards, tmp_path / "samples", "samples.npy", 200),
+        shard: damaged(keypad_shards, tmp_path / "shard", shard, 100_000),
+    }
+    for name, place in places.items():
+        told = user_error(nursery, arguments(place, tmp_path / "run"), 2)
+        assert told.startswith("error: ")
+        assert f"{place}" in told, told
+        assert name in told, told
+    told = user_error(nursery, arguments(keypad_shards, tmp_path / "run", "train.global_batch=64"), 2)
+    assert "64" in told
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def two_gpus(rank: int) -> None:
+    torch.cuda.device_count = lambda: 2
+
+
+def test_more_ranks_than_gpus_are_told_by_the_first_of_them(nursery, keypad_shards, tmp_path):
+    """Which is not rank 0, who has its GPU; the others end without a word."""
+    for local, told in ((2, ["local rank 2, but this machine shows 2 GPU(s)"]), (3, [])):
+        attempt = nursery.start(
+            arguments(keypad_shards, tmp_path / "run"), 1, patch="test_training:two_gpus", LOCAL_RANK=str(local)
+        )
+        assert attempt.wait() == [2]
+        lines = attempt.ranks[0].output.strip().splitlines()
+        assert [line.removeprefix("error: ").partition(";")[0] for line in lines] == told
 
 
 def test_changed_settings_are_refused_with_the_difference(nursery, keypad_shards, tmp_path):

@@ -10,7 +10,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--config", default="configs/keypad.yaml", help="(default: %(default)s)")
     parser.add_argument("--output", default="runs/demo", help="folder for all of it, made anew (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes to train on (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, help="processes to train on (default: 2; 1 where there is one GPU)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the config file")
     parser.set_defaults(handler=_demo)
 
