@@ -31,8 +31,9 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
 
     Its subfolder `WORK_NAME` is for drafts and notes, and is removed at the end.
 
-    A mistake (UserError, or a full disk) removes it. When the program is stopped otherwise (Ctrl-C, SIGKILL, a crash)
-    it stays, and a later call with the same `key` finds it as it was; with another key or none it starts empty.
+    A mistake (UserError, or a full disk) removes it, and the folders above it that were made for it. When the program
+    is stopped otherwise (Ctrl-C, SIGKILL, a crash) it stays, and a later call with the same `key` finds it as it was;
+    with another key or none it starts empty.
 
     Raises:
         UserError: `out` is there and must not be, another process is writing it, or it cannot be written.
@@ -40,6 +41,7 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
     _check_target(out, overwrite)
     part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
     work = part / WORK_NAME
+    made = [folder for folder in part.parents if not folder.exists()]
     with _locked(part, fcntl.LOCK_EX):
         try:
             _prepare(part, key)
@@ -52,12 +54,12 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             part.rename(out)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part, made)
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
         except BaseException as error:
             mistake = isinstance(error, UserError) and not isinstance(error, Interrupted)
             if mistake or key is None:
-                shutil.rmtree(part, ignore_errors=True)
+                _remove(part, made)
             else:
                 print(f"note: what is finished stays in {part}; the same command continues there", file=sys.stderr)
             raise
@@ -138,6 +140,14 @@ def _check_target(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out} is there already; choose another --out, or replace it with --overwrite")
         if not (out / INDEX_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} is not a folder of shards, so --overwrite does not replace it")
+
+
+def _remove(part: Path, above: list[Path]) -> None:
+    """Remove `part`, and of the folders `above` it, innermost first, those that hold nothing else."""
+    shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for folder in above:
+            folder.rmdir()
 
 
 def _empty(folder: Path) -> None:
