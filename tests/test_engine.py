@@ -113,6 +113,8 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
         assert set(found["bitwise"]) == set(KINDS)
         assert all(found["bitwise"].values()), found["bitwise"]
         assert not found["compiler"], "4 s of each rank's start"
+        assert len(found["stage"]) == 8
+        assert len(found["moved"]) == 6
         for how_far, norm in (each[0] for each in found["moved"].values()):
             assert norm > 1
             assert how_far == pytest.approx(0.5, rel=1e-5), "a large gradient is clipped to exactly clip"

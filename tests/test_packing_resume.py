@@ -290,9 +290,11 @@ def test_a_mistake_leaves_no_folder_that_it_made(tmp_path: Path, capsys: pytest.
     write_avel(tmp_path / "source", 12)
     write_zip(tmp_path / "source" / "video" / f"{video_id(1)}.zip", np.full((10, 3, 7, 7), np.nan))
     (tmp_path / "there").mkdir()
-    for out in ("new/deeper/out", "there/deeper/out"):
+    told = f"video {video_id(1)}"
+    mistakes = {"new/deeper/out": told, "there/deeper/out": told, "new/" + 251 * "x": "File name too long"}
+    for out, mistake in mistakes.items():
         assert main(command(tmp_path / "source", tmp_path / out, 1)[3:]) == 2
-        assert f"video {video_id(1)}" in capsys.readouterr().err
+        assert mistake in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"source", "there"}
     assert not list((tmp_path / "there").iterdir())
     # What others put there meanwhile stays.

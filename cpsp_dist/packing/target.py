@@ -41,8 +41,7 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
     _check_target(out, overwrite)
     part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
     work = part / WORK_NAME
-    made = [folder for folder in part.parents if not folder.exists()]
-    with _locked(part, fcntl.LOCK_EX):
+    with _no_empty_parents(part), _locked(part, fcntl.LOCK_EX):
         try:
             _prepare(part, key)
             yield part
@@ -54,12 +53,12 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             part.rename(out)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
-            _remove(part, made)
+            shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
         except BaseException as error:
             mistake = isinstance(error, UserError) and not isinstance(error, Interrupted)
             if mistake or key is None:
-                _remove(part, made)
+                shutil.rmtree(part, ignore_errors=True)
             else:
                 print(f"note: what is finished stays in {part}; the same command continues there", file=sys.stderr)
             raise
@@ -88,6 +87,19 @@ def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
                 _prepare(part, key)
             else:
                 time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _no_empty_parents(part: Path) -> Iterator[None]:
+    """Whatever goes wrong within, folders above `part` that were not there before are removed if they are empty."""
+    new = [folder for folder in part.parents if not folder.exists()]  # the innermost first
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -140,14 +152,6 @@ def _check_target(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out} is there already; choose another --out, or replace it with --overwrite")
         if not (out / INDEX_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} is not a folder of shards, so --overwrite does not replace it")
-
-
-def _remove(part: Path, above: list[Path]) -> None:
-    """Remove `part`, and of the folders `above` it, innermost first, those that hold nothing else."""
-    shutil.rmtree(part, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        for folder in above:
-            folder.rmdir()
 
 
 def _empty(folder: Path) -> None:
