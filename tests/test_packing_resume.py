@@ -304,6 +304,19 @@ def test_a_mistake_leaves_no_folder_that_it_made(tmp_path: Path, capsys: pytest.
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["of another"]
 
 
+def test_a_place_that_is_closed_to_the_user_is_one_line(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)  # nothing is closed to root
+    try:
+        with pytest.raises(UserError, match=r"out\.part: cannot make this folder \(Permission denied\)"):
+            workplace(closed / "deeper" / "out").__enter__()
+    finally:
+        os.seteuid(me)
+
+
 def test_manifest_of_resumed_shards_loads(source: Path, tmp_path: Path) -> None:
     stop_after(5, source, tmp_path / "out")
     resumed(source, tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -92,7 +93,7 @@ def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def _no_empty_parents(part: Path) -> Iterator[None]:
     """Whatever goes wrong within, folders above `part` that were not there before are removed if they are empty."""
-    new = [folder for folder in part.parents if not folder.exists()]  # the innermost first
+    new = [folder for folder in part.parents if not os.path.exists(folder)]  # the innermost first
     try:
         yield
     except BaseException:
@@ -147,7 +148,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if out.exists():
+    if os.path.exists(out):  # Path.exists raises where a folder above may not be entered
         if not overwrite:
             raise UserError(f"{out} is there already; choose another --out, or replace it with --overwrite")
         if not (out / INDEX_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
