@@ -9,7 +9,7 @@ from pathlib import Path
 
 import modalities
 import pytest
-from conftest import REPO, environment
+from conftest import REPO, environment, loss_history
 
 from cpsp_dist.cli import main
 from cpsp_dist.manifest import Manifest
@@ -31,7 +31,10 @@ def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path)
     assert both["event_accuracy/test"] > max(audio["event_accuracy/test"], visual["event_accuracy/test"]) + 2
 
 
-def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path):
+def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It learns: 37 videos tell which second is an event, also in others, and of their own also which digit it is.
+
+    Of other videos' ten digits so few tell little: segment accuracy is 34 %, 17 % untrained; background is 41 %."""
     source, shards, output = shared / "avdigits/avel100k_zip", tmp_path / "shards", tmp_path / "run"
     pack = ["shards", "pack", "--layout", "avel100k-zip", "--csv", str(source / "avdigits.csv")]
     pack += ["--categories", str(source / "categories.txt")]
@@ -44,7 +47,7 @@ def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path):
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cpsp_dist.train"]
     settings = ["--config", str(REPO / "configs/avel100k_full.yaml"), f"data.shards={shards}", f"output={output}"]
-    settings += ["train.global_batch=16", "train.epochs=3", "tracking.enabled=false"]
+    settings += ["train.global_batch=16", "train.epochs=8", "tracking.enabled=false", "tracking.every_steps=1"]
     done = subprocess.run(
         [sys.executable, *launcher, *settings], env=environment(), capture_output=True, text=True, timeout=300, cwd=REPO
     )
@@ -52,3 +55,13 @@ def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path):
     results = json.loads((output / "results.json").read_text())
     assert results["accuracy/test"] == pytest.approx(round(results["accuracy/test"] * 1.5) / 1.5), "150 segments"
     assert results["accuracy/test"] > 10
+    assert results["event_accuracy/test"] > 70  # 59 of 100 segments are events; untrained: 61
+    losses = [terms["loss/total"] for terms in loss_history(output)]
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    found = {}
+    for split in ("test", "train"):
+        capsys.readouterr()
+        assert main(["evaluate", str(output), "--split", split, "--json"]) == 0
+        found[split] = json.loads(capsys.readouterr().out)
+    assert 100 * found["test"]["accuracy"] == results["accuracy/test"]
+    assert found["train"]["accuracy"] > 0.6  # background is 39 %

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ from conftest import REPO
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.engine import deepspeed_settings
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.schedule import Schedule
 
-RUN_CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+SHIPPED = sorted(path for path in (REPO / "configs").rglob("*") if path.is_file())
+DEEPSPEED, ACCELERATE = (
+    [path for path in SHIPPED if path.parent.name == folder] for folder in ("deepspeed", "accelerate")
+)
+RUN_CONFIGS = [path for path in SHIPPED if path.suffix == ".yaml" and path not in ACCELERATE]
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
@@ -21,12 +27,18 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
     return path
 
 
+def test_no_shipped_file_goes_unread():
+    """In whatever folder: each is a config of a run, of DeepSpeed or of accelerate, and so in a test below."""
+    assert len(RUN_CONFIGS) > 10
+    assert {path.name for path in {*SHIPPED} - {*RUN_CONFIGS, *DEEPSPEED, *ACCELERATE}} == {"README.md"}
+
+
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_config_loads(path):
     assert load_config(path).data.shards
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "configs/deepspeed").glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda p: p.name)
 def test_every_shipped_deepspeed_file_fits(path):
     config = load_config(REPO / "configs/keypad.yaml", [f"engine.deepspeed={path}", "engine.zero=2"])
     merged = deepspeed_settings(config, world=4)
@@ -34,7 +46,7 @@ def test_every_shipped_deepspeed_file_fits(path):
     assert merged["zero_optimization"].items() >= json.loads(path.read_text())["zero_optimization"].items()
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.name)
 def test_every_shipped_accelerate_file_loads(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -44,6 +56,26 @@ def test_every_shipped_accelerate_file_loads(path):
 def test_published_settings_are_the_defaults():
     default = Config.model_validate({"data": {"shards": "data/ave-shards"}, "output": "runs/ave_full"})
     assert load_config(REPO / "configs/ave_full.yaml") == default
+
+
+@pytest.mark.parametrize(
+    ("name", "milestones", "rates"),
+    [
+        ("ave_full", (10, 20, 30), {0: 1, 9: 1, 10: 1 / 2, 19: 1 / 2, 20: 1 / 4, 29: 1 / 4, 30: 1 / 8, 44: 1 / 8}),
+        ("ave_weak", (5, 20, 40), {0: 1, 4: 1, 5: 1 / 2, 19: 1 / 2, 20: 1 / 4, 39: 1 / 4, 40: 1 / 8, 44: 1 / 8}),
+    ],
+)
+def test_schedule_is_the_published_one(name, milestones, rates):
+    """As the published training scripts have it (noted down in ../shared/facts/contrastive.md, "Published weights"):
+    Adam 1e-3, clip 0.1, batch 64, 45 epochs, halved at 10/20/30 (fully supervised) and 5/20/40 (weakly)."""
+    settings = load_config(REPO / f"configs/{name}.yaml").train
+    assert (settings.optimizer, settings.learning_rate, settings.clip) == ("adam", 1e-3, 0.1)
+    assert (settings.epochs, settings.global_batch, settings.milestones, settings.gamma) == (45, 64, milestones, 0.5)
+    schedule = Schedule(settings, 3339)  # AVE's training videos
+    assert schedule.steps == math.ceil(45 * 3339 / 64)
+    first_step = {epoch: math.ceil(epoch * 3339 / 64) for epoch in rates}
+    found = {epoch: schedule.learning_rate(step) for epoch, step in first_step.items()}
+    assert found == {epoch: pytest.approx(1e-3 * share, rel=1e-12) for epoch, share in rates.items()}
 
 
 def test_all_mistakes_at_once_with_the_nearest_key(tmp_path):

@@ -41,8 +41,11 @@ class Small(nn.Module):
         return self.last(self.norm(self.lstm(torch.relu(self.first(visual)))[0])) + 0 * audio.sum()
 
 
-def engine(kind: str, zero: int, precision: str, state: TrainingState | None, accumulation: int = 1) -> Engine:
+def engine(
+    kind: str, zero: int, precision: str, state: TrainingState | None, accumulation: int = 1, optimizer: str = "adam"
+) -> Engine:
     train = {"precision": precision, "global_batch": 12, "clip": 0.5, "accumulation": accumulation}
+    train["optimizer"] = optimizer
     config = Config.model_validate({"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train})
     return build_engine(Small(), config, distributed.discover(), state)
 
@@ -65,7 +68,7 @@ def train_steps(wrapped: Engine, steps: range, accumulation: int = 1) -> list[fl
 
 def exchange(states: dict[tuple, TrainingState]) -> dict[str, object]:
     """Train every kind 3 steps and on; restart it from its own state, and from each given state."""
-    found: dict[str, object] = {"norms": {}, "states": {}, "bitwise": {}, "taken_over": {}}
+    found: dict[str, object] = {"norms": {}, "states": {}, "bitwise": {}, "taken_over": {}, "stage": {}, "moved": {}}
     for kind in KINDS:
         whole = engine(*kind, None)
         found["norms"][kind] = train_steps(whole, range(3))
@@ -77,8 +80,25 @@ def exchange(states: dict[tuple, TrainingState]) -> dict[str, object]:
         foreign = states.get(("deepspeed", 2, "fp32"))
         if foreign is not None:
             found["taken_over"][kind] = same(engine(*kind, foreign).capture(), foreign)
+        if kind[0] == "deepspeed":
+            optimizer = getattr(whole.engine.optimizer, "optimizer", whole.engine.optimizer)
+            moments = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+            found["stage"][kind] = (whole.engine.zero_optimization_stage(), moments)
+        if kind[2] != "bf16":
+            found["moved"][kind] = [moved(kind, scale) for scale in (1000, 0.001)]
     found["compiler"] = "torch._inductor.compile_fx" in sys.modules
     return found
+
+
+def moved(kind: tuple, scale: float) -> tuple[float, float]:
+    """How far (L2) one step of SGD at rate 1 moves the weights, and the gradient's norm; `scale` is the gradient's."""
+    wrapped = engine(*kind, None, optimizer="sgd")
+    before = wrapped.capture().weights
+    x = torch.randn(4, 6, 13, generator=torch.Generator().manual_seed(0))
+    wrapped.backward(scale * wrapped(Batch(*[x] * 7)).square().mean())
+    norm = wrapped.step(1.0)
+    after = wrapped.capture().weights
+    return torch.stack([(after[n] - before[n]).double().square().sum() for n in before]).sum().sqrt().item(), norm
 
 
 def same(one: TrainingState, two: TrainingState) -> bool:
@@ -93,6 +113,20 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
         assert set(found["bitwise"]) == set(KINDS)
         assert all(found["bitwise"].values()), found["bitwise"]
         assert not found["compiler"], "4 s of each rank's start"
+        assert len(found["stage"]) == 8
+        assert len(found["moved"]) == 6
+        for how_far, norm in (each[0] for each in found["moved"].values()):
+            assert norm > 1
+            assert how_far == pytest.approx(0.5, rel=1e-5), "a large gradient is clipped to exactly clip"
+        for how_far, norm in (each[1] for each in found["moved"].values()):
+            assert how_far == pytest.approx(norm, rel=1e-3), "a small one is left as it is"
+            assert 1e-5 < norm < 0.5
+    weights = sum(p.numel() for p in Small().parameters())
+    for world, found in ((1, one), *((3, found) for found in on_three)):
+        for (_, zero, precision), (stage, moments) in found["stage"].items():
+            assert stage == (1 if (zero, precision) == (0, "bf16") else zero)  # bf16 needs stage 1's master weights
+            share = -(-weights // world) if stage else weights  # and what pads the parts
+            assert share <= moments < share + 0.2 * weights, (zero, precision, world)
     for found in on_three:
         assert set(found["taken_over"]) == set(KINDS)
         assert all(found["taken_over"].values()), found["taken_over"]

@@ -1,4 +1,4 @@
-"""`cpsp-dist export`, and what it takes to load what it writes."""
+"""What a finished run is good for: `cpsp-dist evaluate`, `export`, and what it takes to load what that writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import environment
+from packing_sources import write_ave
 from test_signals import arguments
 
 from cpsp_dist.checkpoint import Checkpoints
@@ -37,6 +38,44 @@ def trained(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPath
         more = ["train.steps=3", "checkpoint.every_steps=2", *settings]
         nursery.start(arguments(keypad_shards, folder / name, *more), 1).finish()
     return folder
+
+
+def test_evaluate_finds_again_what_the_run_found(
+    trained: Path, keypad_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained / "psp"
+    for split in ("test", "val"):
+        assert main(["evaluate", str(run), "--split", split, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        step = found.pop("step")
+        assert found == json.loads((run / f"evaluation_{split}.json").read_text())
+    assert step == (Checkpoints(run).load(3)[1].best_step or 3)
+    accuracy = json.loads((run / "results.json").read_text())["accuracy/test"]
+    assert main(["evaluate", str(run), "--shards", str(keypad_shards)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == f"test: 16 videos, weights of step {step}"
+    assert f"segment accuracy {accuracy:.2f} %" in second
+
+
+def test_mistakes_of_evaluate_are_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ave(tmp_path / "source")
+    pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(tmp_path / "source")]
+    assert main([*pack, "--out", str(tmp_path / "other")]) == 0
+    run = str(trained / "psp")
+    for given, told in (
+        ([str(tmp_path / "none")], f"{tmp_path / 'none'}: no whole checkpoint here; give the output folder of a"),
+        ([str(trained)], "no whole checkpoint here"),
+        ([run, "--split", "tset"], "no split 'tset' in these shards; there are: train, val, test"),
+        ([run, "--shards", str(tmp_path / "nothing")], f"{tmp_path / 'nothing'}: no such folder"),
+        ([run, "--shards", str(tmp_path / "other")], "other: these shards do not fit the weights of"),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", *given]) == 2
+        printed = capsys.readouterr()
+        (line,) = printed.err.splitlines()
+        assert line.startswith("error: ")
+        assert told in line
+        assert printed.out == ""
 
 
 #: A process of its own; what an exported model must not need cannot be imported in it.

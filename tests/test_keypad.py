@@ -96,6 +96,41 @@ def test_an_event_is_the_digit_seen_and_heard(corpus: Path, seen: list, heard: n
     assert right / (10 * len(truth)) > 0.99  # there is noise, but an ear can tell
 
 
+def test_walls_have_empty_and_noisy_cells(corpus: Path) -> None:
+    """A noisy cell is as bright as a digit, and none: a scan's pixels in another order."""
+    scans = (load_digits(return_X_y=True)[0] / 16).astype(np.float16)
+    known, shuffled = ({scan.tobytes() for scan in each} for each in (scans, np.sort(scans, axis=1)))
+    for wall in array(corpus, "visual_feature").reshape(-1, 49, 64):
+        others = [cell for cell in wall if cell.tobytes() not in known]
+        noisy = [cell for cell in others if cell.any()]
+        assert len(others) > len(noisy) > 0
+        assert {np.sort(cell).tobytes() for cell in noisy} <= shuffled
+
+
+def test_silent_seconds_are_noise(corpus: Path, heard: np.ndarray) -> None:
+    silent = array(corpus, "audio_feature")[heard == -1]
+    assert len(silent) > 100
+    assert len({second.tobytes() for second in silent}) == len(silent)
+    assert silent.std(axis=1).min() > 0.05  # from band to band of each second
+    assert silent.std(axis=0).min() > 0.05  # from second to second in each band
+
+
+def test_background_is_of_all_four_kinds(corpus: Path, seen: list, heard: np.ndarray) -> None:
+    with open(corpus / "videos.csv", newline="") as file:
+        truth = list(csv.DictReader(file))
+    names = (corpus / "categories.txt").read_text().split("\n")
+    background = array(corpus, "right_labels")[..., -1] == 1
+    found: Counter[str] = Counter()
+    for video, second in np.argwhere(background):
+        category, told = names.index(truth[video]["category"]), heard[video, second]
+        if category in seen[video][second]:
+            found["silent" if told == -1 else "other tone"] += 1
+        else:
+            found["unseen" if told == category else "neither"] += 1
+    assert set(found) == {"other tone", "silent", "unseen", "neither"}
+    assert min(found.values()) > 0.1 * background.sum(), found
+
+
 def test_one_modality_alone_is_limited_both_together_are_not(corpus: Path, seen: list, heard: np.ndarray) -> None:
     """Readers that perfectly know what is seen, or heard, and even the video's digit, do what is right most often."""
     events = array(corpus, "right_labels")[..., :-1].any(axis=2).ravel()

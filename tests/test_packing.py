@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_sources import (
@@ -31,6 +32,7 @@ from packing_sources import (
     write_zip,
 )
 
+from cpsp_dist.cli import main
 from cpsp_dist.errors import DataError
 from cpsp_dist.manifest import Field, Manifest
 from cpsp_dist.packing import LAYOUTS
@@ -39,6 +41,7 @@ from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions, plan
 from cpsp_dist.packing.source import Entry, SourceOptions, is_channels_first, open_source
 from cpsp_dist.packing.verify import verify
+from cpsp_dist.stream import EvalStream, TrainStream
 
 
 def packed(out: Path, layout: str, source: Path, options: PackOptions | None = None, **files: object) -> Manifest:
@@ -87,6 +90,34 @@ def test_round_trip_of_small_sources(tmp_path: Path, layout: str, dtype: str) ->
         assert sample["shard"].startswith(split_of(row))
     assert manifest.categories == CATEGORIES
     assert {name: len(rows) for name, rows in manifest.splits.items()} == {"train": 6, "val": 3, "test": 3}
+
+
+@pytest.mark.parametrize("layout", ["ave-h5", "avel100k-zip"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_our_reader_delivers_the_source(tmp_path: Path, layout: str, dtype: str) -> None:
+    """From the command to both streams' batches, every row against the arrays that the source was written from."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    data = WRITERS[layout](source, 24)
+    command = ["shards", "pack", "--layout", layout, "--source", str(source), "--out", str(out)]
+    assert main([*command, "--visual-dtype", dtype, "--shard-mb", "0.03"]) == 0
+    manifest = Manifest.load(out)
+    assert len(manifest.shards) > 6
+    row_of_key = {f"{row:06d}-{video_id(row)}": row for row in range(24)}
+    streams = [(split, EvalStream(manifest, split, batch=5), None) for split in ("train", "val", "test")]
+    streams += [("train", TrainStream(manifest, "train", global_batch=4, seed=1), 3)]  # 12 of train: one epoch
+    for split, stream, steps in streams:
+        seen = []
+        with stream:
+            for batch in stream.batches(count=steps) if steps else stream:
+                assert (batch.visual.dtype, batch.audio.dtype) == (getattr(torch, dtype), torch.float32)
+                for slot in np.flatnonzero(batch.valid):
+                    row = row_of_key[manifest.samples[batch.index[slot]]["key"].decode()]
+                    np.testing.assert_array_equal(batch.visual[slot], data["visual"][row].astype(dtype))
+                    np.testing.assert_array_equal(batch.audio[slot], data["audio"][row])
+                    np.testing.assert_array_equal(batch.event[slot], data["mask"][row])
+                    assert batch.category[slot] == data["category"][row]
+                    seen.append(row)
+        assert sorted(seen) == [row for row in range(24) if split_of(row) == split]
 
 
 def test_avdigits_h5(shared: Path, tmp_path: Path) -> None:
@@ -190,6 +221,19 @@ def test_ave_ids_and_categories_that_are_not_known(tmp_path: Path) -> None:
     write_h5(source / "mil_labels.h5", mil)
     entries = {e.row: e for e in open_source(SourceOptions("ave-h5", source=source)).entries}
     assert [entries[r].category for r in (2, 5, 8, 11)] == [2, 2, 2, -1]
+
+
+@pytest.mark.parametrize("name", ["right_labels.h5", "labels.h5"])
+def test_ave_labels_under_either_name(tmp_path: Path, name: str) -> None:
+    """Users have both; where both are there it is `right_labels.h5`."""
+    source = tmp_path / "source"
+    data = write_ave(source)
+    (source / "right_labels.h5").rename(source / name)
+    if name == "right_labels.h5":
+        write_h5(source / "labels.h5", one_hot(data)[::-1])
+    packed(tmp_path / "out", "ave-h5", source)
+    for sample in read_back(tmp_path / "out"):
+        np.testing.assert_array_equal(sample["label.npy"], data["mask"][sample["json"]["row"]])
 
 
 def test_class_names_from_annotations_alone(tmp_path: Path) -> None:

@@ -286,6 +286,37 @@ def test_workplace_keeps_or_removes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mistake_leaves_no_folder_that_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_avel(tmp_path / "source", 12)
+    write_zip(tmp_path / "source" / "video" / f"{video_id(1)}.zip", np.full((10, 3, 7, 7), np.nan))
+    (tmp_path / "there").mkdir()
+    told = f"video {video_id(1)}"
+    mistakes = {"new/deeper/out": told, "there/deeper/out": told, "new/" + 251 * "x": "File name too long"}
+    for out, mistake in mistakes.items():
+        assert main(command(tmp_path / "source", tmp_path / out, 1)[3:]) == 2
+        assert mistake in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "there"}
+    assert not list((tmp_path / "there").iterdir())
+    # What others put there meanwhile stays.
+    with contextlib.suppress(UserError), workplace(tmp_path / "new" / "deeper" / "out", key="key"):
+        (tmp_path / "new" / "of another").touch()
+        raise UserError("a mistake")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["of another"]
+
+
+def test_a_place_that_is_closed_to_the_user_is_one_line(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)  # nothing is closed to root
+    try:
+        with pytest.raises(UserError, match=r"out\.part: cannot make this folder \(Permission denied\)"):
+            workplace(closed / "deeper" / "out").__enter__()
+    finally:
+        os.seteuid(me)
+
+
 def test_manifest_of_resumed_shards_loads(source: Path, tmp_path: Path) -> None:
     stop_after(5, source, tmp_path / "out")
     resumed(source, tmp_path / "out")

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import REPO, free_port
 
+from cpsp_dist import tracking
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
 from cpsp_dist.losses import HEALTH
@@ -52,7 +54,8 @@ def two_runs(nursery: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPat
         "local": ["objectives.psa_v=0", "train.seed=2"],
     }
     for name, settings in runs.items():
-        nursery.start(arguments(keypad_shards, folder / name, "pool.bank=16", *settings), 2).finish()
+        told = nursery.start(arguments(keypad_shards, folder / name, "pool.bank=16", *settings), 2).finish()
+        (folder / f"{name}.log").write_text(told)
     return folder
 
 
@@ -69,19 +72,46 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "2"}
     for name in ("event", "category", "avps", "psa_s", "psa_v", "total"):
         assert [p.step for p in client.get_metric_history(run.info.run_id, f"loss/{name}")] == [2, 4, 6]
-    for name in ("grad_norm", "learning_rate", "videos_per_second", "data_wait_share", "accuracy/val"):
-        assert name in run.data.metrics, name
+    points = {
+        name: [point.value for point in client.get_metric_history(run.info.run_id, name)]
+        for name in ("grad_norm", "learning_rate", "videos_per_second", "data_wait_share", "accuracy/val")
+    }
+    assert points["learning_rate"] == [config.train.learning_rate] * 3
+    assert all(norm > 0 for norm in points["grad_norm"])
+    assert all(rate > 0 for rate in points["videos_per_second"])
+    assert all(0 <= share <= 1 for share in points["data_wait_share"])
+    # One epoch of 6 steps, whose weights are the best ones: evaluated in the run, and again at its end.
+    (accuracy,) = points["accuracy/val"]
+    assert accuracy == 100 * json.loads((output / "evaluation_val.json").read_text())["accuracy"]
+    assert f"epoch 1/12: val accuracy {accuracy:.2f} %" in (two_runs / "gathered.log").read_text()
     results = json.loads((output / "results.json").read_text())
     assert run.data.metrics["accuracy/test"] == results["accuracy/test"]
     assert run.data.metrics["accuracy/best_val"] == results["accuracy/best_val"]
-    for name in ("torch", "deepspeed", "webdataset"):
-        assert run.data.tags[f"version.{name}"] == version(name)
+    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "webdataset", "mlflow")}
+    versions |= {"cpsp_dist": version("cpsp-dist"), "python": sys.version.split()[0]}
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("version.")}
+    assert tags == {f"version.{name}": number for name, number in versions.items()}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert run.data.tags.get("git.commit", "") == head.stdout.strip()
+    assert run.data.tags.get("git.changed") in (("true", "false") if head.stdout else (None,))
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
     artifact = client.download_artifacts(run.info.run_id, "config.json")
     assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_git_state_tells_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "cpsp_dist" / "tracking.py"))
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=x")
+    commit = git("rev-parse", "HEAD").strip()
+    assert tracking._git_state() == {"git.commit": commit, "git.changed": "false"}
+    (tmp_path / "new").touch()
+    assert tracking._git_state() == {"git.commit": commit, "git.changed": "true"}
 
 
 def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
@@ -125,6 +155,24 @@ def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):
     second = json.loads((two_runs / "other" / "results.json").read_text())
     mean = (results["accuracy/test"] + second["accuracy/test"]) / 2
     assert both["accuracy/test"].split(" ± ")[0] == f"{mean:.2f}"
+
+
+def test_compare_finds_the_store_itself(two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """MLFLOW_TRACKING_URI, else the store beside the run folders of `runs/`; empty is as not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{two_runs / 'mlflow.db'}")
+    assert main(["compare"]) == 0
+    by_environment = capsys.readouterr().out
+    assert [line.split()[0] for line in by_environment.splitlines()[2:]] == ["a-seed1", "a-seed2", "local"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["compare"]) == 2
+    assert "no MLflow store at sqlite:///runs/mlflow.db" in capsys.readouterr().err
+    (tmp_path / "runs").symlink_to(two_runs)
+    assert main(["compare"]) == 0
+    assert capsys.readouterr().out == by_environment
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert main(["compare"]) == 0
+    assert capsys.readouterr().out == by_environment
 
 
 def test_compare_tells_where_it_looked(two_runs: Path, tmp_path: Path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ from cpsp_dist.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
 from cpsp_dist.distributed import Ranks
-from cpsp_dist.loop import train
+from cpsp_dist.evaluate import evaluate_run
+from cpsp_dist.loop import new_model, train
+from cpsp_dist.manifest import Manifest
 from cpsp_dist.tracking import RUN_FILE, all_runs
 
 KEYPAD = REPO / "configs" / "keypad.yaml"
@@ -60,16 +63,32 @@ def train_each(shards: Path, folder: Path, kinds: dict[str, list[str]]) -> None:
 
 
 SGD = ["train.optimizer=sgd", "train.learning_rate=0.01", "tracking.every_steps=1"]
+#: Clipping would hide a gradient of a wrong uniform scale. The rate is one that SGD bears unclipped: at 0.01 the first
+#: steps overshoot, and float32's rounding grows to 3e-4 of a weight, where float64's stays at 2e-16.
+UNCLIPPED = [*SGD, "train.learning_rate=1e-3", "train.clip=null", "evaluation.batch=7"]
 ENGINES = {
-    "ddp-fp64": [*SGD, "engine.kind=ddp", "train.precision=fp64"],
-    **{f"zero{stage}": [*SGD, f"engine.zero={stage}"] for stage in range(4)},
+    "ddp-fp64": [*UNCLIPPED, "engine.kind=ddp", "train.precision=fp64"],
+    **{f"zero{stage}": [*UNCLIPPED, f"engine.zero={stage}"] for stage in range(4)},
 }
 
 
+def gradient_norms(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["grad_norm"] for line in lines if "grad_norm" in line]
+
+
+def evaluations(output: Path) -> dict[str, Any]:
+    return {split: evaluate_run(str(output), split) for split in ("val", "test")}
+
+
 def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
-    """Half batches on two ranks and the whole batch on one: the same losses and parameters after 20 SGD steps."""
+    """Half batches on two ranks and the whole batch on one: the same losses, gradient norms and parameters after 20
+    SGD steps, and the same evaluation; of one model also on three ranks, which neither its 16 videos nor a batch of 7
+    (a last one of 2) divides by."""
     for world in (1, 2):
         ranks(train_each, world, keypad_shards, tmp_path / f"world{world}", ENGINES, timeout=400)
+    config = load_config(KEYPAD, overrides(keypad_shards, tmp_path))
+    initial = new_model(config, Manifest.load(keypad_shards)).state_dict()
     for name in ENGINES:
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
@@ -78,10 +97,30 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
         assert {"loss/event", "loss/category", "loss/avps", "loss/psa_s", "loss/psa_v"} < set(history[0][0])
         for at_one, at_two in zip(*history, strict=True):
             assert at_two == pytest.approx(at_one, rel=tolerance, abs=tolerance), name
+        assert gradient_norms(two) == pytest.approx(gradient_norms(one), rel=tolerance), name
         weights = newest_weights(one), newest_weights(two)
         assert weights[0]["propagation.v_fc.weight"].dtype == (torch.float64 if name == "ddp-fp64" else torch.float32)
         for key in weights[0]:
             torch.testing.assert_close(weights[1][key], weights[0][key], rtol=tolerance, atol=tolerance)
+        moved, apart = ({key: a[key].double() - b[key] for key in a} for a, b in ((weights[0], initial), weights))
+        assert total(moved) > 0.2  # with clip 0.1 at a rate of 0.01 it was 0.014
+        assert total(apart) < tolerance * total(moved)
+        # Of each parameter alone: some move by 2e-4 in all, and float32's rounding leaves them 2e-8 apart.
+        for key, movement in moved.items():
+            assert apart[key].norm() < (1e-9 if name == "ddp-fp64" else 1e-3) * movement.norm(), (name, key)
+
+    one, two = tmp_path / "world1" / "ddp-fp64", tmp_path / "world2" / "ddp-fp64"
+    expected = {split: json.loads((one / f"evaluation_{split}.json").read_text()) for split in ("val", "test")}
+    for split, found in expected.items():
+        assert json.loads((two / f"evaluation_{split}.json").read_text()) == found
+        assert found["videos"] == 16
+    for found in ranks(evaluations, 3, one):
+        assert found == {split: known | {"step": 20} for split, known in expected.items()}
+
+
+def total(tensors: dict[str, torch.Tensor]) -> float:
+    """L2 norm of all together."""
+    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
 
 
 def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path):

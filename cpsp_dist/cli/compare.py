@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 
+STORE = "sqlite:///runs/mlflow.db"
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("compare", help="print a table of MLflow runs: differing settings, final metrics")
     parser.add_argument("--experiment", default="cpsp", help="MLflow experiment (default: %(default)s)")
-    parser.add_argument(
-        "--uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db"),
-        help="MLflow store (default: MLFLOW_TRACKING_URI, else %(default)s)",
-    )
+    parser.add_argument("--uri", help=f"MLflow store (default: MLFLOW_TRACKING_URI, else {STORE})")
     parser.add_argument(
         "--metrics",
         default="accuracy/test,accuracy/best_val,loss/total,videos_per_second",
@@ -30,5 +28,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _compare(args: argparse.Namespace) -> None:
     from cpsp_dist.report import compare
 
+    uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
     metrics = args.metrics.split(",")
-    print(compare(args.uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))
+    print(compare(uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -31,8 +32,9 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
 
     Its subfolder `WORK_NAME` is for drafts and notes, and is removed at the end.
 
-    A mistake (UserError, or a full disk) removes it. When the program is stopped otherwise (Ctrl-C, SIGKILL, a crash)
-    it stays, and a later call with the same `key` finds it as it was; with another key or none it starts empty.
+    A mistake (UserError, or a full disk) removes it, and the folders above it that were made for it. When the program
+    is stopped otherwise (Ctrl-C, SIGKILL, a crash) it stays, and a later call with the same `key` finds it as it was;
+    with another key or none it starts empty.
 
     Raises:
         UserError: `out` is there and must not be, another process is writing it, or it cannot be written.
@@ -40,7 +42,7 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
     _check_target(out, overwrite)
     part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
     work = part / WORK_NAME
-    with _locked(part, fcntl.LOCK_EX):
+    with _no_empty_parents(part), _locked(part, fcntl.LOCK_EX):
         try:
             _prepare(part, key)
             yield part
@@ -89,6 +91,19 @@ def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _no_empty_parents(part: Path) -> Iterator[None]:
+    """Whatever goes wrong within, folders above `part` that were not there before are removed if they are empty."""
+    new = [folder for folder in part.parents if not os.path.exists(folder)]  # the innermost first
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def _locked(part: Path, kind: int, patient: bool = False) -> Iterator[IO[str] | None]:
     """The work folder of `part`, made, and locked; None where somebody else has the lock and `patient`.
 
@@ -133,7 +148,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if out.exists():
+    if os.path.exists(out):  # Path.exists raises where a folder above may not be entered
         if not overwrite:
             raise UserError(f"{out} is there already; choose another --out, or replace it with --overwrite")
         if not (out / INDEX_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
