@@ -21,7 +21,7 @@ $(VENV)/.installed: setup.py constraints.txt
 		{ echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 2; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: '$(PYTHON) -m venv' failed; install the venv module of your Python (python3-venv)"; exit 2; }
-	@echo "Installing into $(VENV) (2 GB, more where torch brings CUDA; minutes on a first call)"
+	@echo "Installing into $(VENV) (2 GB, or 5.5 where torch comes with CUDA; minutes on a first call)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
