@@ -76,9 +76,9 @@ def _ranks() -> int:
 
 
 def _command(name: str) -> str:
-    """How the user can call this environment's `name`: without its folder where that is on the PATH."""
+    """How the user can call this environment's `name`: with its folder, unless that is on the PATH."""
     path = Path(sys.executable).with_name(name)
-    if shutil.which(name) == str(path):
+    if shutil.which(name) == str(path) or not path.exists():
         return name
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
