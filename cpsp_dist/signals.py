@@ -61,7 +61,11 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(value, Stopped):
-            return  # the process is about to end, with an exit code that a late copy of the signal must not replace
+            # The process is about to end, with an exit code that a late copy of the signal must not replace. Python
+            # takes handlers of its own away before it is through, and leaves those that ignore.
+            for number in ASKING:
+                signal.signal(number, signal.SIG_IGN)
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)

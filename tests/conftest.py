@@ -92,8 +92,8 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two workers more than cores: the two files of Slurm come first, and mostly wait."""
-    return (os.cpu_count() or 1) + 2
+    """One worker more than cores: the two files of Slurm come first, and mostly wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_sessionfinish() -> None:

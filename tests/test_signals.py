@@ -88,6 +88,31 @@ def attempt_alive(attempt: Any, seconds: float) -> None:
     attempt.until(lambda: not all(rank.nursery.alive(rank.pid) for rank in attempt.ranks), seconds)
 
 
+STOPPED_AND_SIGNALLED = """
+import os, signal, sys
+from cpsp_dist.errors import Stopped
+from cpsp_dist.signals import StopSignals
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=int(sys.argv[1])):
+        kill(process, number)
+
+last = Last()  # a global: deleted when Python has taken its handlers of signals away
+try:
+    with StopSignals():
+        raise Stopped
+except Stopped:
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_late_copy_of_the_signal_leaves_the_exit_code(number: signal.Signals) -> None:
+    """Slurm may deliver one several times; a process that has saved and is at its end still asks for a new start."""
+    command = [sys.executable, "-c", STOPPED_AND_SIGNALLED, str(int(number))]
+    assert subprocess.run(command, env=environment(), cwd=REPO, timeout=60).returncode == EXIT_REQUEUE
+
+
 def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
     """A process of its own, as soon as it listens: the imports are yet to come. One line, and nothing is made."""
     config = ["--config", str(KEYPAD), f"output={tmp_path / 'run'}"]

@@ -218,8 +218,9 @@ def test_goes_on_on_another_number_of_nodes(slurm: Any, nursery: Any, keypad_sha
 def test_a_cancelled_job_stays_cancelled(slurm: Any, keypad_shards: Path, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "run", "train.epochs=99"))
     job.until(lambda: "job " in job.output)
-    slurm.run("scancel", job.id)
-    assert job.wait()["JobState"] == "CANCELLED"
+    asked = slurm.run("scancel", job.id)
+    assert asked.returncode == 0, asked.stderr
+    assert job.wait()["JobState"] == "CANCELLED", job.output
     assert job.shown()["Restarts"] == "0"
 
 
