@@ -31,6 +31,14 @@ def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path)
     assert both["event_accuracy/test"] > max(audio["event_accuracy/test"], visual["event_accuracy/test"]) + 2
 
 
+def test_what_is_kept_is_best_on_val_and_test_has_no_say():
+    """What README's comparison rests on; of equals the first."""
+    figures = [(70, 90), (80, 60), (80, 99), (50, 50), (40, 99), (30, 99)]
+    runs = [dict(zip(("accuracy/best_val", "accuracy/test"), pair, strict=True)) for pair in figures]
+    assert modalities.best_on_val(runs, 3) == [runs[1], runs[3]]
+    assert modalities.best_on_val(runs, 1) == runs
+
+
 def test_the_zip_layout_trains_on_two_ranks(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """It learns: 37 videos tell which second is an event, also in others, and of their own also which digit it is.
 
