@@ -200,9 +200,11 @@ class Lab:
 
     def _start_database(self) -> None:
         """slurmdbd's database, with nothing in it; a crash may lose it, the next `up` makes it anew."""
-        data, tables = self.folder / "db", Path("/usr/share/mysql")
+        data, temporary, tables = self.folder / "db", self.folder / "db-tmp", Path("/usr/share/mysql")
         (data / "mysql").mkdir(parents=True)
-        common = ["--no-defaults", "--user=root", f"--datadir={data}", "--innodb-buffer-pool-size=16M"]
+        temporary.mkdir()  # of its own: a server that starts deletes the temporary tables of all others in its folder
+        common = ["--no-defaults", "--user=root", f"--datadir={data}", f"--tmpdir={temporary}"]
+        common += ["--innodb-buffer-pool-size=16M"]
         common += ["--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"]
         common += ["--innodb-lock-wait-timeout=900", "--skip-log-bin", "--performance-schema=OFF", "--sync-frm=OFF"]
         script = "CREATE DATABASE IF NOT EXISTS mysql;\nUSE mysql;\nSET @auth_root_socket=NULL;\n"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import REPO, loss_history
 from packing_sources import files_under
+from slurm_lab import Lab
 from test_crashes import audited
 from test_training import newest_state, overrides
 
@@ -72,6 +74,17 @@ def settings(shards: Path, output: Path, *more: str) -> list[str]:
 
 
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+
+
+def test_a_cluster_that_starts_leaves_those_beside_it_alone(slurm: Any) -> None:
+    """Two test workers start one each: a database server deletes what looks like a temporary table in its folder."""
+    other = Lab(slurm.folder.parent / "other", slurm.port + 30, slurm.env)
+    with tempfile.NamedTemporaryFile(prefix="#sql-temptable-", suffix=".MAI") as table:
+        try:
+            other.up(1)
+        finally:
+            other.down()
+        assert Path(table.name).exists()
 
 
 def test_trains_over_two_nodes(slurm: Any, nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
@@ -216,7 +229,7 @@ def test_goes_on_on_another_number_of_nodes(slurm: Any, nursery: Any, keypad_sha
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "run", "train.epochs=99"))
+    job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "run", "train.steps=100000"))
     job.until(lambda: "job " in job.output)
     asked = slurm.run("scancel", job.id)
     assert asked.returncode == 0, asked.stderr
