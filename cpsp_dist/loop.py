@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cpsp_dist import distributed
+from cpsp_dist import distributed, garbage
 from cpsp_dist.batch import Batch
 from cpsp_dist.cache import Cache
 from cpsp_dist.checkpoint import Checkpoints, Progress, make_folder
@@ -130,6 +130,7 @@ class Run:
         begun = f"{progress.step} of {schedule.steps} steps are saved in {config.output}"
         distributed.stop_if_asked(self.signals, ranks.device, begun if progress.step else "before the first step")
         self.signals.hold()
+        garbage.collect_as_usual()
         for step in range(progress.step, schedule.steps):
             learning_rate = schedule.learning_rate(step)
             norm, witness, parts = math.nan, Witness(), []

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cpsp_dist import garbage
 from cpsp_dist.errors import UserError, guarded
 from cpsp_dist.signals import StopSignals
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     # Torch reads it when imported. Its warnings about a rank that is gone are pages of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    garbage.collect_seldom()
 
     def run() -> None:
         with StopSignals() as signals:  # first of all: the imports below take seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
 for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
     del os.environ[_name]
+
+gc.disable()  # until all is imported: what that makes stays
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -79,6 +82,11 @@ def the_nursery() -> Any:
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
 LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "pool", "launchers", "avdigits", "reference", "training"]
 LONG += ["launch", "demo", "dry_run", "checkpoint", "remote", "signals", "nonfinite", "packing_resume", "tracking"]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -171,6 +171,7 @@ def serve() -> int:
     """The nursery itself. In a child this returns the training command's exit code."""
     import ctypes
 
+    gc.disable()
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import rank_worker
     import torch
@@ -186,6 +187,7 @@ def serve() -> int:
     codes: dict[int, int] = {}
     gc.collect()
     gc.freeze()  # a child's collections would touch, and so copy, all that it shares with this process
+    gc.enable()
     answers.write("ready\n")
     while line := sys.stdin.readline():
         question = json.loads(line)

@@ -23,7 +23,8 @@ LAYERS = [
     {"loop"},
     {"engine", "stream", "packing", "checkpoint", "resume", "meter", "tracking", "evaluate"},
     {"models", "losses", "pool", "metrics", "nonfinite"},
-    {"batch", "cache", "manifest", "config", "schedule", "errors", "distributed", "watch", "signals", "progress"},
+    {"batch", "cache", "manifest", "config", "schedule", "errors", "distributed", "watch", "signals", "progress"}
+    | {"garbage"},
 ]
 #: The one module that may import each.
 KNOWN_BY = {"deepspeed": "engine", "mlflow": "tracking", "submitit": "launch"}

@@ -92,6 +92,7 @@ def test_nothing_left_when_the_reader_fails(monkeypatch, tmp_path):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+@pytest.mark.timing
 def test_peers_read_the_same_samples_slower(tmp_path, monkeypatch):
     """Those that need no environment of their own. The aim is 10 times webdataset's rate on a quiet machine
     (`make bench-peers`); half of that is held here. One that fails is a line of the table."""

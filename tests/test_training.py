@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from conftest import REPO, environment, loss_history
 from safetensors.torch import load_file
 
-from cpsp_dist import distributed
+from cpsp_dist import distributed, garbage
 from cpsp_dist.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
@@ -197,6 +198,32 @@ def user_error(nursery: Any, arguments: list[str], world: int = 1, **more: Any) 
     assert attempt.wait() == [2] * world, attempt.outputs()
     (line,) = [line for rank in attempt.ranks for line in rank.output.strip().splitlines()]
     return line
+
+
+def tell_how_seldom_garbage_is_collected(rank: int) -> None:
+    from cpsp_dist import distributed
+    from cpsp_dist.schedule import Schedule
+
+    for owner, name in ((distributed, "discover"), (Schedule, "learning_rate")):
+        original = getattr(owner, name)
+
+        def tells(*args, name=name, original=original):
+            print(name, gc.get_threshold()[0], gc.get_freeze_count(), flush=True)
+            return original(*args)
+
+        setattr(owner, name, tells)
+
+
+def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(nursery, keypad_shards, tmp_path):
+    run = ["--config", str(KEYPAD), *overrides(keypad_shards, tmp_path / "run", "train.steps=2")]
+    run += ["tracking.enabled=false", "engine.kind=ddp"]
+    output = nursery.start(run, 1, patch="test_training:tell_how_seldom_garbage_is_collected").finish()
+    told = [line.split() for line in output.splitlines() if line.startswith(("discover ", "learning_rate "))]
+    starts, trains, _ = [(name, int(every)) for name, every, _ in told]
+    assert starts == ("discover", garbage.SELDOM)
+    assert trains == ("learning_rate", gc.get_threshold()[0])
+    frozen = [int(count) for _, _, count in told]
+    assert frozen[1] > frozen[0], "what the start made"
 
 
 def test_a_mistake_under_plain_python(tmp_path):
