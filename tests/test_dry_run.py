@@ -35,7 +35,7 @@ def test_its_loss_is_that_of_the_first_step(
     output = nursery.start([*arguments(keypad_shards, tmp_path / "dry" / "run", *more), "--dry-run"], world).finish()
     assert not (tmp_path / "dry").exists(), "nothing is written"
     assert output.strip().endswith("Nothing was written.")
-    assert "steps: 1, for 12 epochs of 48 samples, stopped by train.steps=1" in output
+    assert "steps: 1, for 8 epochs of 48 samples, stopped by train.steps=1" in output
     part = 8 // (world * (2 if "train.accumulation=2" in more else 1))
     assert f"global batch: 8 samples, {part} at a time on each of {world} rank" in output
     nursery.start(arguments(keypad_shards, tmp_path / "run", *more, "tracking.enabled=false"), world).finish()
