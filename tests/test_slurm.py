@@ -229,7 +229,8 @@ def test_goes_on_on_another_number_of_nodes(slurm: Any, nursery: Any, keypad_sha
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, "train_100k.sh", NODES, settings(keypad_shards, tmp_path / "run", "train.steps=100000"))
+    endless = settings(keypad_shards, tmp_path / "run", "train.steps=100000", "train.epochs=99999")
+    job = Job(slurm, tmp_path, "train_100k.sh", NODES, endless)
     job.until(lambda: "job " in job.output)
     asked = slurm.run("scancel", job.id)
     assert asked.returncode == 0, asked.stderr

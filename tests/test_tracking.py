@@ -83,7 +83,7 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     # One epoch of 6 steps, whose weights are the best ones: evaluated in the run, and again at its end.
     (accuracy,) = points["accuracy/val"]
     assert accuracy == 100 * json.loads((output / "evaluation_val.json").read_text())["accuracy"]
-    assert f"epoch 1/12: val accuracy {accuracy:.2f} %" in (two_runs / "gathered.log").read_text()
+    assert f"epoch 1/8: val accuracy {accuracy:.2f} %" in (two_runs / "gathered.log").read_text()
     results = json.loads((output / "results.json").read_text())
     assert run.data.metrics["accuracy/test"] == results["accuracy/test"]
     assert run.data.metrics["accuracy/best_val"] == results["accuracy/best_val"]
