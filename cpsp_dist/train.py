@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     # Torch reads it when imported. Its warnings about a rank that is gone are pages of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    garbage.collect_seldom()
 
     def run() -> None:
         with StopSignals() as signals:  # first of all: the imports below take seconds
@@ -69,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
-    return guarded(run)
+    with garbage.collected_seldom():
+        return guarded(run)
 
 
 if __name__ == "__main__":

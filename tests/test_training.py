@@ -226,6 +226,14 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(nursery
     assert frozen[1] > frozen[0], "what the start made"
 
 
+def test_garbage_of_a_training_inside_a_program_is_collected():
+    before = gc.get_freeze_count(), gc.get_threshold()
+    garbage.collect_as_usual()
+    with garbage.collected_seldom():
+        assert gc.get_threshold()[0] == garbage.SELDOM
+    assert (gc.get_freeze_count(), gc.get_threshold()) == before
+
+
 def test_a_mistake_under_plain_python(tmp_path):
     """Without the nursery, and without a launcher: stderr has the line alone."""
     command = [sys.executable, "-m", "cpsp_dist.train", "--config", "none.yaml"]
