@@ -48,11 +48,11 @@ bench-peers: install
 
 # A real Slurm of 2 virtual nodes on this machine, to try scripts on (Debian, root); the tests start one of their own.
 slurm-up: install
-	@$(RUN) tests/slurm_lab.py install
-	@$(RUN) tests/slurm_lab.py up 2
+	@$(RUN) tests/tools/slurm_lab.py install
+	@$(RUN) tests/tools/slurm_lab.py up 2
 
 slurm-down:
-	@$(RUN) tests/slurm_lab.py down
+	@$(RUN) tests/tools/slurm_lab.py down
 
 clean:
 	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

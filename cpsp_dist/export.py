@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from cpsp_dist.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from cpsp_dist.checkpoint import Progress
     from cpsp_dist.config import Config
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.models import Network
+    from cpsp_dist.training.checkpoint import Progress
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
@@ -60,9 +60,9 @@ def export(run: str | Path, out: str | Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from cpsp_dist.checkpoint import Checkpoints
     from cpsp_dist.config import Config
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.manifest import Manifest
+    from cpsp_dist.training.checkpoint import Checkpoints
 
     checkpoints, out = Checkpoints(run), Path(out)
     newest, _ = checkpoints.newest_valid()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpsp_dist.batch import Batch
+from cpsp_dist.data.batch import Batch
 from cpsp_dist.models.parts import Output
 
 

@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cpsp_dist import garbage
+from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError, guarded
-from cpsp_dist.signals import StopSignals
+from cpsp_dist.training import gc_control
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,24 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cpsp_dist.config import load_config
 
             config = load_config(args.config, args.overrides)
-            from cpsp_dist import distributed
+            from cpsp_dist.distributed import process_group
 
-            ranks = distributed.discover()
+            ranks = process_group.discover()
             if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
                 raise UserError(
                     "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
                 )
-            with distributed.connected(ranks, config.engine.timeout, config.engine.silence, signals):
+            with process_group.connected(ranks, config.engine.timeout, config.engine.silence, signals):
                 if args.dry_run:
-                    from cpsp_dist.dry_run import dry_run
+                    from cpsp_dist.training.dry_run import dry_run
 
                     dry_run(config, ranks, args.world or ranks.world)
                     return
-                from cpsp_dist.loop import train
+                from cpsp_dist.training.trainer import train
 
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
-    with garbage.collected_seldom():
+    with gc_control.collected_seldom():
         return guarded(run)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-#: The GPUs that this machine shows: for test_gpu.py. All else computes on the CPU, which any number of ranks may share.
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+from tests.support.environment import LAUNCHER, REPO, environment
+from tests.support.ranks import prefork_launcher, run_ranks
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-#: What a launcher around the tests would set, and a developer's own tracking server: not for tests.
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
 for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
     del os.environ[_name]
 
 gc.disable()  # until all is imported: what that makes stays
 
-REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
 
@@ -40,43 +34,6 @@ def shared() -> Path:
             pytest.fail("CPSP_REQUIRE_SHARED is set, but there is no ../shared")
         pytest.skip("needs ../shared (reference vectors, avdigits), which this machine lacks")
     return SHARED
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """What a subprocess of a test runs in: no launcher's variables, one thread a rank, the repo importable."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
-    return env | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
-
-
-def loss_history(output: Path) -> list[dict[str, float]]:
-    """The logged loss terms of a run, in order: {'loss/total': …}; to the last digit, to compare equal runs."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/total" in line]
-
-
-def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `function(*args)` (of a test module's top level) in `world` real gloo processes; results by rank.
-
-    Inside, `torch.distributed` is initialised (also for one rank). Any failure or a passed limit ends all of them and
-    fails the test with the output of the rank that failed.
-    """
-    torch.save({"module": function.__module__, "function": function.__name__, "args": args}, tmp_path / "call.pt")
-    the_nursery().call(tmp_path, world).finish(timeout)
-    return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-@functools.cache
-def the_nursery() -> Any:
-    """One for all tests of a process, made when first asked for."""
-    from nursery import Nursery
-
-    return Nursery(Path(tempfile.mkdtemp(prefix="nursery-")))
 
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
@@ -105,21 +62,21 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_sessionfinish() -> None:
-    if the_nursery.cache_info().currsize:
-        the_nursery().close()
-        shutil.rmtree(the_nursery().folder, ignore_errors=True)
+    if prefork_launcher.cache_info().currsize:
+        prefork_launcher().close()
+        shutil.rmtree(prefork_launcher().folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Any:
-    """Starts the training command on any number of ranks in a fraction of a second: see nursery.py."""
-    return the_nursery()
+def prefork() -> Any:
+    """Starts the training command on any number of ranks in a fraction of a second: see prefork.py."""
+    return prefork_launcher()
 
 
 @pytest.fixture(scope="session")
 def slurm(worker_id: str) -> Iterator[Any]:
     """A real Slurm cluster of 4 virtual nodes: see slurm_lab.py. Its users have this Python and this repository."""
-    from slurm_lab import Lab, missing
+    from tests.tools.slurm_lab import Lab, missing
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
     if why := missing():
@@ -141,7 +98,7 @@ def slurm(worker_id: str) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def keypad_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small keypad corpus in AVE's layout: 48 train, 16 val, 16 test videos."""
-    from cpsp_dist.keypad import generate
+    from cpsp_dist.demo.keypad import generate
 
     folder = tmp_path_factory.mktemp("keypad") / "features"
     generate(folder, {"train": 48, "val": 16, "test": 16}, seed=3)

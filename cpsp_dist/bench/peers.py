@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cpsp_dist.bench.loader import bench_loader, noise_shards
+from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.errors import UserError
-from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
-from cpsp_dist.stream import EvalStream
 
 #: peer -> what its environment installs; None: this environment serves.
 PEERS: dict[str, list[str] | None] = {

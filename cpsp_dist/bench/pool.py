@@ -23,14 +23,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cpsp_dist.batch import Batch
 from cpsp_dist.config import Config, ObjectiveSettings
-from cpsp_dist.distributed import Ranks
-from cpsp_dist.engine import build_engine, tune_cpu
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
-from cpsp_dist.losses import Objectives, psa_v
+from cpsp_dist.losses.objectives import Objectives, psa_v
+from cpsp_dist.losses.pool import Rows, mine
 from cpsp_dist.models import Output, build_model
-from cpsp_dist.pool import Rows, mine
+from cpsp_dist.training.engine import build_engine, tune_cpu
 
 #: The published sizes.
 SEGMENTS, VISUAL, AUDIO, CATEGORIES, WIDTH = 10, 512, 128, 28, 256

@@ -26,7 +26,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from cpsp_dist.report import compare
+    from cpsp_dist.tracking.compare import compare
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
     metrics = args.metrics.split(",")

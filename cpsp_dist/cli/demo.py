@@ -16,6 +16,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from cpsp_dist.demo import demo
+    from cpsp_dist.demo.run import demo
 
     demo(args.config, args.output, seeds=args.seeds, ranks=args.ranks, overrides=args.overrides)

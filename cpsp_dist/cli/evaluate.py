@@ -17,8 +17,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _evaluate(args: argparse.Namespace) -> None:
     import json
 
-    from cpsp_dist.evaluate import evaluate_run
-    from cpsp_dist.report import format_evaluation
+    from cpsp_dist.tracking.compare import format_evaluation
+    from cpsp_dist.training.evaluate import evaluate_run
 
     found = evaluate_run(args.run, args.split, args.shards)
     print(json.dumps(found, indent=1) if args.json else format_evaluation(found))

@@ -27,9 +27,9 @@ def register(commands: argparse._SubParsersAction) -> None:
 def _import(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
-    from cpsp_dist.cache import Cache
     from cpsp_dist.config import load_config
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.cache import Cache
+    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.models import model_for
     from cpsp_dist.models.published import load_published
 

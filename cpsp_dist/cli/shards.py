@@ -249,7 +249,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.packing.preview import describe
 
     print(describe(Manifest.load(args.folder)))
@@ -257,7 +257,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.packing.preview import draw, preview, select
 
     manifest = Manifest.load(args.folder)
@@ -272,8 +272,8 @@ def _preview(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from cpsp_dist.manifest import Manifest
-    from cpsp_dist.stream.simulate import describe, simulate
+    from cpsp_dist.data.manifest import Manifest
+    from cpsp_dist.data.reader.simulate import describe, simulate
 
     sizes = {"nodes": args.nodes, "gpus": args.gpus, "batch": args.batch}
     found = simulate(
@@ -289,7 +289,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _keypad(args: argparse.Namespace) -> int:
-    from cpsp_dist.keypad import generate
+    from cpsp_dist.demo.keypad import generate
 
     generate(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.seed)
     print(f"{args.out}: keypad with {args.train} train, {args.val} val, {args.test} test videos, in AVE's layout")

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpsp_dist.config import Config, flat, load_config
-from cpsp_dist.distributed import discover
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.distributed.process_group import discover
 from cpsp_dist.doctor import machine, places
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, one_line, stuck
 from cpsp_dist.doctor.meeting import Meeting, all_reduce, attendance, clocks, network_fix
-from cpsp_dist.engine import deepspeed_settings, import_deepspeed
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
-from cpsp_dist.manifest import Manifest
+from cpsp_dist.training.engine import deepspeed_settings, import_deepspeed
 
 #: Checks that a rank makes for itself, one after the other, each within the limit.
 OWN_CHECKS = 10

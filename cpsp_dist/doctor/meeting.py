@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.distributed import Ranks, settle_address
+from cpsp_dist.distributed.process_group import Ranks, settle_address
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, one_line, within
 from cpsp_dist.errors import UserError
 

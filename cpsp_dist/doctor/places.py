@@ -14,16 +14,16 @@ from urllib.parse import quote
 import torch
 from crc32c import crc32c
 
-from cpsp_dist.cache import Cache, without_secrets
-from cpsp_dist.checkpoint import Checkpoints
 from cpsp_dist.config import Config
+from cpsp_dist.data.cache import Cache, without_secrets
+from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.data.reader.files import file_system
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
 from cpsp_dist.doctor.meeting import CLOCK_TOLERANCE, Meeting
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.models import model_for
-from cpsp_dist.stream.files import file_system
-from cpsp_dist.tracking import reach, tracking_uri
+from cpsp_dist.tracking.mlflow import reach, tracking_uri
+from cpsp_dist.training.checkpoint import Checkpoints
 
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4

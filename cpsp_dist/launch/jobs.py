@@ -140,7 +140,7 @@ def _alive(job: Job) -> bool:
 
 def describe(jobs: Sequence[Job], now: dict[str, State]) -> str:
     """A line for each job: state, step, log; and below it why one failed."""
-    from cpsp_dist.report import format_table
+    from cpsp_dist.tracking.compare import format_table
 
     rows = [
         {

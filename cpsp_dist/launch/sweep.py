@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpsp_dist.cache import without_secrets
 from cpsp_dist.config import Config, check_config
+from cpsp_dist.data.cache import without_secrets
 from cpsp_dist.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.

@@ -1,7 +1,7 @@
 """The networks: a batch's features in, one `Output` with named fields out.
 
-Shape letters as in `cpsp_dist.batch`; D is the width of the fused segment features (256 in every published model) and
-P = 49 the positions of a 7×7 visual map.
+Shape letters as in `cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model)
+and P = 49 the positions of a 7×7 visual map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpsp_dist.models.weights import load_weights
 
 if TYPE_CHECKING:  # an exported model is loaded with torch and safetensors alone
     from cpsp_dist.config import ModelSettings
-    from cpsp_dist.manifest import Manifest
+    from cpsp_dist.data.manifest import Manifest
 
 __all__ = ["Network", "Output", "build_model", "load_weights", "model_for"]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.manifest import SPLITS
 from cpsp_dist.packing.source import (
     Entry,
     Features,

@@ -22,8 +22,8 @@ from typing import BinaryIO
 import numpy as np
 from crc32c import crc32c
 
+from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
 
 BLOCK = 512
 MEMBERS = ("audio.npy", "json", "label.npy", "visual.npy")  # that every sample has

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpsp_dist.data.manifest import Field, Manifest
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import Field, Manifest
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
 from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan, plan_key, sample_bytes, schema
 from cpsp_dist.packing.source import Source, SourceOptions, open_source
 from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
 from cpsp_dist.packing.write import write_shard
-from cpsp_dist.progress import Progress
+from cpsp_dist.utils.progress import Progress
 
 MAX_PROBLEMS = 20  # reading stops after so many: a wrong option would fail every video
 SKIPPED_NAME = "skipped.txt"

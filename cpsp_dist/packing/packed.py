@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
+from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.manifest import Manifest
 from cpsp_dist.packing.source import Entry, Features, SourceOptions
 
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import SPLITS
 from cpsp_dist.packing.source import Entry, Features, SourceOptions, channels_last, find_files, read_lines
 
 SEGMENTS = 10

@@ -15,8 +15,8 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from cpsp_dist.data.manifest import FORMAT_VERSION, Field
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import FORMAT_VERSION, Field
 from cpsp_dist.packing.index import BLOCK, split_order
 from cpsp_dist.packing.source import Entry, Source
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
-from cpsp_dist.manifest import Manifest
 from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
 

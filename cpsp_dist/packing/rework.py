@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.manifest import Manifest
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_order
 from cpsp_dist.packing.plan import keyed_hash
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.target import workplace
-from cpsp_dist.progress import progress
+from cpsp_dist.utils.progress import progress
 
 
 def rebuild(folder: Path, categories: list[str] | None = None) -> Manifest:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from cpsp_dist.data.manifest import INDEX_NAME
 from cpsp_dist.errors import UserError
-from cpsp_dist.manifest import INDEX_NAME
 
 
 class Interrupted(UserError):

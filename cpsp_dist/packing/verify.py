@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
+from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest, Shard
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import ARRAY_FIELDS, Manifest, Shard
 from cpsp_dist.packing.index import index_shard
-from cpsp_dist.progress import Progress
+from cpsp_dist.utils.progress import Progress
 
 MAX_LISTED = 20
 

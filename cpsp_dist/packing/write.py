@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from cpsp_dist.data.manifest import Field
 from cpsp_dist.errors import DataError
-from cpsp_dist.manifest import Field
 from cpsp_dist.packing.index import KEY_BYTES
 from cpsp_dist.packing.plan import ShardPlan
 from cpsp_dist.packing.source import Entry, Features, Source

@@ -1,0 +1,255 @@
+"""The manifest of a folder of shards: `index.json`, and beside it the table of samples, memory-mapped.
+
+`index.json` is a superset of the wids v1 index, so wids tools read it. `samples.npy` has a row for each sample (dtype
+`SAMPLE`), the splits one after the other, in the order of the shards: what the reader needs to fetch any sample with
+one positioned read. About 100 bytes a sample.
+
+A folder may be a URL (`https://…`, `s3://…`, any that fsspec knows): its table and shards are then kept by a `Cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpsp_dist.data.cache import Cache, Remote, is_url, without_secrets
+from cpsp_dist.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+TABLE_NAME = "samples.npy"
+SPLITS = ("train", "val", "test")
+ARRAY_FIELDS = ("visual", "audio", "label")
+
+#: Offsets are bytes into the shard of an array's data (behind the .npy header) or of the json text; crc is crc32c of
+#: those bytes. Array sizes are constant and follow from the schema. `events` counts event segments.
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        *[(name, "<u8") for name in (*ARRAY_FIELDS, "json")],
+        ("json_size", "<u4"),
+        *[(f"{name}_crc", "<u4") for name in (*ARRAY_FIELDS, "json")],
+        ("category", "<i4"),
+        ("events", "<u2"),
+        ("video", "<u4"),
+        ("key", "S48"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a sample: the same type and shape in every sample."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file. `first` is its first row in the sample table; `histogram` counts its videos by category name."""
+
+    url: str
+    split: str
+    first: int
+    nsamples: int
+    filesize: int
+    sha256: str
+    histogram: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a folder of shards but the features.
+
+    Attributes:
+        folder: where `index.json` lies; shard urls are relative to it. Of remote shards: where the cache keeps them.
+        fields: `visual` [T, 7, 7, C], `audio` [T, A], `label` [T] (uint8, 1 in event segments).
+        categories: names, in class order.
+        shards: in table order.
+        samples: the table, [N] of dtype `SAMPLE`, read-only memory map.
+        remote: the URL they were loaded from; None for a folder of this machine.
+    """
+
+    folder: Path
+    fields: dict[str, Field]
+    categories: list[str]
+    shards: list[Shard]
+    samples: np.ndarray
+    remote: Remote | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder or URL, as messages name it (without passwords)."""
+        return str(self.remote or self.folder)
+
+    @cached_property
+    def splits(self) -> dict[str, range]:
+        """Rows of the sample table of each split."""
+        rows: dict[str, range] = {}
+        for shard in self.shards:
+            start = rows[shard.split].start if shard.split in rows else shard.first
+            rows[shard.split] = range(start, shard.first + shard.nsamples)
+        return rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash over schema, categories and the shards' hashes: the same exactly when the data are the same."""
+        return _fingerprint(self.fields, self.categories, self.shards)
+
+    def rows(self, split: str) -> range:
+        """Rows of `split`; raises DataError naming the splits there are."""
+        if split not in self.splits:
+            raise DataError(f"{self.place}: no split '{split}' in these shards; there are: {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies; a remote one only while it is in the cache, see `at_hand`."""
+        return self.folder / shard.url if self.remote is None else self.remote.cache.path(shard.sha256)
+
+    @contextmanager
+    def at_hand(self, shard: Shard) -> Iterator[Path]:
+        """The path of a shard, fetched if need be, which stays for the time of the `with`. Raises DataError."""
+        if self.remote is None:
+            yield self.path(shard)
+            return
+        held = self.remote.open(shard.url, shard.sha256, shard.filesize)
+        try:
+            yield self.path(shard)
+        finally:
+            os.close(held)
+
+    def save(self) -> None:
+        """Write the table, then `index.json`: a folder with an index is complete."""
+        table = self.folder / TABLE_NAME
+        part = self.folder / (TABLE_NAME + ".part")
+        with open(part, "wb") as file:
+            np.save(file, np.asarray(self.samples))
+        part.replace(table)
+        index = {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": self.folder.name.removesuffix(".part"),
+            "cpsp_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "table": {"url": TABLE_NAME, "sha256": _sha256(table)},
+            "fields": {name: {"dtype": f.dtype, "shape": list(f.shape)} for name, f in self.fields.items()},
+            "categories": self.categories,
+            "splits": {name: len(rows) for name, rows in self.splits.items()},
+            "shardlist": [asdict(shard) for shard in self.shards],
+        }
+        part = self.folder / (INDEX_NAME + ".part")
+        part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(self.folder / INDEX_NAME)
+
+    @staticmethod
+    def load(place: str | Path, cache: Cache | None = None) -> Manifest:
+        """Read a manifest from a folder or a URL; `cache` keeps what a URL holds (by default, `Cache()`).
+
+        Raises:
+            DataError: no such folder, no or a damaged index, a table that is not the index's (every byte), missing or
+                truncated shards (by file size; `shards verify` reads every byte). Remote shards are checked, every
+                byte, as they are fetched.
+        """
+        if is_url(place):
+            return _load_remote(Remote(str(place), cache or Cache()))
+        folder = Path(place)
+        index_path = folder / INDEX_NAME
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder of shards; pack one with `cpsp-dist shards pack`")
+        if not index_path.is_file():
+            raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
+        index = _Index.parse(index_path.read_bytes(), str(index_path))
+        table = _load_table(folder / TABLE_NAME, index, "`cpsp-dist shards index` makes it anew from the tars")
+        manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
+        for shard in index.shards:
+            path = manifest.path(shard)
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.filesize:
+                state = "missing" if size is None else f"{size} bytes long, not {shard.filesize}"
+                raise DataError(f"{path}: shard is {state}; copy or pack it again")
+        return manifest
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `index.json` says."""
+
+    fields: dict[str, Field]
+    categories: list[str]
+    shards: list[Shard]
+    table_sha256: Any
+
+    @staticmethod
+    def parse(content: bytes, path: str) -> _Index:
+        try:
+            index = json.loads(content)
+            if index.get("cpsp_version") != FORMAT_VERSION:
+                raise DataError(
+                    f"{path}: format version {index.get('cpsp_version')!r}, this program reads {FORMAT_VERSION}"
+                )
+            fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
+            shards = [Shard(**shard) for shard in index["shardlist"]]
+            types = {(type(s.url), type(s.sha256), type(s.filesize), type(s.nsamples)) for s in shards}
+            if types - {(str, str, int, int)}:
+                raise TypeError("shardlist")
+            categories = list(index["categories"])
+            recorded = index["fingerprint"]
+            found = _Index(fields, categories, shards, index["table"]["sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not a readable shard index ({error!r}); pack the shards again") from None
+        if recorded != _fingerprint(fields, categories, shards):
+            raise DataError(f"{path}: changed by hand or damaged (fingerprint differs); pack the shards again")
+        return found
+
+
+def _load_remote(remote: Remote) -> Manifest:
+    index = _Index.parse(remote.read(INDEX_NAME), without_secrets(remote.join(INDEX_NAME)))
+    digest = str(index.table_sha256)
+    held = remote.open(TABLE_NAME, digest)
+    try:
+        table = _load_table(remote.cache.path(digest), index, "delete this file of the cache, and it is fetched again")
+    finally:
+        os.close(held)  # the map outlives the file, should the cache delete it
+    return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
+
+
+def _fingerprint(fields: dict[str, Field], categories: list[str], shards: list[Shard]) -> str:
+    content = [
+        {name: [f.dtype, list(f.shape)] for name, f in sorted(fields.items())},
+        categories,
+        [[s.split, s.nsamples, s.sha256] for s in shards],
+    ]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def _load_table(path: Path, index: _Index, remedy: str) -> np.ndarray:
+    """The table, once all its bytes are known to be right: no checksum of an array covers what it says of a sample."""
+    try:
+        if _sha256(path) != index.table_sha256:
+            raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
+        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: sample table missing or damaged ({error}); {remedy}") from None
+    if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):
+        raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; {remedy}")
+    return samples

@@ -1,0 +1,130 @@
+"""The demo: keypad features made and packed, then PSP and CPSP, with local and gathered pools, compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cpsp_dist.config import load_config
+from cpsp_dist.errors import UserError
+from cpsp_dist.tracking.compare import compare
+
+#: What is compared: name, settings. All at one global batch and the same seeds.
+KINDS = {
+    "psp": ["objectives.avps=0", "objectives.psa_s=0", "objectives.psa_v=0"],
+    "cpsp-local-pool": ["pool.scope=local"],
+    "cpsp-gathered-pool": ["pool.scope=gather"],
+}
+MARK = "cpsp-dist-demo"
+RUN_LIMIT_SECONDS = 1800
+
+
+def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: Sequence[str]) -> None:
+    """Run the demo in `output`, which is made anew. Its MLflow store is there too, whatever MLFLOW_TRACKING_URI says:
+    what it compares are its own runs.
+
+    Raises:
+        UserError: a mistake in the configuration, `output` is somebody else's folder, or a run that failed.
+    """
+    load_config(config, overrides)  # mistakes are told before anything is made
+    began = time.monotonic()
+    folder = Path(output)
+    if ranks is None:
+        ranks = _ranks()
+    _make_anew(folder)
+    shards = folder / "shards"
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    say = _Steps(3 + len(KINDS) * seeds)
+    say("Make the keypad corpus: digits on a wall, telephone tones, ten seconds each (AVE's h5 layout)")
+    _run(["-m", "cpsp_dist", "shards", "keypad", "--out", str(folder / "features")])
+    say("Pack the features into WebDataset shards")
+    _run(["-m", "cpsp_dist", "shards", "pack", "--layout", "ave-h5", "--source", str(folder / "features")]
+         + ["--out", str(shards)])  # fmt: skip
+    _run(["-m", "cpsp_dist", "shards", "preview", str(shards), "-n", "4"])
+    for seed in range(1, seeds + 1):
+        for name, settings in KINDS.items():
+            say(f"Train {name}, seed {seed}, on {ranks} ranks")
+            run = f"{name}-seed{seed}"
+            _run(
+                ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "cpsp_dist.train"]
+                + ["--config", config, f"data.shards={shards}", f"output={folder / run}", f"train.seed={seed}"]
+                + ["tracking.experiment=demo", f"tracking.run_name={run}", *settings, *overrides],
+                quiet=["[Gloo]", "torch/distributed/run.py"],
+                env={"MLFLOW_TRACKING_URI": store},
+            )
+    say("Compare the runs (test accuracy in percent; mean ± standard deviation over seeds)")
+    print(compare(store, "demo", ["accuracy/test", "accuracy/best_val", "videos_per_second"], mean=True))
+    print(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
+    print(f"  {_command('cpsp-dist')} compare --experiment demo --uri {store}")
+    print(f"  {_command('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+
+
+def _ranks() -> int:
+    """Two; but a GPU takes one rank."""
+    import torch
+
+    if torch.cuda.device_count() != 1:
+        return 2
+    print("One GPU, so one rank, whose own pool is the gathered one; the difference takes two")
+    return 1
+
+
+def _command(name: str) -> str:
+    """How the user can call this environment's `name`: with its folder, unless that is on the PATH."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path) or not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _make_anew(folder: Path) -> None:
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(f"--output {folder}: exists and is not an earlier demo's; choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
+class _Steps:
+    """Numbered headings."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+
+    def __call__(self, text: str) -> None:
+        self.done += 1
+        print(f"\n[{self.done}/{self.total}] {text}", flush=True)
+
+
+def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    """Run python with `arguments` and `env` on top of the environment, passing on its lines but those of launchers that
+    hold a text of `quiet`."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(env or {})},
+    )
+    # Ends a run that hangs without a word, too.
+    limit = threading.Timer(RUN_LIMIT_SECONDS, process.kill)
+    limit.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not any(text in line for text in quiet):
+                print("    " + line, end="", flush=True)
+        code = process.wait()
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait()
+    if code != 0:
+        raise UserError(f"failed with exit code {code}: python {' '.join(arguments)}")

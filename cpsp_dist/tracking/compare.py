@@ -1,0 +1,106 @@
+"""What came out: the evaluation of a run, and the table of runs with what differs between them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from cpsp_dist.tracking.mlflow import all_runs
+
+#: Settings that tell runs apart but are no reason for a column: the run's name says it.
+UNTOLD = ("output", "tracking.run_name", "tracking.parent")
+
+
+def format_evaluation(found: dict[str, Any]) -> str:
+    """Accuracy, by category and by second, for people."""
+    rows = [
+        {"category": name, "segments": shares["segments"]}
+        | {key: f"{100 * shares[key]:.1f}" for key in ("precision", "recall", "f1")}
+        for name, shares in found["categories"].items()
+    ]
+    seconds = " ".join(f"{100 * share:.0f}" for share in found["seconds"])
+    return (
+        f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n"
+        f"segment accuracy {100 * found['accuracy']:.2f} %, of event or background alone "
+        f"{100 * found['event_accuracy']:.2f} %; event-boundary F1 {100 * found['boundary_f1']:.1f} %\n"
+        f"accuracy at each second (%): {seconds}\n\n{format_table(rows)}"
+    )
+
+
+def compare(
+    uri: str,
+    experiment: str,
+    metrics: Sequence[str],
+    *,
+    parent: str | None = None,
+    mean: bool = False,
+    as_json: bool = False,
+) -> str:
+    """A table of the experiment's runs: name, state, the settings in which they differ, their last metrics.
+
+    With `parent`, those of one sweep (its name or MLflow id). With `mean`, runs alike in all but `train.seed` share a
+    row: mean ± standard deviation over the seeds that finished.
+
+    Raises:
+        UserError: no such store or experiment, or no run in it.
+    """
+    runs = all_runs(uri, experiment, parent)
+    keys = sorted({key for run in runs for key in run["params"]} - set(UNTOLD) - ({"train.seed"} if mean else set()))
+    differing = [key for key in keys if len({run["params"].get(key) for run in runs}) > 1]
+    rows = _means(runs, differing, metrics) if mean else [_row(run, differing, metrics) for run in runs]
+    if as_json:
+        return json.dumps(rows, indent=1)
+    if not rows:
+        return f"experiment '{experiment}' has no runs yet"
+    return format_table(rows)
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as aligned text, numbers to the right."""
+    columns = list(rows[0])
+    cells = [[_text(row[column]) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    right = [all(isinstance(row[column], float | int | None) for row in rows) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        return "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _row(run: dict[str, Any], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    told = {"run": run["name"], "state": run["status"].lower()}
+    told |= {_short(key): run["params"].get(key, "-") for key in settings}
+    return told | {name: run["metrics"].get(name) for name in metrics}
+
+
+def _means(runs: Sequence[dict[str, Any]], settings: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["status"] == "FINISHED":
+            groups.setdefault(tuple(run["params"].get(key, "-") for key in settings), []).append(run)
+    rows = []
+    for values, group in groups.items():
+        # As the demo and sweeps name them.
+        name = re.sub(rf"[-,]?\bseed=?{group[0]['params'].get('train.seed')}$", "", group[0]["name"])
+        told: dict[str, Any] = {"runs": name or "all", "seeds": len(group)}
+        told |= {_short(key): value for key, value in zip(settings, values, strict=True)}
+        for name in metrics:
+            points = [run["metrics"][name] for run in group if name in run["metrics"]]
+            deviation = f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+            told[name] = f"{statistics.mean(points):.2f}{deviation}" if points else None
+        rows.append(told)
+    return rows
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("objectives.").removeprefix("train.")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,213 @@
+"""Checkpoints of a run: whole tensors by name, so any world size, ZeRO stage or engine can continue from them.
+
+A checkpoint is a folder `step-00000123` that appears by one rename after everything in it is on disk; `commit.json`
+holds the hash of each of its files. `latest`, written last, names the newest for people and tools; loading does not
+trust it and looks for the newest that is whole. There is nothing to save of the random states: each step seeds itself
+from (seed, step, rank), and the order of samples is a function of (seed, position).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cpsp_dist.config import Config
+from cpsp_dist.errors import DataError
+from cpsp_dist.training.engine import TrainingState
+
+LATEST = "latest"
+COMMIT = "commit.json"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: optimizer steps done. position: samples delivered, over all ranks and epochs.
+        best_accuracy, best_step: best accuracy (percent) on val so far, and the step of that checkpoint.
+        nonfinite: steps left out so far because a loss or gradient was not finite.
+        run_id: the MLflow run. config: the resolved configuration. fingerprint: the shards'. world: ranks that wrote.
+    """
+
+    step: int = 0
+    position: int = 0
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    nonfinite: int = 0
+    run_id: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    world: int = 1
+    finished: bool = False
+
+
+class Checkpoints:
+    """The checkpoints below a run's output folder. Writing is for one process; anybody may read."""
+
+    def __init__(self, output: str | Path):
+        self.folder = Path(output) / "checkpoints"
+
+    def save(self, state: TrainingState, progress: Progress, keep: int) -> Path:
+        """Write a checkpoint and remove all but the `keep` newest and the best one.
+
+        Raises:
+            OSError, SafetensorError: it could not be written; earlier checkpoints are intact.
+        """
+        make_folder(self.folder)
+        target = self.path(progress.step)
+        part = self.folder / f".{target.name}.part"
+        self._remove_leftovers()
+        try:
+            self._write(part, state, progress)
+            if target.exists():  # the same step again: this one was damaged, and the run resumed before it
+                shutil.rmtree(target)
+            part.rename(target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # of a full disk, give back what it took
+            raise
+        _sync(self.folder)
+        latest = self.folder / f".{LATEST}.part"
+        latest.write_text(target.name + "\n", encoding="utf-8")
+        _sync(latest)
+        latest.replace(self.folder / LATEST)
+        _sync(self.folder)
+        for old in self.steps()[:-keep]:
+            if old != progress.best_step:
+                # Out of sight by one rename: whatever ends the removal leaves no half checkpoint behind.
+                self.path(old).rename(gone := self.folder / f".{self.path(old).name}.part")
+                shutil.rmtree(gone, ignore_errors=True)
+        return target
+
+    def _remove_leftovers(self) -> None:
+        for left in self.folder.glob(".*.part"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+    def _write(self, part: Path, state: TrainingState, progress: Progress) -> None:
+        """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
+        part.mkdir()
+        save_file(state.weights, part / WEIGHTS)
+        moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
+        save_file(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
+        described = asdict(progress) | {"updates": state.updates}
+        (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+        commit = {"files": hashes, "own": _digest_of(hashes)}
+        (part / COMMIT).write_text(json.dumps(commit, indent=1), encoding="utf-8")
+        for path in part.iterdir():
+            _sync(path)
+        _sync(part)
+
+    @staticmethod
+    def bytes_needed(model: nn.Module, config: Config) -> tuple[int, int]:
+        """Of one checkpoint of this model (its parameters may be 'meta'), and of all that a run has at a time: those
+        it keeps, the best one, and the one that is being written."""
+        weights = sum(p.numel() for p in model.parameters()) * (8 if config.train.precision == "fp64" else 4)
+        one = weights * (3 if config.train.optimizer == "adam" else 1)
+        return one, one * (config.checkpoint.keep + 2)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising; not yet verified."""
+        return sorted(int(p.name.split("-")[1]) for p in self.folder.glob("step-*") if p.is_dir())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def newest_valid(self) -> tuple[int | None, list[str]]:
+        """The newest step whose files are all as they were written, and a line about each newer one passed over."""
+        passed_over: list[str] = []
+        for step in reversed(self.steps()):
+            mistakes = list(self.verify(step))
+            if not mistakes:
+                return step, passed_over
+            passed_over.append(f"{self.path(step)}: passed over: {'; '.join(mistakes)}")
+        return None, passed_over
+
+    def verify(self, step: int) -> Iterable[str]:
+        """What is wrong with a checkpoint; nothing when every file is there and unchanged."""
+        folder = self.path(step)
+        try:
+            commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+            expected = commit["files"]
+            if commit["own"] != _digest_of(expected):
+                raise ValueError("changed")
+        except FileNotFoundError:
+            yield f"{COMMIT} is missing"
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            yield f"{COMMIT} is damaged"
+            return
+        for name in (WEIGHTS, OPTIMIZER, PROGRESS):
+            if not (folder / name).is_file():
+                yield f"{name} is missing"
+            elif _sha256(folder / name) != expected.get(name):
+                yield f"{name} is damaged"
+
+    def load(self, step: int) -> tuple[TrainingState, Progress]:
+        """The state and progress of a checkpoint.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        folder = self.path(step)
+        try:
+            weights = _read(folder / WEIGHTS)
+            moments: dict[str, dict[str, Any]] = {}
+            for key, tensor in _read(folder / OPTIMIZER).items():
+                moment, name = key.split("/", 1)
+                moments.setdefault(moment, {})[name] = tensor
+            described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            updates = described.pop("updates")
+            objectives = moments.pop("objectives", {})
+            return TrainingState(weights, moments, updates, objectives), Progress(**described)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make it and what is missing above it, on disk for good: a folder is an entry in the one above."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _sync(path.parent)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory: safetensors alone maps the file, which may be removed or written anew."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,238 @@
+"""`python -m cpsp_dist.train --dry-run`: what a run would be, told, and its first step made; nothing is written."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from cpsp_dist.config import Config
+from cpsp_dist.data.cache import Cache
+from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.distributed import process_group
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
+from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.training.trainer import dropout_seed, new_model, open_stream
+
+#: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).
+TABLES = 4
+
+
+def dry_run(config: Config, ranks: Ranks, world: int) -> None:
+    """Tell the plan for `world` ranks, on rank 0. All ranks, connected already, call it together.
+
+    One process may plan for more: it then takes the step that rank 0 would, with its own share as the pool.
+
+    Raises:
+        UserError: what a training would raise before its first step.
+    """
+    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    if ranks.device.type == "cpu":
+        tune_cpu()
+    planned = replace(ranks, world=world)
+    with open_stream(config, manifest, planned) as stream:
+        model = new_model(config, manifest)
+        parameters = sum(p.numel() for p in model.parameters())
+        checkpoint = Checkpoints.bytes_needed(model, config)
+        step = first_step(model, config, ranks, stream)
+        schedule = Schedule(config.train, stream.schedule.epoch_length)
+    if not ranks.first:
+        return
+    memory = memory_of_a_rank(parameters, config, manifest, world, step["activations"], step["width"])
+    sections = {
+        "Settings": _settings(config),
+        "Data": _data_plan(config, manifest, schedule, world),
+        f"Memory of a rank, of {world} on {ranks.device.type} (estimate)": _memory(memory, parameters, config),
+        "Output": _output(config, *checkpoint),
+        f"First step, on {ranks.device.type}": _step(step, ranks, world),
+    }
+    for title, lines in sections.items():
+        print(title, *(f"  {line}" for line in lines), sep="\n")
+    print(
+        "Nothing was written." if manifest.remote is None else "Nothing was written but fetched shards, to the cache."
+    )
+
+
+def first_step(model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream) -> dict[str, Any]:
+    """The first optimizer step of a run: its loss and terms over all ranks, the gradient norm, seconds, and bytes that
+    a micro-batch keeps for the backward pass (activations), of this rank; width of the pool's rows."""
+    engine = build_engine(model, config, ranks)
+    objectives = Objectives(
+        config.objectives, pool=config.pool.scope, bank=config.pool.bank, supervision=config.model.supervision
+    )
+    engine.module.train()
+    learning_rate = Schedule(config.train, 1).learning_rate(0)
+    sums: dict[str, Tensor] = {}
+    kept, width, norm, seconds = 0, 0, math.nan, 0.0
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    batches = stream.batches()
+    for part, weight in enumerate(stream.schedule.weights(0, config.train.accumulation)):
+        batch = next(batches).to(ranks.device)
+        began = time.perf_counter()  # without the wait for the first batch
+        torch.manual_seed(dropout_seed(config, 0, part, ranks))
+        with _activations(engine.module) as count:
+            output = engine(batch)
+            loss, terms = objectives(output, batch)
+        engine.backward(weight * loss)
+        norm = engine.step(learning_rate)
+        seconds += time.perf_counter() - began
+        kept, width = max(kept, count()), output.fusion.shape[-1]
+        sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
+    means = process_group.sum_over_ranks(torch.stack([*sums.values()])) / (config.train.accumulation * ranks.world)
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "terms": dict(zip(sums, means.tolist(), strict=True)),
+        "norm": norm,
+        "seconds": seconds,
+        "activations": kept,
+        "width": width,
+        "peak": peak,
+        "received": objectives.traffic.bytes,
+    }
+
+
+@contextmanager
+def _activations(module: nn.Module) -> Iterator[Callable[[], int]]:
+    """Counts the bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Anew each time: ZeRO 3 gathers parameters for the moment.
+        if storage.data_ptr() not in {p.data.untyped_storage().data_ptr() for p in module.parameters()}:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(kept.values())
+
+
+def memory_of_a_rank(
+    parameters: int, config: Config, manifest: Manifest, world: int, activations: int, width: int
+) -> dict[str, float]:
+    """Bytes by purpose. activations: bytes, measured; width: of the pool's rows."""
+    stage = 0
+    if config.engine.kind == "deepspeed":
+        stage = deepspeed_settings(config, world)["zero_optimization"]["stage"]
+    whole = PRECISIONS[config.train.precision].itemsize
+    state = 8 if config.train.precision == "fp64" else 4
+    if config.engine.kind == "ddp":
+        whole = state  # bf16 by autocast: the weights stay float32
+    share = {at: 1 / world if stage >= at else 1 for at in (1, 2, 3)}
+    slots = samples_of_a_rank(config, world)
+    pool = slots * (world if config.pool.scope == "gather" else 1) + config.pool.bank
+    ddp_buckets = config.engine.kind == "ddp" and world > 1
+    batch = slots * sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
+    found = {
+        "weights": parameters * whole * share[3],
+        "gradients": parameters * whole * share[2] * (2 if ddp_buckets else 1),
+        "float32 weights": parameters * 4 * share[1] if stage else 0,
+        "Adam": parameters * 2 * state * share[1] if config.train.optimizer == "adam" else 0,
+        "reader": (config.data.depth + 1) * batch,
+        "activations": activations,
+    }
+    if config.objectives.psa_v:
+        found["pool"] = pool * width * 4 + TABLES * slots * pool * 4
+    return found
+
+
+def samples_of_a_rank(config: Config, world: int) -> int:
+    """Slots of a micro-batch on a rank."""
+    return -(-config.train.global_batch // (config.train.accumulation * world))
+
+
+def _settings(config: Config) -> list[str]:
+    content = config.model_dump(mode="json")
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).splitlines()
+
+
+def _data_plan(config: Config, manifest: Manifest, schedule: Schedule, world: int) -> list[str]:
+    train = config.train
+    fields = ", ".join(f"{name} {np.dtype(f.dtype).name} {list(f.shape)}" for name, f in manifest.fields.items())
+    lines = [f"{manifest.place}: {len(manifest.categories)} categories; {fields}"]
+    for name, rows in manifest.splits.items():
+        shards = [shard for shard in manifest.shards if shard.split == name]
+        size = sum(shard.filesize for shard in shards)
+        lines.append(f"{name}: {len(rows):,} samples in {len(shards):,} shard{'s' * (len(shards) > 1)}, {_size(size)}")
+    sample = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
+    each = samples_of_a_rank(config, world)
+    text = f"global batch: {train.global_batch} samples, {each} at a time on each of {world} rank{'s' * (world > 1)}"
+    lines.append(text + (f", in {train.accumulation} parts one after the other" if train.accumulation > 1 else ""))
+    stop = f", stopped by train.steps={train.steps}" if schedule.steps == train.steps else ""
+    lines.append(f"steps: {schedule.steps:,}, for {train.epochs} epochs of {schedule.length:,} samples{stop}")
+    a_rank = each * train.accumulation * sample
+    lines.append(f"a step reads {_size(train.global_batch * sample)}, {_size(a_rank)} of it on a rank")
+    if "val" in manifest.splits:
+        every = config.evaluation.every_epochs
+        lines.append(f"val is evaluated every {f'{every} epochs' if every > 1 else 'epoch'}, and at the end")
+    return lines
+
+
+def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[str]:
+    remarks = {
+        "weights": f"{parameters:,} parameters, {config.train.precision}",
+        "float32 weights": "ZeRO's own",
+        "Adam": "two moments of each weight",
+        "reader": f"data.depth + 1 = {config.data.depth + 1} batches (not on a GPU)",
+        "activations": "measured: kept for the backward pass of a part",
+        "pool": "gathered rows and distances" if config.pool.scope == "gather" else "distances",
+    }
+    if config.engine.kind == "deepspeed" and config.engine.zero:
+        remarks["gradients"] = f"ZeRO {config.engine.zero}"
+    width = max(map(len, [*memory, "together"]))
+    lines = [
+        f"{name:{width}}  {_size(size):>10}  {remarks.get(name, '')}".rstrip() for name, size in memory.items() if size
+    ]
+    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  beside Python and its libraries"]
+
+
+def _output(config: Config, one: int, most: int) -> list[str]:
+    steps = Checkpoints(config.output).steps()
+    state = "new"
+    if steps:
+        state = f"holds checkpoints, the newest of step {steps[-1]}: a start goes on from there"
+    elif Path(config.output).exists():
+        state = "exists, without a checkpoint"
+    return [f"{config.output}: {state}", f"checkpoints of {_size(one)}, up to {_size(most)} at a time"]
+
+
+def _step(step: dict[str, Any], ranks: Ranks, world: int) -> list[str]:
+    terms = step["terms"]
+    alone = f" (of rank 0's share alone, of {world})" if world > ranks.world else ""
+    rest = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "total")
+    peak = "of this process, libraries included" if ranks.device.type == "cpu" else "on the GPU"
+    lines = [
+        f"loss {terms['total']:.9g}{alone}: {rest}",
+        f"gradient norm {step['norm']:.6g}",
+        f"{step['seconds']:.2f} s (a first step is slower than the others)",
+        f"most memory so far: {_size(step['peak'])} {peak}",
+    ]
+    if ranks.world > 1:
+        lines.append(f"the pool received {_size(step['received'])} from other ranks")
+    if not all(map(math.isfinite, (terms["total"], step["norm"]))):
+        lines.append("warning: not finite: look at the features, lower train.learning_rate, or train.precision=fp32")
+    return lines
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,105 @@
+"""What a run tells of its steps while it trains: loss terms, rate and time left, and which samples each step saw."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cpsp_dist.config import Config
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.distributed import process_group
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.tracking.mlflow import take_back
+from cpsp_dist.training.lr_schedule import Schedule
+
+
+class Meter:
+    """Means of the loss terms, the rate and the time left, over the steps since it was last read."""
+
+    def __init__(self, config: Config, schedule: Schedule, ranks: Ranks, stream: TrainStream, step: int):
+        self.config, self.schedule, self.ranks, self.stream = config, schedule, ranks, stream
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.parts, self.first_step = 0, step
+        self.began, self.waited = time.monotonic(), self.stream.wait_seconds
+
+    def pause(self) -> None:
+        """Evaluations and checkpoints are not part of the rate."""
+        self.paused = time.monotonic()
+
+    def resume(self) -> None:
+        self.began += time.monotonic() - self.paused
+
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """The loss terms of a step's micro-batches."""
+        self.parts += len(parts)
+        for terms in parts:
+            for name, value in terms.items():
+                self.terms[name] = self.terms.get(name, 0) + value
+
+    def read(self, step: int, norm: float, learning_rate: float) -> dict[str, float]:
+        """Metrics after `step`, the loss terms averaged over ranks (all ranks call it); also a line to read."""
+        sums = torch.stack(list(self.terms.values())) if self.terms else torch.zeros(0, device=self.ranks.device)
+        means = process_group.sum_over_ranks(sums) / (max(self.parts, 1) * self.ranks.world)
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        done = step + 1 - self.first_step
+        rate = done * self.config.train.global_batch / seconds
+        wait = (self.stream.wait_seconds - self.waited) / seconds
+        metrics = {f"loss/{name}": value for name, value in zip(self.terms, means.tolist(), strict=True)}
+        if self.ranks.first and (step + 1) % self.config.tracking.every_steps == 0:
+            loss = metrics.get("loss/total", math.nan)
+            left = (self.schedule.steps - step - 1) * seconds / done
+            say(
+                f"step {step + 1}/{self.schedule.steps}  loss {loss:.4f}  {rate:,.0f} videos/s  "
+                f"waiting for data {100 * wait:.0f} %  {int(left) // 60}:{int(left) % 60:02d} left"
+            )
+        self._start(step + 1)
+        return metrics | {
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "epoch": self.schedule.epoch(step),
+            "videos_per_second": rate,
+            "data_wait_share": wait,
+            "skipped_samples": float(self.stream.skipped),
+        }
+
+
+class Audit:
+    """`audit/rank*.jsonl`: the keys of the samples that each rank trained on, a line for each step."""
+
+    def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
+        """Going on after `step`: what comes behind it in files there are, of any number of ranks, is taken back."""
+        self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.audit else None
+        self.samples, self.rows = manifest.samples, list[int]()
+        if self.file is None:
+            return
+        if ranks.first:
+            self.file.parent.mkdir(exist_ok=True)
+            for file in self.file.parent.glob("rank*.jsonl"):
+                take_back(file, step)
+        process_group.barrier()
+
+    def see(self, batch: Batch) -> None:
+        if self.file is not None:
+            self.rows += batch.index[batch.valid].tolist()
+
+    def close_step(self, step: int) -> None:
+        if self.file is not None:
+            keys = [self.samples[row]["key"].decode() for row in self.rows]
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            self.rows = []
+
+
+def say(line: str) -> None:
+    """A line of the run, seen at once also where output is not a terminal."""
+    print(line, flush=True)

@@ -1,0 +1,223 @@
+"""Killed at random moments, killed inside the checkpoint write: as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpsp_dist.training.checkpoint import LATEST, Checkpoints
+from tests.support.runs import arguments, audited, newest_state
+
+KILLS = 30
+
+
+def require_each_sample_once_an_epoch(output: Path, steps: int, global_batch: int, samples: int) -> None:
+    found = audited(output)
+    assert list(found) == list(range(1, steps + 1))
+    assert all(len(keys) == global_batch for keys in found.values())
+    delivered = [keys for step in found for keys in found[step]]
+    assert steps * global_batch % samples == 0
+    for epoch in range(steps * global_batch // samples):
+        # Batches do not straddle epochs here: 48 samples, batches of 4.
+        counts = Counter(delivered[epoch * samples : (epoch + 1) * samples])
+        assert len(counts) == samples
+        assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
+    """30 SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
+
+    A moment is some milliseconds after the start, or after some step was told: with a checkpoint a step a good part of
+    them lies within a save. Until the last kill the run is held back from its results, however fast the machine is.
+    """
+    seed = random.randrange(10_000)
+    print("seed", seed)  # pytest shows it on failure
+    chance = random.Random(seed)
+    more = [f"engine.zero={zero}", "train.steps=36", "data.audit=true", "checkpoint.every_steps=1"]
+    began = time.monotonic()
+    prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
+    whole = time.monotonic() - began
+    killed = arguments(keypad_shards, tmp_path / "killed", *more)
+    checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
+    hold = ["cpsp_dist.training.trainer", "_final_results", 0, str(tmp_path / "never")]
+    for _ in range(KILLS):
+        launch = prefork.start(killed, 2, patch="tests.integration.test_signals:wait_inside", patch_args=hold)
+        saved = max([0, *checkpoints.steps()])
+        if chance.random() < 0.2 or saved >= 33:
+            time.sleep(chance.uniform(0, whole / 10))
+        else:
+            assert launch.until_step(saved + chance.choice([1, 1, 2]))
+            time.sleep(chance.uniform(0, whole / 36))
+        victim, other = chance.sample(launch.ranks, 2)
+        victim.kill()
+        where["before its first step" if not launch.ranks[0].output.count("\nstep ") else "training"] += 1
+        where["within a save"] += any(checkpoints.folder.glob(".step-*.part"))
+        time.sleep(chance.uniform(0, 0.03))  # as soon as a launcher would
+        other.kill()
+        assert set(launch.wait()) == {-signal.SIGKILL}, launch.outputs()
+        assert checkpoints.newest_valid()[0] == max(checkpoints.steps(), default=None), "never a half one"
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert "going on from" in prefork.start(killed, 2).finish()
+    print(where)
+    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    require_each_sample_once_an_epoch(tmp_path / "killed", steps=36, global_batch=4, samples=48)
+    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
+
+
+def kill_in_save(rank: int, stage: int, victim: int, pids: str) -> None:
+    """Kill rank `victim` when rank 0's first save of this start comes to its `stage`-th call that changes the disk:
+    even numbers before, odd ones after the call. With a stage out of reach nothing happens."""
+    Path(pids, f"{rank}.pid").write_text(str(os.getpid()))
+    calls = count_disk_calls()
+
+    def strike(number: int) -> None:
+        if rank == 0 and number == stage:
+            struck = Path(pids, "struck")
+            if victim == rank:
+                struck.touch()
+            os.kill(int(Path(pids, f"{victim}.pid").read_text()), signal.SIGKILL)
+            struck.touch()  # not before: the test kills this rank when it sees it
+
+    calls.append(strike)
+
+
+def count_disk_calls() -> list[Any]:
+    """Wrap every call by which checkpoint.py changes the disk; functions in the returned list are told the number, 2n
+    before and 2n + 1 after call n."""
+    from cpsp_dist.training import checkpoint
+
+    told: list[Any] = []
+    count = iter(range(0, 10**6, 2))
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number = next(count)
+            for tell in told:
+                tell(number)
+            result = original(*args, **kwargs)
+            for tell in told:
+                tell(number + 1)
+            return result
+
+        setattr(owner, name, call)
+
+    class Disk(type(Path())):  # type: ignore[misc]
+        """The paths of checkpoint.py alone, not everybody's."""
+
+    checkpoint.Path = Disk  # type: ignore[misc, attr-defined]
+    for owner, name in (
+        (checkpoint, "save_file"),
+        (checkpoint, "_sync"),
+        (checkpoint, "_sha256"),
+        (Disk, "mkdir"),
+        (Disk, "write_text"),
+        (Disk, "rename"),
+        (Disk, "replace"),
+    ):
+        wrap(owner, name)
+    return told
+
+
+def save_stages(folder: Path) -> int:
+    """How many numbers a save has when an older checkpoint is to be removed, counted in a process of its own."""
+    count = folder / "count"
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        try:
+            told = count_disk_calls()
+            told.append(lambda number: count.write_text(str(number + 1)))
+            save_some(folder / "counted", 3)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return int(count.read_text())
+
+
+def save_some(output: Path, step: int, value: float | None = None) -> None:
+    from cpsp_dist.training.checkpoint import Progress
+    from cpsp_dist.training.engine import TrainingState
+
+    tensor = torch.full((100,), float(step) if value is None else value)
+    Checkpoints(output).save(TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), Progress(step=step), 2)
+
+
+def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
+    """Exhaustive: a process of its own for each stage; the newest checkpoint is the old or the new one, whole."""
+    for step in (1, 2):
+        save_some(tmp_path / "counted", step)
+    stages = save_stages(tmp_path)
+    assert stages > 30, "mkdir, 4 files, 3 hashes, 5 syncs, rename, sync, latest (3), sync, removal; each twice"
+    outcomes = []
+    for stage in range(stages):
+        output = tmp_path / f"stage{stage}"
+        for step in (1, 2):
+            save_some(output, step)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                told = count_disk_calls()
+                told.append(lambda number, at=stage: os.kill(os.getpid(), signal.SIGKILL) if number == at else None)
+                save_some(output, 3)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        checkpoints = Checkpoints(output)
+        newest, passed_over = checkpoints.newest_valid()
+        assert newest in (2, 3)
+        assert not passed_over, "what is not whole is no checkpoint at all"
+        state, progress = checkpoints.load(newest)
+        assert progress.step == newest
+        assert torch.equal(state.weights["w"], torch.full((100,), float(newest)))
+        assert int((checkpoints.folder / LATEST).read_text().split("-")[1]) in (newest - 1, newest)
+        outcomes.append(newest)
+        save_some(output, 3)  # and the run goes on
+        assert checkpoints.newest_valid() == (3, [])
+        assert not [path for path in checkpoints.folder.iterdir() if path.name.endswith(".part")]
+        assert checkpoints.steps() == [2, 3]
+    assert outcomes == sorted(outcomes), "one moment at which the new one is there"
+    assert set(outcomes) == {2, 3}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_inside_a_save(prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
+    """One training, killed on `victim` at stages all over the save, start after start; the ranks' own end is awaited
+    once, and hurried otherwise."""
+    more = ["train.steps=12", "checkpoint.every_steps=1", "data.audit=true"]
+    prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
+    run = arguments(keypad_shards, tmp_path / "killed", *more)
+    for step in (1, 2):
+        save_some(tmp_path / "counted", step)
+    stages = save_stages(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "killed")
+    for turn, stage in enumerate(range(1, stages, 5)):
+        pids = tmp_path / f"pids{stage}"
+        pids.mkdir()
+        launch = prefork.start(
+            run, 2, patch="tests.integration.test_crashes:kill_in_save", patch_args=[stage, victim, str(pids)]
+        )
+        assert launch.until(lambda pids=pids: (pids / "struck").exists())
+        if turn:
+            launch.ranks[1 - victim].kill()
+        codes = launch.wait()
+        assert codes[victim] == -signal.SIGKILL
+        newest, _ = checkpoints.newest_valid()
+        assert newest == max(checkpoints.steps(), default=None)
+    prefork.start(run, 2).finish()
+    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")

@@ -1,0 +1,72 @@
+"""The demo, cut short: all of its steps, in real processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cpsp_dist.cli import main
+from cpsp_dist.demo import run as demo
+from cpsp_dist.tracking.mlflow import all_runs
+from tests.support.environment import REPO, environment
+
+
+def test_demo_compares_three_kinds_on_two_ranks(tmp_path):
+    """And the two commands that it ends with work as they stand, in a shell that knows nothing of the environment; also
+    where the user's own runs go to another MLflow store."""
+    command = [sys.executable, "-m", "cpsp_dist", "demo", "--output", str(tmp_path / "demo"), "--seeds", "1"]
+    command += ["train.steps=4", "tracking.every_steps=2"]
+    elsewhere = tmp_path / "elsewhere.db"
+    env = environment(MLFLOW_TRACKING_URI=f"sqlite:///{elsewhere}", PATH="/usr/bin:/bin")
+    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 4/4") == 3
+    assert "FutureWarning" not in done.stdout
+    assert not elsewhere.exists()
+
+    runs = {run["name"].removesuffix("-seed1"): run for run in all_runs(f"sqlite:///{tmp_path}/demo/mlflow.db", "demo")}
+    assert set(runs) == {"psp", "cpsp-local-pool", "cpsp-gathered-pool"}
+    assert {run["params"]["world_size"] for run in runs.values()} == {"2"}
+    alike = ("train.global_batch", "train.seed", "train.steps", "engine.kind", "engine.zero", "train.precision")
+    for name in alike:
+        assert len({run["params"][name] for run in runs.values()}) == 1, name
+    assert [runs[f"cpsp-{pool}-pool"]["params"]["pool.scope"] for pool in ("local", "gathered")] == ["local", "gather"]
+    for weight in ("avps", "psa_s", "psa_v"):
+        weights = {kind: float(run["params"][f"objectives.{weight}"]) for kind, run in runs.items()}
+        assert weights["psp"] == 0
+        assert weights["cpsp-local-pool"] == weights["cpsp-gathered-pool"] > 0
+
+    table = done.stdout[done.stdout.index("Compare the runs") :]
+    for kind, run in runs.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"{kind} ")]
+        evaluated = json.loads((tmp_path / f"demo/{kind}-seed1/evaluation_test.json").read_text())
+        assert run["metrics"]["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
+        assert f" {100 * evaluated['accuracy']:.2f} " in row
+    (compare,) = [line for line in table.splitlines() if " compare --experiment" in line]
+    again = subprocess.run(compare, shell=True, env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("-seed1") == 3
+    (page,) = [line for line in table.splitlines() if " ui --backend-store-uri" in line]
+    assert shutil.which(page.split()[0], path=env["PATH"])
+
+
+def test_the_demo_takes_a_rank_for_each_gpu_and_two_without(monkeypatch, capsys):
+    for gpus, ranks in ((0, 2), (1, 1), (2, 2), (8, 2)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert demo._ranks() == ranks
+        assert ("One GPU" in capsys.readouterr().out) == (gpus == 1)
+
+
+def test_demo_spares_what_is_not_its_own(tmp_path, capsys):
+    (tmp_path / "mine.txt").touch()
+    config = str(REPO / "configs" / "keypad.yaml")
+    assert main(["demo", "--config", config, "--output", str(tmp_path)]) == 2
+    assert "not an earlier demo's" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").exists()
+    assert main(["demo", "--config", config, "--output", str(tmp_path / "new"), "train.epoch=1"]) == 2
+    assert "did you mean 'train.epochs'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

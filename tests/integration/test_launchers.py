@@ -1,0 +1,82 @@
+"""One training entry, many launchers: the same loss to the last digit on one seed.
+
+The others (srun, submitit) are in the tests of Slurm; `LAUNCHED` and `conftest.loss_history` are for them too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.environment import REPO, environment, free_port
+from tests.support.runs import KEYPAD, loss_history, overrides
+
+ACCELERATE = REPO / "configs" / "accelerate"
+#: What every launcher runs, on top of `overrides(shards, output)`.
+LAUNCHED = ["train.steps=2", "tracking.every_steps=1", "tracking.enabled=false", "model.dropout=0.1"]
+
+
+def arguments(shards: Path, output: Path) -> list[str]:
+    return ["--config", str(KEYPAD), *overrides(shards, output, *LAUNCHED)]
+
+
+def accelerate(file: str, *more: str) -> list[str]:
+    return ["-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / file), *more, "-m"]
+
+
+def launch(commands: list[list[str]], arguments: list[str], folder: Path) -> None:
+    """Start each of `commands` (Python's arguments up to the module) in `folder`, as their home too, and wait."""
+    (folder / "home").mkdir(exist_ok=True)
+    env = environment(HOME=str(folder / "home"), TORCH_CPP_LOG_LEVEL="ERROR")
+    started = []
+    for number, command in enumerate(commands):
+        log = folder / f"{Path(arguments[2]).name}{number}.log"
+        with open(log, "w") as file:
+            whole = [sys.executable, *command, "cpsp_dist.train", *arguments]
+            started.append((subprocess.Popen(whole, env=env, cwd=folder, stdout=file, stderr=file), log))
+    try:
+        codes = [process.wait(timeout=240) for process, _ in started]
+        assert codes == [0] * len(codes), "\n".join(log.read_text()[-4000:] for _, log in started)
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.wait()
+
+
+def test_the_same_loss_under_every_launcher(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """As one process and as two ranks, each like the same command in a launcher's environment without a launcher.
+
+    And none of them leaves the environment, with what is secret in it, in a file.
+    """
+    address = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    commands = {
+        "1-python": [["-m"]],
+        "2-torchrun": [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]],
+        "2-accelerate": [accelerate("one_machine.yaml", "--main_process_port", str(free_port()))],
+        "2-accelerate-two-machines": [
+            accelerate("two_machines.yaml", *address, "--machine_rank", str(machine)) for machine in (0, 1)
+        ],
+    }
+    for world in (1, 2):  # the environment alone
+        nursery.start(arguments(keypad_shards, tmp_path / f"{world}-plain"), world).finish()
+    for name, command in commands.items():
+        launch(command, arguments(keypad_shards, tmp_path / name), tmp_path)
+    told = {name: loss_history(tmp_path / name) for name in [*commands, "1-plain", "2-plain"]}
+    assert len(told["1-python"]) == 2
+    for name, found in told.items():
+        assert found == told[f"{name[0]}-plain"], name
+    assert told["1-plain"] != told["2-plain"], "dropout differs by rank: ranks that did not meet would show"
+    assert not list(tmp_path.rglob(".deepspeed_env"))
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.name)
+def test_no_shipped_file_uses_pdsh(path: Path) -> None:
+    """It starts jobs that do not know of each other, and writes the whole environment to `.deepspeed_env`."""
+    settings = yaml.safe_load(path.read_text())
+    assert settings["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
+    assert "pdsh" not in str(settings)

@@ -1,0 +1,85 @@
+"""Batches, outputs and settings that the tests of objectives share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpsp_dist.config import ObjectiveSettings
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.models import Output
+
+K = 4
+
+
+T = 6
+
+
+D = 8
+
+
+ALL = ObjectiveSettings(psa_s=1.0, sspsp=0.5)
+
+
+#: Every objective, in every form.
+FORMS = {
+    "full": ALL,
+    "supcon": ALL.model_copy(update={"mining": "supcon"}),
+    "semihard": ALL.model_copy(update={"mining": "semihard"}),
+    "proportional": ALL.model_copy(update={"mining": "proportional", "negatives": 20}),
+    "published": ALL.model_copy(
+        update={"psa_s_form": "published_rows", "background": "published", "few_negatives": "published"}
+    ),
+    "weak": ALL.model_copy(update={"event": 0.0, "avps": 0.0, "psa_s": 0.0, "mining": "supcon"}),
+    "weak published": ALL.model_copy(update={"event": 0.0, "avps": 0.0, "psa_s": 0.0, "weak_category": "published"}),
+}
+
+
+def make_batch(event: Tensor, category: Tensor, valid: Tensor | None = None, video: Tensor | None = None) -> Batch:
+    size = len(category)
+    return Batch(
+        visual=torch.zeros(size, 0),
+        audio=torch.zeros(size, 0),
+        event=event,
+        category=category,
+        valid=torch.ones(size, dtype=torch.bool) if valid is None else valid,
+        video=torch.arange(size) if video is None else video,
+        index=torch.arange(size),
+    )
+
+
+def random_batch(seed: int, size: int) -> Batch:
+    """Uneven: some videos without event, some event throughout, some padding, some ids twice, some classes unknown."""
+    g = torch.Generator().manual_seed(seed)
+    event = torch.rand(size, T, generator=g) < torch.rand(size, 1, generator=g)
+    event |= torch.rand(size, 1, generator=g) < 0.2
+    event &= torch.rand(size, 1, generator=g) > 0.2
+    category = torch.randint(-1, K, (size,), generator=g)
+    category[event.any(1) & (category < 0)] = 0
+    return make_batch(
+        event, category, torch.rand(size, generator=g) > 0.2, torch.randint(0, max(size, 1), (size,), generator=g)
+    )
+
+
+def random_output(seed: int, size: int, dtype: torch.dtype = torch.float64) -> Output:
+    g = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return Output(
+        event_logits=normal(size, T),
+        category_logits=normal(size, K),
+        video_logits=normal(size, K),
+        fusion=normal(size, T, D),
+        audio=normal(size, T, D),
+        visual=normal(size, T, D),
+        similarity=(normal(size, T).detach() / 3).requires_grad_(),
+        attention=None,
+    )
+
+
+def form(name: str) -> Objectives:
+    supervision = "weak" if name.startswith("weak") else "full"
+    return Objectives(FORMS[name], pool="gather", supervision=supervision)  # type: ignore[arg-type]

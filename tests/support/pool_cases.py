@@ -1,0 +1,62 @@
+"""Global batches and networks that the tests of the pool share; K categories, T segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.models import Network, build_model
+
+SLOTS = 12
+
+
+T = 3
+
+
+K = 4
+
+
+CASES = ["even", "uneven", "empty rank", "background rank", "one class", "all background", "same clip twice"]
+
+
+def global_batch(case: str) -> Batch:
+    g = torch.Generator().manual_seed(CASES.index(case))
+    event = torch.rand(SLOTS, T, generator=g) < 0.5
+    event[:, 0] |= torch.rand(SLOTS, generator=g) < 0.7
+    valid, video = torch.ones(SLOTS, dtype=torch.bool), torch.arange(SLOTS)
+    category = torch.randint(0, K, (SLOTS,), generator=g)
+    if case == "uneven":
+        valid[torch.tensor([1, 2, 6, 9, 10])] = False
+    elif case == "empty rank":
+        valid[6:] = False  # the last of two ranks, the last two of four
+    elif case == "background rank":
+        event[:6] = False
+    elif case == "one class":
+        category[:] = 2
+    elif case == "all background":
+        event[:] = False
+    elif case == "same clip twice":
+        video[6:] = torch.randperm(6, generator=g)
+    return Batch(
+        visual=torch.rand(SLOTS, T, 7, 7, 6, generator=g, dtype=torch.float64),
+        audio=torch.randn(SLOTS, T, 9, generator=g, dtype=torch.float64),
+        event=event,
+        category=category,
+        valid=valid,
+        video=video,
+        index=torch.arange(SLOTS),
+    )
+
+
+def rank_share(batch: Batch, rank: int, ranks: int) -> Batch:
+    own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
+    return Batch(**{name: value[own] for name, value in vars(batch).items()})
+
+
+def seeded_network(name: str, supervision: Any) -> Network:
+    torch.manual_seed(1)
+    return build_model(
+        name, supervision=supervision, visual_channels=6, audio_channels=9, categories=K, dropout=0.0
+    ).double()

@@ -1,0 +1,460 @@
+"""`cpsp-dist shards …` as a user meets it: what it prints, how it fails, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from cpsp_dist.cli import main
+from cpsp_dist.data.manifest import Manifest
+from tests.support.environment import REPO, environment
+from tests.support.packing_sources import WRITERS, files_under, video_id, write_ave, write_avel, write_h5, write_zip
+
+
+def pack(source: Path, out: Path, layout: str, *more: object) -> list[str]:
+    return ["shards", "pack", "--layout", layout, "--source", str(source), "--out", str(out), *map(str, more)]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> list[str]:
+    """The lines of the error; exit code 2 and no traceback."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    told = [n for n, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(told) == 1, captured.err
+    assert captured.out == ""
+    return lines[told[0] :]
+
+
+def test_pack_info_verify_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_ave(tmp_path / "source")
+    out = tmp_path / "out"
+    assert main(pack(tmp_path / "source", out, "ave-h5")) == 0
+    printed = capsys.readouterr()
+    assert "packing: 12 of 12 videos" in printed.err
+    for line in ("out: 12 samples of 3 classes", "visual float16 [10, 7, 7, 3]", "audio float32 [10, 5]"):
+        assert line in printed.out
+    rows = [line.split() for line in printed.out.splitlines()]
+    assert ["train", "6", "6", "1"] in [row[:4] for row in rows]
+    # Rows 0, 1, 4, 5, 8, 9 are train's: the classes are 0, 1, 1, 2, 2, 0.
+    assert ["bark", "2", "1", "1"] in [row[:4] for row in rows]
+    events = data["mask"][[0, 1, 4, 5, 8, 9]].sum(axis=1)
+    assert [str(n) for n in (0, (events == 0).sum())] in [row[:2] for row in rows]
+
+    assert main(["shards", "info", str(out)]) == 0
+    assert capsys.readouterr().out == printed.out
+    assert main(["shards", "verify", str(out)]) == 0
+    assert "12 samples in 3 shards, every byte as packed" in capsys.readouterr().out
+
+    assert main(["shards", "preview", str(out), "--key", video_id(4), "--key", f"000005-{video_id(5)}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["train", f"000004-{video_id(4)}", "bell"],
+        ["train", f"000005-{video_id(5)}", "cat"],
+    ]
+    assert lines[0].split()[3] == "".join("█" if e else "▁" for e in data["mask"][4])
+    assert main(["shards", "preview", str(out), "--split", "test", "-n", "2"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["test", "test"]
+    picture = tmp_path / "preview.png"
+    assert main(["shards", "preview", str(out), "-n", "3", "--png", str(picture)]) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (line,) = fails(capsys, "shards", "preview", out, "--png", tmp_path / "nowhere" / "x.png")
+    assert_matches(r"--png .*x\.png: cannot be written", line)
+
+
+def test_keypad_then_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train", "7", "--val", "2", "--test", "3"]
+    assert main(["shards", "keypad", "--out", str(tmp_path / "keypad"), *sizes, "--seed", "5"]) == 0
+    assert "7 train, 2 val, 3 test" in capsys.readouterr().out
+    assert main(pack(tmp_path / "keypad", tmp_path / "out", "ave-h5")) == 0
+    assert {s: len(r) for s, r in Manifest.load(tmp_path / "out").splits.items()} == {"train": 7, "val": 2, "test": 3}
+
+
+def test_the_two_scripts(tmp_path: Path) -> None:
+    write_ave(tmp_path / "source", 4)
+    run = {"env": environment(), "cwd": tmp_path, "timeout": 60, "capture_output": True, "text": True}
+    script = [sys.executable, str(REPO / "shards" / "pack.py")]
+    flags = ["--workers", "2", "--shard-mb", "0.02"]  # the script is imported again by each worker
+    done = subprocess.run([*script, "--layout", "ave-h5", "--source", "source", "--out", "out", *flags], **run)
+    assert (done.returncode, done.stdout.splitlines()[0].split(";")[0]) == (0, "out: 4 samples of 3 classes")
+    done = subprocess.run([sys.executable, str(REPO / "shards" / "verify.py"), "out"], **run)
+    assert done.returncode == 0
+    done = subprocess.run([*script, "--layout", "ave-h5", "--source", "nowhere", "--out", "out2"], **run)
+    assert (done.returncode, done.stderr) == (2, "error: --source nowhere: no such folder\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_files_by_flag(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_ave(source)
+    write_avel(tmp_path / "zips")
+    moved = {}
+    for option, name in (
+        ("visual", "visual_feature.h5"),
+        ("labels", "right_labels.h5"),
+        ("annotations", "Annotations.txt"),
+    ):
+        moved[option] = (source / name).rename(tmp_path / f"my-{name}")
+    flags = [part for option, path in moved.items() for part in (f"--{option}", path)]
+    assert main(pack(source, tmp_path / "out", "ave-h5", *flags)) == 0
+    zips = tmp_path / "zips"
+    options = {"csv": "avel.csv", "categories": "categories.txt", "audio": "audio", "video": "video", "label": "label"}
+    flags = [part for option, name in options.items() for part in (f"--{option}", str(zips / name))]
+    argv = ["shards", "pack", "--layout", "avel100k-zip", "--out", str(tmp_path / "out2"), *flags]
+    assert main(argv) == 0
+    assert len(Manifest.load(tmp_path / "out2").samples) == 12
+
+
+# --- mistakes: (what is done to the source, flags, what the error says) -----------------------------------------------
+
+
+def truncate(path: Path, keep: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def edit(path: Path, change: Callable[[np.ndarray], np.ndarray | None], key: str = "avadataset") -> None:
+    data = h5py.File(path)[key][...]
+    changed = change(data)
+    path.unlink()
+    write_h5(path, data if changed is None else changed, key)
+
+
+def put(index: tuple[int, ...], value: float) -> Callable[[np.ndarray], None]:
+    def change(data: np.ndarray) -> None:
+        data[index] = value
+
+    return change
+
+
+VISUAL, AUDIO, LABELS = "visual_feature.h5", "audio_feature.h5", "right_labels.h5"
+AVE_MISTAKES = {
+    "no features": (lambda s: (s / VISUAL).unlink(), [], rf"no {VISUAL} or .* here; give it with --visual"),
+    "no labels": (lambda s: (s / LABELS).unlink(), [], r"no right_labels.h5 or labels.h5 here; give it with --labels"),
+    "no splits": (
+        lambda s: [p.unlink() for p in s.glob("*_order.h5")],
+        [],
+        r"no train_order.h5 \(val, test\) and no trainSet.txt",
+    ),
+    "wrong path": (lambda s: None, ["--audio", "nowhere.h5"], r"--audio nowhere.h5: no such file"),
+    "not h5": (lambda s: (s / AUDIO).write_text("hello"), [], rf"{AUDIO}: not a readable HDF5 file"),
+    "cut h5": (lambda s: truncate(s / VISUAL), [], rf"{VISUAL}: not a readable HDF5 file, or cut short"),
+    "other key": (
+        lambda s: ((s / AUDIO).unlink(), write_h5(s / AUDIO, np.zeros(3), "features")),
+        [],
+        rf"{AUDIO}: no array 'avadataset' or 'dataset' in it; there are: features",
+    ),
+    "wrong axes": (
+        lambda s: edit(s / VISUAL, lambda d: np.moveaxis(d, 1, 4)),
+        [],
+        rf"{VISUAL} .*: wrong axis order or shape \[7, 7, 3, 10\], expected \[T, 7, 7, C\]",
+    ),
+    "wrong order flag": (
+        lambda s: None,
+        ["--visual-order", "first"],
+        r"wrong axis order or shape \[10, 7, 7, 3\], expected \[T, C, 7, 7\]; the other --visual-order fits",
+    ),
+    "other data set": (lambda s: edit(s / AUDIO, lambda d: d[:7]), [], rf"{AUDIO}: 7 videos of 10 .* has 12 of 10"),
+    "nan": (lambda s: edit(s / VISUAL, put((3, 0, 0, 0, 0), np.nan)), [], r"video3 \(row 3\): visual holds 1 values"),
+    "infinite": (lambda s: edit(s / AUDIO, put((5, 0, 0), np.inf)), [], r"video5 \(row 5\): audio holds 1 values"),
+    "too large": (
+        lambda s: edit(s / VISUAL, put((3, 0, 0, 0, 0), 1e5)),
+        [],
+        r"\(row 3\): visual holds 100000, too large for float16; pack with --visual-dtype float32",
+    ),
+    "label": (
+        lambda s: edit(s / LABELS, put((3, 0), 0.0)),
+        [],
+        r"video3 \(row 3\): label is not one-hot over 3 classes",
+    ),
+    "row out of range": (
+        lambda s: edit(s / "val_order.h5", put((0,), 12), "order"),
+        [],
+        r"split val: row 12 is out of range, there are 12 videos",
+    ),
+    "row in two splits": (
+        lambda s: edit(s / "val_order.h5", put((0,), 4), "order"),
+        [],
+        r"video4 \(row 4\): listed in train and again in val",
+    ),
+    "shifted annotations": (
+        lambda s: (s / "Annotations.txt").write_text("bell&x&good&0&10\n"),
+        [],
+        r"video x \(row 0\): Annotations.txt says 'bell', its label says 'bark'",
+    ),
+    "annotations of more": (
+        lambda s: (s / "Annotations.txt").write_text("bark&x&good&0&10\n" * 13),
+        [],
+        r"13 rows, but the labels are of 12 videos",
+    ),
+    "no annotations": (
+        lambda s: (s / "Annotations.txt").write_text("bark\n"),
+        [],
+        r"row 0, 'bark', is not of the form",
+    ),
+    "categories": (lambda s: (s / "categories.txt").write_text("a\nb\n"), [], r"2 different names, .* have 3 classes"),
+    "shard size": (lambda s: None, ["--shard-mb", "0"], r"--shard-mb 0: has to be more than 0"),
+}
+
+
+@pytest.mark.parametrize("name", AVE_MISTAKES)
+def test_ave_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    harm, flags, told = AVE_MISTAKES[name]
+    write_ave(tmp_path / "source")
+    harm(tmp_path / "source")
+    before = files_under(tmp_path)
+    lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "ave-h5", *flags))
+    assert len(lines) == 1, lines
+    assert_matches(told, lines[0])
+    assert files_under(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def assert_matches(pattern: str, line: str) -> None:
+    assert re.search(pattern, line), f"'{line}' does not say '{pattern}'"
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch evil-was-here",)
+
+
+V3 = f"{video_id(3)}.zip"
+ZIP_MISTAKES = {
+    "no csv": (lambda s: (s / "avel.csv").unlink(), [], r"no \*\.csv here; give it with --csv"),
+    "two csv": (lambda s: (s / "b.csv").write_text(""), [], r"--csv: several files fit in .*: avel.csv, b.csv"),
+    "csv columns": (lambda s: (s / "avel.csv").write_text("a,b\n"), [], r"name the columns category,video_id,split"),
+    "nothing in csv": (lambda s: (s / "avel.csv").write_text("category,video_id,split\n"), [], r"no videos to pack"),
+    "no categories": (lambda s: (s / "categories.txt").unlink(), [], r"give it with --categories"),
+    "unknown category": (
+        lambda s: (s / "avel.csv").write_text((s / "avel.csv").read_text().replace("bell,_video1,", "bel,_video1,")),
+        [],
+        r"video _video1 \(row 1\): category 'bel' is not in the categories file",
+    ),
+    "unknown split": (
+        lambda s: (s / "avel.csv").write_text((s / "avel.csv").read_text().replace("_video1,train", "_video1,dev")),
+        [],
+        r"split 'dev' is not one of train, val, test",
+    ),
+    "id twice": (
+        lambda s: (s / "avel.csv").write_text((s / "avel.csv").read_text() + "bark,-video0,test\n"),
+        [],
+        r"video -video0 \(row 12\): listed in row 0 \(train\) and again in test",
+    ),
+    "path as id": (
+        lambda s: (s / "avel.csv").write_text((s / "avel.csv").read_text() + "bark,../video/-video0,test\n"),
+        [],
+        r"not a video id",
+    ),
+    "missing video": (lambda s: (s / "video" / V3).unlink(), [], rf"\(row 3\): missing: .*video.{V3}$"),
+    "cut zip": (lambda s: truncate(s / "audio" / V3), [], rf"\(row 3\): .*audio.{V3}: not a readable zip"),
+    "zip without pickle": (
+        lambda s: write_zip(s / "audio" / V3, 1, "x.txt"),
+        [],
+        rf"{V3}: 0 \.pkl files in it, expected one",
+    ),
+    "malicious": (lambda s: write_zip(s / "video" / V3, Evil()), [], rf"{V3}: refused: .* would run '\w+\.system'"),
+    "no array": (lambda s: write_zip(s / "video" / V3, [1.0]), [], rf"{V3}: holds a list, not a numpy array"),
+    "wrong axes": (
+        lambda s: write_zip(s / "video" / V3, np.zeros((7, 7, 10, 3))),
+        [],
+        rf"\(row 3\): .*{V3}: wrong axis order or shape \[7, 7, 10, 3\], expected",
+    ),
+    "other channels": (
+        lambda s: write_zip(s / "video" / V3, np.zeros((10, 4, 7, 7))),
+        [],
+        r"\(row 3\): visual is of shape \[10, 7, 7, 4\], the other videos' \[10, 7, 7, 3\]",
+    ),
+    "no audio rows": (
+        lambda s: write_zip(s / "audio" / V3, np.zeros((0, 5))),
+        [],
+        r"shape \[0, 5\], expected \[t, A\]",
+    ),
+    "label length": (lambda s: write_zip(s / "label" / V3, np.zeros((1, 9))), [], r"label of shape \[1, 9\], expected"),
+    "label values": (lambda s: write_zip(s / "label" / V3, np.full((1, 10), 2)), [], r"values other than 0 and 1: \[2"),
+    "not in json": (lambda s: (s / "l.json").write_text("{}"), ["--labels", "l.json"], r"not in l.json"),
+    "bad json": (lambda s: (s / "l.json").write_text("[1]"), ["--labels", "l.json"], r"l\.json: not a label file"),
+}
+
+
+@pytest.mark.parametrize("name", ZIP_MISTAKES)
+def test_zip_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    harm, flags, told = ZIP_MISTAKES[name]
+    write_avel(tmp_path / "source")
+    monkeypatch.chdir(tmp_path / "source")
+    harm(tmp_path / "source")
+    before = files_under(tmp_path)
+    lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "avel100k-zip", *flags))
+    assert_matches(told, "\n".join(lines))
+    if name != "not in json":  # there it is all twelve
+        assert len(lines) == 1, lines
+    assert files_under(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+P3 = f"{video_id(3)}.pkl"
+OTHER_MISTAKES = {
+    "cut npy": (
+        "npy",
+        lambda s: truncate(s / "audio" / f"{video_id(3)}.npy"),
+        rf"{video_id(3)}\.npy: not a readable .npy",
+    ),
+    "npy of objects": (
+        "npy",
+        lambda s: np.save(s / "audio" / f"{video_id(3)}.npy", np.array([Evil()]), allow_pickle=True),
+        rf"{video_id(3)}\.npy: not a readable .npy file",
+    ),
+    "no npy": ("npy", lambda s: (s / "label" / f"{video_id(3)}.npy").unlink(), r"\(row 3\): missing: .*label"),
+    "not folders": (
+        "npy",
+        lambda s: (shutil.rmtree(s / "video"), (s / "video").write_text("")),
+        r"--visual .*not a folder",
+    ),
+    "cut h5": ("h5-by-id", lambda s: truncate(s / "video.h5", 0.7), r"--visual .*video\.h5: not a readable HDF5 file"),
+    "not in h5": ("h5-by-id", lambda s: drop(s / "video.h5", video_id(3)), r"\(row 3\): missing: .*video\.h5"),
+    "no array in h5": (
+        "h5-by-id",
+        lambda s: drop(s / "audio_label.h5", f"{video_id(3)}/audio"),
+        rf"'{video_id(3)}' has no array of numbers 'audio'",
+    ),
+    "missing pickle": ("ave-pickles", lambda s: (s / "visual" / "test" / P3).unlink(), rf"\(row 3\): missing: .*{P3}"),
+    "malicious pickle": (
+        "ave-pickles",
+        lambda s: (s / "visual" / "test" / P3).write_bytes(pickle.dumps(Evil())),
+        rf"{P3}: refused: .* would run '\w+\.system'",
+    ),
+    "path as id": (
+        "ave-pickles",
+        lambda s: (s / "Annotations.txt").write_text("bark&../train/_video1&good&0&10\n"),
+        r"video \.\./train/_video1 \(row 0\): not a video id",
+    ),
+    "no pickle folder": (
+        "ave-pickles",
+        lambda s: shutil.rmtree(s / "visual"),
+        r"no visual or .* give it with --visual",
+    ),
+}
+
+
+def drop(path: Path, key: str) -> None:
+    with h5py.File(path, "a") as file:
+        del file[key]
+
+
+@pytest.mark.parametrize("name", OTHER_MISTAKES)
+def test_mistakes_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    layout, harm, told = OTHER_MISTAKES[name]
+    WRITERS[layout](tmp_path / "source")
+    harm(tmp_path / "source")
+    lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", layout))
+    assert len(lines) == 1 or name == "path as id", lines  # there, the other rows have no ids, so no pickles
+    assert_matches(told, "\n".join(lines))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_all_problems_in_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    write_avel(source)
+    write_zip(source / "video" / f"{video_id(1)}.zip", np.full((10, 3, 7, 7), np.nan))
+    write_zip(source / "audio" / f"{video_id(6)}.zip", [1])
+    truncate(source / "label" / f"{video_id(11)}.zip")
+    lines = fails(capsys, *pack(source, tmp_path / "out", "avel100k-zip"))
+    assert lines[0] == "error: 3 problems in the source:"
+    for row, line in zip(
+        (1, 6, 11), sorted(lines[1:], key=lambda x: int(x.split("row ")[1].split(")")[0])), strict=True
+    ):
+        assert f"video {video_id(row)} (row {row}): " in line
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    write_avel(source, 4)
+    write_zip(source / "video" / V3, np.zeros(80 * 2**17))  # 80 MiB of zeros, 80 kB zipped
+    (line,) = fails(capsys, *pack(source, tmp_path / "out", "avel100k-zip"))
+    assert_matches(rf"{V3}: unpacks to more than 64 MiB; refused", line)
+
+
+def test_an_existing_target_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_ave(source)
+    assert main(pack(source, out, "ave-h5")) == 0
+    before = files_under(tmp_path)
+    (line,) = fails(capsys, *pack(source, out, "ave-h5", "--seed", 1))
+    assert_matches(r"out is there already; choose another --out, or replace it with --overwrite", line)
+    assert files_under(tmp_path) == before
+    # A failed overwrite keeps what was there.
+    edit(source / AUDIO, put((0, 0, 0), np.nan))
+    fails(capsys, *pack(source, out, "ave-h5", "--seed", 1, "--overwrite"))
+    assert files_under(out) == {n.removeprefix("out/"): d for n, d in before.items() if n.startswith("out/")}
+    edit(source / AUDIO, put((0, 0, 0), 0))
+    assert main(pack(source, out, "ave-h5", "--seed", 1, "--overwrite")) == 0
+    assert (out / "train-000000.tar").read_bytes() != before["out/train-000000.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    # Anything that is no folder of shards is never replaced.
+    (line,) = fails(capsys, *pack(source, source, "ave-h5", "--overwrite"))
+    assert_matches("is not a folder of shards", line)
+
+
+def test_a_full_disk_is_told_beforehand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ave(tmp_path / "source")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    (line,) = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "ave-h5"))
+    assert_matches(r"[1-9] MB needed, 0 MB free", line)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_mistakes_with_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    write_ave(tmp_path / "source")
+    assert main(pack(tmp_path / "source", out, "ave-h5")) == 0
+    (line,) = fails(capsys, "shards", "info", tmp_path / "nowhere")
+    assert_matches("nowhere: no such folder of shards", line)
+    (line,) = fails(capsys, "shards", "preview", out, "--key", "x")
+    assert_matches("no sample 'x'", line)
+    (line,) = fails(capsys, "shards", "preview", out, "--split", "tset")
+    assert_matches("no split 'tset' in these shards; there are: train, val, test", line)
+    tar = out / "val-000000.tar"
+    good = tar.read_bytes()
+    sample = Manifest.load(out).samples[6]
+    tar.write_bytes(good[: int(sample["visual"])] + b"\xff" + good[int(sample["visual"]) + 1 :])
+    lines = fails(capsys, "shards", "verify", out)
+    assert any(f"val-000000.tar: bytes {sample['visual']} to" in x and sample["key"].decode() in x for x in lines)
+    tar.write_bytes(good[:-700])
+    (line,) = fails(capsys, "shards", "verify", out)
+    assert_matches(rf"val-000000.tar: shard is {len(good) - 700} bytes long, not {len(good)}", line)
+    tar.unlink()
+    (line,) = fails(capsys, "shards", "verify", out)
+    assert_matches("val-000000.tar: shard is missing", line)
+    tar.write_bytes(good)
+    table = bytearray((out / "samples.npy").read_bytes())
+    table[-1] ^= 1
+    (out / "samples.npy").write_bytes(table)
+    assert "samples.npy: not the table that was packed" in "\n".join(fails(capsys, "shards", "verify", out))
+    index = json.loads((out / "index.json").read_text())
+    index["shardlist"][0]["sha256"] = "0" * 64
+    (out / "index.json").write_text(json.dumps(index))
+    (line,) = fails(capsys, "shards", "verify", out)
+    assert_matches("changed by hand or damaged", line)
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    code = "import sys, cpsp_dist.cli.shards; print(*{'numpy', 'h5py', 'torch', 'webdataset'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), timeout=60, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

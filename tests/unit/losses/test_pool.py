@@ -1,0 +1,454 @@
+"""One process with the whole batch, without an engine, against 1, 2 and 4 ranks: the same losses, the same gradients.
+
+Each world size is launched once (`worlds`) and does everything that the tests here look at.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cpsp_dist.config import Config, ObjectiveSettings
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.distributed import process_group
+from cpsp_dist.losses import objectives as losses
+from cpsp_dist.losses import pool
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.models import Output
+from cpsp_dist.training.engine import _DeepSpeedEngine, build_engine
+from tests.support.pool_cases import CASES, SLOTS, K, T, global_batch
+from tests.support.pool_cases import rank_share as share
+from tests.support.pool_cases import seeded_network as network
+from tests.support.ranks import run_ranks
+
+
+class Run(NamedTuple):
+    """Steps of one network with one set of objectives; a step is the cases of its parts (accumulation)."""
+
+    network: str
+    supervision: Any
+    objectives: ObjectiveSettings
+    steps: list[tuple[str, ...]]
+    scope: Any = "gather"
+    bank: int = 0
+
+
+#: Weights that give each objective a like share of the gradient: one that is far larger would hide the others'
+#: mistakes behind its size.
+ALL = ObjectiveSettings(avps=0.01, psa_s=10.0, psa_v=3.0, margin=0.8, sspsp=1.0)
+EACH = [(case,) for case in CASES]
+SOME = [("uneven",), ("empty rank",)]
+
+
+def mining(name: Any, **more: Any) -> ObjectiveSettings:
+    return ALL.model_copy(update={"mining": name} | more)
+
+
+#: Between them every objective, every way of mining, every form, a bank, and parts of different sizes.
+RUNS = {
+    "published mining": Run("psp", "full", ALL, EACH),
+    "proportional": Run("psp", "full", mining("proportional", negatives=20), SOME),
+    "semihard": Run("psp", "full", mining("semihard"), SOME),
+    "supcon": Run("psp", "full", mining("supcon"), SOME),
+    "weak": Run(
+        "avel",
+        "weak",
+        mining("supcon", event=0.0, avps=0.0, psa_s=0.0, weak_category="published"),
+        SOME,
+    ),
+    "published": Run(
+        "psp",
+        "full",
+        ALL.model_copy(
+            update={"psa_s_form": "published_rows", "background": "published", "few_negatives": "published"}
+        ),
+        SOME,
+    ),
+    "bank": Run("psp", "full", ALL, [("even",), *SOME, ("all background",), ("background rank",)], bank=16),
+    "bank, supcon": Run("psp", "full", mining("supcon"), [("even",), *SOME], bank=16),
+    "accumulated": Run("psp", "full", ALL, [("uneven", "empty rank")]),
+    "accumulated, bank": Run(
+        "psp", "full", mining("semihard"), [("uneven", "empty rank"), ("same clip twice", "even")], bank=9
+    ),
+}
+OBJECTIVES = ("event", "category", "avps", "psa_s", "psa_v", "sspsp")
+
+
+def only(name: str) -> ObjectiveSettings:
+    return ALL.model_copy(update={other: 0.0 for other in OBJECTIVES if other != name})
+
+
+#: Each objective alone too: in the sum of all, a mistake in a small one could hide behind the others. (In "uneven" no
+#: video has two alike pairs, so AVPS no gradient.)
+RUNS |= {
+    f"{name} alone": Run("psp", "full", only(name), [("even",), ("empty rank" if name == "avps" else "uneven",)])
+    for name in OBJECTIVES
+}
+UNDER_ZERO = {
+    **{name: RUNS[name]._replace(steps=[("uneven",), ("background rank",)]) for name in ("published mining", "bank")},
+    **{name: RUNS[name]._replace(steps=[("uneven",)]) for name in ("proportional", "semihard", "supcon")},
+    **{name: RUNS[name] for name in ("accumulated", "weak")},
+}
+LOCAL = {"local": Run("psp", "full", ALL, EACH, scope="local")}
+
+
+def gradients(
+    runs: dict[str, Run], precision: str = "fp64", kind: str = "ddp", zero: int = 0
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For each step of each run the terms (of its last part) and the parameters' gradients before clipping, on this
+    rank's share of the slots, averaged over the ranks by the engine."""
+    ranks, results = process_group.discover(), {}
+    for name, run in runs.items():
+        model = network(run.network, run.supervision)
+        train = {"precision": precision, "optimizer": "sgd", "clip": None, "global_batch": SLOTS * len(run.steps[0])}
+        train["accumulation"] = len(run.steps[0])
+        described = {"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train}
+        engine = build_engine(model, Config.model_validate(described), ranks)
+        objectives = Objectives(run.objectives, pool=run.scope, bank=run.bank, supervision=run.supervision)
+        for number, cases in enumerate(run.steps):
+            for part, case in enumerate(cases):
+                batch = global_batch(case)
+                batch.video += 6 * (number + part)  # half of a bank's rows are stale copies
+                batch = share(batch, ranks.rank, ranks.world)
+                total, terms = objectives(engine(batch), batch)
+                engine.backward(total)
+                if part < len(cases) - 1:
+                    engine.step(0.0)
+            whole = engine.access.safe_get_full_grad if isinstance(engine, _DeepSpeedEngine) else lambda p: p.grad
+            found = {key: whole(p) for key, p in model.named_parameters()}
+            grads = {key: grad.clone() for key, grad in found.items() if grad is not None}
+            assert len(grads) == len(list(model.parameters()))
+            engine.step(0.0)  # the weights stay
+            results[f"{name} {number}: {', '.join(cases)}"] = (terms, grads)
+    return results
+
+
+def plain_gradients(
+    runs: dict[str, Run], dtype: torch.dtype = torch.float64
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The same by one process with the whole batches and torch alone: no engine, no ranks, parts added up."""
+    results = {}
+    for name, run in runs.items():
+        model = network(run.network, run.supervision).to(dtype)
+        objectives = Objectives(run.objectives, pool=run.scope, bank=run.bank, supervision=run.supervision)
+        for number, cases in enumerate(run.steps):
+            model.zero_grad()
+            for part, case in enumerate(cases):
+                batch = global_batch(case)
+                batch.video += 6 * (number + part)
+                total, terms = objectives(model(batch.visual.to(dtype), batch.audio.to(dtype)), batch)
+                (total / len(cases)).backward()
+            grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+            results[f"{name} {number}: {', '.join(cases)}"] = (terms, grads)
+    return results
+
+
+def mean(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What tracking does with terms."""
+    return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}  # type: ignore[misc]
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    x, y = (torch.cat([d[name].flatten() for name in sorted(d)]) for d in (a, b))
+    return ((x - y).norm() / y.norm().clamp(min=1e-300)).item()
+
+
+def require_exact(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """The check that the planted mistakes of `test_pool_mutants.py` have to fail."""
+    for step, (terms, grads) in alone.items():
+        assert relative(mean([rank[step][0] for rank in together]), terms) < 1e-12, step
+        for rank in together:
+            assert relative(rank[step][1], grads) < 1e-12, step
+
+
+# ---- edges: no network, outputs as they may come
+
+EDGE_TYPES = {2: torch.float64, 4: torch.float32}
+EDGES = ["one class", "all distinct", "few negatives", "identical", "zero", "background rank", "empty rank", "nothing"]
+WAYS = [
+    (mode, scope, bank)
+    for mode in ("published", "proportional", "semihard", "supcon")
+    for scope, bank in (("gather", 0), ("gather", 20), ("local", 0))
+]
+
+
+def edge(case: str, dtype: torch.dtype) -> tuple[Output, Batch]:
+    batch = global_batch(case if case in CASES else "even")
+    g = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(SLOTS, *shape, generator=g, dtype=torch.float64).to(dtype)
+
+    output = Output(normal(T), normal(K), normal(K), normal(T, 8), normal(T, 8), normal(T, 8), normal(T), None)
+    batch.event[:, 0] |= case not in CASES
+    if case == "all distinct":
+        batch.category = torch.arange(SLOTS)
+        output = output._replace(category_logits=normal(SLOTS))
+    elif case == "few negatives":
+        batch.category = (torch.arange(SLOTS) == 5).long()
+    elif case == "identical":
+        same = torch.ones(SLOTS, T, 8, dtype=dtype)
+        output = output._replace(fusion=same, visual=same)
+    elif case == "zero":
+        output = Output(*(None if x is None else torch.zeros_like(x) for x in output))
+    elif case == "nothing":
+        batch.valid[:] = False
+    return output, batch
+
+
+def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
+    """The terms, and the gradient's norm of each output, after two steps (a bank has something at the second)."""
+    rank, ranks = pool.world()
+    found = {}
+    for way in WAYS:
+        for case in EDGES:
+            settings = ALL.model_copy(update={"mining": way[0], "negatives": 4})
+            objectives = Objectives(settings, pool=way[1], bank=way[2])  # type: ignore[arg-type]
+            whole, batch = edge(case, dtype)
+            for step in range(2):
+                batch.video += SLOTS * step
+                own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
+                output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+                total, terms = objectives(output, share(batch, rank, ranks))
+                total.backward()
+            grads = {f"grad {n}": x.grad for n, x in output._asdict().items() if x is not None and x.grad is not None}
+            squares = {n: g.square().sum() / ranks for n, g in grads.items()}
+            health = {f"health {n}": torch.tensor(x) for n, x in objectives.health().items() if "gather" not in n}
+            found[(*way, case)] = terms | squares | health
+    return found
+
+
+# ---- what the ranks do
+
+
+def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Every rank weighs the gathered rows by its own number."""
+    rank = pool.world()[0]
+    rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
+    gather = pool.Gather(rows)
+    everyone = gather.wait()
+    (everyone * (rank + 1)).sum().backward()
+    assert rows.grad is not None
+    alive, everyone = weakref.ref(gather), everyone.detach()
+    del gather
+    gc.collect()
+    return everyone, rows.grad, alive() is None
+
+
+COLLECTIVES = ["all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce", "broadcast"]
+COLLECTIVES += ["all_gather", "reduce_scatter", "gather", "scatter", "barrier", "all_gather_object", "send", "recv"]
+
+
+def collectives(cases: list[str]) -> list[list[str]]:
+    """What one step of each case does, in order: collectives, losses, waits."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(owner: Any, name: str, told: str) -> None:
+            real = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, **k: (seen.append(told), real(*a, **k))[1])
+
+        for name in COLLECTIVES:
+            watch(dist, name, name)
+        for name in ("event_loss", "category_loss", "avps", "psa_s", "mine"):
+            watch(losses, name, "a loss" if name != "mine" else "mining")
+        watch(pool.Gather, "end", "wait")
+        rank, ranks = pool.world()
+        objectives = Objectives(ALL, pool="gather")
+        steps = []
+        for case in cases:
+            batch = share(global_batch(case), rank, ranks)
+            total, _ = objectives(network("psp", "full")(batch.visual, batch.audio), batch)
+            seen.append("backward")
+            total.backward()
+            steps.append(list(seen))
+            seen.clear()
+    return steps
+
+
+def costs(width: int) -> dict[str, dict[str, float]]:
+    """Bytes and time of a step with objectives over the pool, embeddings of `width` in float32."""
+    rank, ranks = pool.world()
+    whole, batch = edge("even", torch.float32)
+    own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
+    wanted = {"psa_v": only("psa_v"), "both": only("psa_v").model_copy(update={"sspsp": 1.0}), "local": ALL}
+    found = {}
+    for name, chosen in wanted.items():
+        fusion = torch.randn(SLOTS // ranks, T, width, requires_grad=True)
+        output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+        objectives = Objectives(chosen, pool="local" if name == "local" else "gather")
+        objectives(output._replace(fusion=fusion), share(batch, rank, ranks))[0].backward()
+        found[name] = objectives.health()
+    return found
+
+
+def everything() -> dict[str, Any]:
+    if pool.world()[1] == 1:
+        return {"gradients": gradients(RUNS)}
+    zero = {}
+    if pool.world()[1] == 2:
+        zero = {stage: gradients(UNDER_ZERO, "fp32", "deepspeed", stage) for stage in range(4)}
+    return {
+        "zero": zero,
+        "gradients": gradients(RUNS),
+        "local": gradients(LOCAL),
+        "edges": edges(EDGE_TYPES[pool.world()[1]]),
+        "collectives": collectives(CASES),
+        "gathered": gathered(torch.arange(24.0).view(8, 3)),
+        "costs": costs(256),
+    }
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """World size -> what `everything` gave on each rank."""
+
+    def launch(world: int) -> list[dict[str, Any]]:
+        folder: Path = tmp_path_factory.mktemp(f"world{world}")
+        return run_ranks(everything, world, folder, timeout=300)
+
+    return {world: launch(world) for world in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return plain_gradients(RUNS)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
+    """Every objective, every way of mining, uneven and empty ranks, parts, banks: float64, DDP, 1e-12."""
+    assert {run.objectives.mining for run in RUNS.values()} == set(
+        get_args(ObjectiveSettings.model_fields["mining"].annotation)
+    )
+    require_exact([rank["gradients"] for rank in worlds[world]], alone)
+    # There is something to compare: an active hinge where there are classes, none where there is no class.
+    norms = {step: torch.cat([g.flatten() for g in grads.values()]).norm() for step, (_, grads) in alone.items()}
+    assert min(norms.values()) > 1e-3, norms
+    for number, case in enumerate(CASES):
+        terms, _ = alone[f"published mining {number}: {case}"]
+        assert (terms["psa_v"].item() > 0) == (case not in ("one class", "all background"))
+
+
+def test_each_zero_stage_in_float32(worlds: Any) -> None:
+    """DeepSpeed's averaged gradients on two ranks are those of one process: 1e-5."""
+    one = plain_gradients(UNDER_ZERO, torch.float32)
+    for rank in worlds[2]:
+        assert rank["zero"].keys() == {0, 1, 2, 3}
+        for stage, found in rank["zero"].items():
+            assert found.keys() == one.keys()
+            for step, (_, grads) in found.items():
+                assert relative(grads, one[step][1]) < 1e-5, (stage, step)
+
+
+def test_a_bank_makes_a_difference(alone: Any) -> None:
+    """The first step has an empty bank, a later one a full one."""
+    without = plain_gradients({"without": RUNS["bank"]._replace(bank=0)})
+    first, later = "0: even", "1: uneven"
+    assert relative(alone[f"bank {first}"][1], without[f"without {first}"][1]) == 0
+    assert relative(alone[f"bank {later}"][1], without[f"without {later}"][1]) > 1e-3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int) -> None:
+    for number, case in enumerate(CASES):
+        values = []
+        for rank in range(world):
+            batch = share(global_batch(case), rank, world)
+            kept = batch.valid & batch.event.any(1)
+            with torch.no_grad():
+                rows = pool.embed(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
+            own = torch.arange(len(rows))
+            mined = pool.mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
+            values.append(losses.psa_v(rows, rows, mined, 0.8)[mined.chosen.any(1)])
+        expected = torch.cat(values).sum() / max(len(torch.cat(values)), 1)
+        found = mean([rank["local"][f"local {number}: {case}"][0] for rank in worlds[world]])["psa_v"]
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_edges_over_ranks(worlds: Any, world: int) -> None:
+    """Finite in every way of mining and every scope, without a hang; with a gathered pool what one process has."""
+    for key, expected in edges(EDGE_TYPES[world]).items():
+        found = [rank["edges"][key] for rank in worlds[world]]
+        for values in (*found, expected):
+            assert all(value.isfinite() for value in values.values()), (key, values)
+        if "local" not in key:
+            together = mean([{n: v for n, v in each.items() if n in expected} for each in found])
+            for name, value in expected.items():
+                loose = world == 4 or "distance" in name  # float32; roots of differences that are nearly 0
+                tolerance = 1e-4 if loose else 1e-9
+                torch.testing.assert_close(
+                    together[name], value.to(together[name]), rtol=tolerance, atol=tolerance, msg=f"{key} {name}"
+                )
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gather_keeps_order_and_sums_gradients(worlds: Any, world: int) -> None:
+    for everyone, gradient, freed in (rank["gathered"] for rank in worlds[world]):
+        assert torch.equal(everyone, torch.arange(24.0).view(8, 3)[: 2 * world])
+        assert torch.equal(gradient, torch.full((2, 3), sum(range(1, world + 1))))  # 1 from rank 0, 2 from rank 1, …
+        assert freed
+
+
+def test_gather_on_one_process_is_the_identity() -> None:
+    rows = torch.randn(3, 2)
+    assert pool.world() == (0, 1)
+    assert pool.Gather(rows).wait() is rows
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_does_the_same_at_every_step_and_gathers_beside_the_losses(worlds: Any, world: int) -> None:
+    """Gathers start first and are waited for after the losses that do not need them; also backward they overlap."""
+    before = ["all_gather_into_tensor"] * 3  # embeddings, visual segments, labels
+    step = [*before, *["a loss"] * 4, "wait", "mining", "wait", "backward", *["all_to_all_single"] * 2, *["wait"] * 2]
+    assert [rank["collectives"] for rank in worlds[world]] == [[step] * len(CASES)] * world
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_those_of_the_floor(worlds: Any, world: int) -> None:
+    """(W−1)·b·d·4 bytes forward and as many backward; beside them 4 integers a slot. Segments go round only where SSPSP
+    is asked for, and with local pools nothing but the integers."""
+    slots = SLOTS // world
+    for rank in worlds[world]:
+        labels = (world - 1) * slots * 4 * 8
+        embeddings, segments = (2 * (world - 1) * slots * size * 4 for size in (256, T * 8))
+        received = {name: health["pool/gather_bytes"] for name, health in rank["costs"].items()}
+        assert received == {"psa_v": labels + embeddings, "both": labels + embeddings + segments, "local": labels}
+        assert rank["costs"]["psa_v"]["pool/gather_ms"] > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    slots=st.integers(0, 5),
+    count=st.integers(1, 3),
+    scope=st.sampled_from(["gather", "local"]),
+)
+def test_anchors_are_counted_right(seed: int, slots: int, count: int, scope: str) -> None:
+    g = torch.Generator().manual_seed(seed)
+    size = slots * count
+    valid = torch.rand(size, generator=g) > 0.2
+    category, video = torch.randint(-1, 3, (size,), generator=g), torch.randint(0, 4, (size,), generator=g)
+    members = pool.Members(valid, category, video, valid, rank=0, ranks=count)
+    for same_class, counted in ((False, members.with_negative(scope)), (True, members.with_positive(scope))):
+        expected = [
+            any(
+                (scope == "gather" or i // slots == j // slots)
+                and all(valid[x] and category[x] >= 0 for x in (i, j))
+                and (category[i] == category[j]) == same_class
+                and video[i] != video[j]
+                for j in range(size)
+            )
+            for i in range(size)
+        ]
+        assert counted.tolist() == expected

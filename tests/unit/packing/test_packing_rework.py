@@ -1,0 +1,341 @@
+"""Shards made of shards: the index from tars alone, merged, cut, a part; checked by webdataset and set arithmetic."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpsp_dist.cli import main
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.packing.pack import pack
+from cpsp_dist.packing.packed import read_field
+from cpsp_dist.packing.plan import PackOptions
+from cpsp_dist.packing.rework import cut, merge, rebuild, subset
+from cpsp_dist.packing.source import Entry, SourceOptions, open_source
+from cpsp_dist.packing.verify import verify
+from tests.support.environment import environment
+from tests.support.packing_sources import CATEGORIES, arrays, files_under, read_back, video_id, write_ave
+
+
+def packed(source: Path, out: Path, **options: Any) -> Manifest:
+    return pack(open_source(SourceOptions("ave-h5", source=source)), out, PackOptions(**options), workers=1)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Manifest:
+    write_ave(tmp_path / "source", 24)
+    return packed(tmp_path / "source", tmp_path / "shards", shard_mb=0.03)
+
+
+def arrays_by_row(folder: Path) -> dict[int, tuple[bytes, ...]]:
+    names = ("visual.npy", "audio.npy", "label.npy")
+    return {s["json"]["row"]: tuple(s[name].tobytes() for name in names) for s in read_back(folder)}
+
+
+# --- index -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_comes_back_from_the_tars_alone(shards: Manifest) -> None:
+    before = files_under(shards.folder)
+    for name in ("index.json", "samples.npy"):
+        (shards.folder / name).unlink()
+    assert main(["shards", "index", str(shards.folder)]) == 0
+    assert files_under(shards.folder) == before
+
+
+#: `shards index` that ends by SIGKILL before its so many-th call of a method.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cpsp_dist.cli import main
+from cpsp_dist.packing import rework
+name, calls, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+owner = rework if name == "index_shard" else Path
+method = getattr(owner, name)
+def killed(*args, **kwargs):
+    global calls
+    calls -= 1
+    if not calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*args, **kwargs)
+setattr(owner, name, killed)
+main(["shards", "index", folder])
+"""
+
+
+@pytest.mark.parametrize("old", ["none", "other"])
+@pytest.mark.parametrize(("method", "calls"), [("index_shard", 3), ("replace", 1), ("write_text", 1), ("replace", 2)])
+def test_killed_while_indexing(shards: Manifest, method: str, calls: int, old: str) -> None:
+    """While tars are read, and at each stage of writing: what is there loads whole or not at all, and the next call
+    ends well. `old`: no manifest was there, or that of the tars as they were before."""
+    before = files_under(shards.folder)
+    if old == "none":
+        for name in ("index.json", "samples.npy"):
+            (shards.folder / name).unlink()
+    else:
+        tar = shards.folder / "train-000000.tar"
+        content = bytearray(tar.read_bytes())
+        content[int(shards.samples[0]["label"])] ^= 1  # another label in a tar of the same size
+        tar.write_bytes(content)
+    command = [sys.executable, "-c", KILLED, method, str(calls), str(shards.folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if old == "none" or (method == "replace" and calls == 2):
+        with pytest.raises(DataError, match=r"no index\.json here|not the table"):
+            Manifest.load(shards.folder)
+    assert main(["shards", "index", str(shards.folder)]) == 0
+    verify(shards.folder)
+    assert (files_under(shards.folder) == before) == (old == "none")
+    assert set(files_under(shards.folder)) == set(before), "nothing is left behind"
+
+
+@pytest.mark.parametrize("writer", ["webdataset", "gnu tar"])
+def test_tars_that_others_wrote(tmp_path: Path, writer: str) -> None:
+    """With times, owners and members that ours do not have, less json, and another order of members."""
+    data = arrays(6)
+    samples = [
+        {
+            "__key__": f"clips/{video_id(row)}",
+            "visual.npy": data["visual"][row],
+            "audio.npy": data["audio"][row],
+            "label.npy": data["mask"][row].astype(np.uint8),
+            "json": {"category": int(data["category"][row]), "who": "others"},
+            "txt": "a caption",
+        }
+        for row in range(6)
+    ]
+    if writer == "webdataset":
+        with webdataset.ShardWriter(str(tmp_path / "val-%03d.tar"), maxcount=4, verbose=0) as shards:
+            for sample in samples:
+                shards.write(sample)
+    else:
+        folder = tmp_path / "files" / "clips"
+        folder.mkdir(parents=True)
+        for sample in samples:
+            for name, value in list(sample.items())[1:]:
+                data_bytes = npy(value) if isinstance(value, np.ndarray) else json.dumps(value).encode()
+                (tmp_path / "files" / f"{sample['__key__']}.{name}").write_bytes(data_bytes)
+        for number, rows in enumerate((range(4), range(4, 6))):
+            names = [str(p.relative_to(folder.parent)) for row in rows for p in folder.glob(f"{video_id(row)}.*")]
+            tar = ["tar", "--format=gnu", "-C", folder.parent, "-cf", tmp_path / f"val-{number}.tar", *names]
+            subprocess.run(tar, check=True, timeout=30)
+    manifest = rebuild(tmp_path, CATEGORIES)
+    assert {split: len(rows) for split, rows in manifest.splits.items()} == {"val": 6}
+    for row in range(6):
+        assert manifest.samples[row]["key"].decode() == f"clips/{video_id(row)}"
+        visual = np.frombuffer(read_field(manifest, row, "visual"), "<f4").reshape(10, 7, 7, 3)
+        np.testing.assert_array_equal(visual, data["visual"][row])
+        assert manifest.samples[row]["category"] == data["category"][row]
+        assert manifest.samples[row]["events"] == data["mask"][row].sum()
+    verify(tmp_path)
+    assert main(["shards", "preview", str(tmp_path)]) == 0
+    assert rebuild(tmp_path).categories == ["class 0", "class 1", "class 2"]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def members(key: str) -> dict[str, bytes]:
+    """The members of a good sample, by name."""
+    return {
+        f"{key}.visual.npy": npy(np.zeros((10, 7, 7, 3), np.float16)),
+        f"{key}.audio.npy": npy(np.zeros((10, 5), np.float32)),
+        f"{key}.label.npy": npy(np.zeros(10, np.uint8)),
+        f"{key}.json": json.dumps({"category": 0}).encode(),
+    }
+
+
+BAD_SAMPLES = {
+    "float64": ({"a.audio.npy": npy(np.zeros((10, 5)))}, r"audio <f8 \[10, 5\].*; shards need visual <f2 or <f4"),
+    "flat map": ({"a.visual.npy": npy(np.zeros((10, 49, 3), np.float16))}, r"visual <f2 \[10, 49, 3\]"),
+    "channels first": ({"a.visual.npy": npy(np.zeros((10, 3, 7, 7), np.float16))}, r"visual <f2 \[10, 3, 7, 7\]"),
+    "other segments": ({"a.label.npy": npy(np.zeros(9, np.uint8))}, r"label \|u1 \[9\]"),
+    "fortran": ({"a.audio.npy": npy(np.zeros((10, 5), np.float32, order="F"))}, r"'a.audio.npy' is not a plain .npy"),
+    "no category": ({"a.json": b"{}"}, r"byte \d+: 'a.json' is not a sample's json"),
+    "json text": ({"a.json": b"hello"}, r"byte \d+: 'a.json' is not a sample's json"),
+    "missing": ({"a.label.npy": None}, r"sample 'a' is incomplete: no label.npy"),
+    "long key": ({f"{'k' * 49}.txt": b""}, r"key of at most 48 characters"),
+    "no dot": ({"readme": b""}, r"'readme' is not named KEY.MEMBER"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_what_cannot_be_indexed_is_named(tmp_path: Path, name: str) -> None:
+    changes, told = BAD_SAMPLES[name]
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in (members("a") | changes).items():
+            if data is not None:
+                add(tar, member, data)
+    with pytest.raises(DataError, match=told) as error:
+        rebuild(tmp_path)
+    assert str(tmp_path / "train-0.tar") in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["train-0.tar"]
+
+
+def test_index_refuses_interleaved_samples_links_and_no_tars(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.tar files"):
+        rebuild(tmp_path)
+    a, b = (list(members(key).items()) for key in "ab")
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in [*a, *b, a[0]]:
+            add(tar, name, data)
+    with pytest.raises(DataError, match=r"'a.visual.npy' is apart from the other members of its sample"):
+        rebuild(tmp_path)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in [*a[:1], *a]:
+            add(tar, name, data)
+    with pytest.raises(DataError, match=r"'a.visual.npy' is there twice"):
+        rebuild(tmp_path)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in a[1:]:
+            add(tar, name, data)
+        link = tarfile.TarInfo("a.visual.npy")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(DataError, match=r"'a.visual.npy' is not a plain file"):
+        rebuild(tmp_path)
+
+
+def test_names_of_classes(shards: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="samples of class 2, but --categories has 2 names"):
+        rebuild(shards.folder, ["a", "b"])
+    with tarfile.open(shards.folder / "zzz-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        good = members("a")
+        for name, data in (good | {"a.json": json.dumps({"category": 0, "category_name": "dog"}).encode()}).items():
+            add(tar, name, data)
+    with pytest.raises(DataError, match="class 0 is 'dog', elsewhere 'bark'"):
+        rebuild(shards.folder)
+
+
+# --- merge, subset, split, pack again --------------------------------------------------------------------------------
+
+
+def test_merge(shards: Manifest, tmp_path: Path) -> None:
+    write_ave(tmp_path / "more", 30, seed=1)
+    text = (tmp_path / "more" / "Annotations.txt").read_text().replace("video", "other")
+    (tmp_path / "more" / "Annotations.txt").write_text(text)
+    more = packed(tmp_path / "more", tmp_path / "more-shards", shard_mb=0.05)
+    argv = ["shards", "merge", str(shards.folder), str(more.folder), "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    out = verify(tmp_path / "out")
+    assert len(out.samples) == 54
+    assert {s: len(r) for s, r in out.splits.items()} == {
+        s: len(shards.rows(s)) + len(more.rows(s)) for s in ("train", "val", "test")
+    }
+    both = Counter(map(str, (s["visual.npy"].tobytes() for f in (shards, more) for s in read_back(f.folder))))
+    assert Counter(map(str, (s["visual.npy"].tobytes() for s in read_back(out.folder)))) == both
+    # It can be packed again, though both sources count their rows from 0.
+    again = pack(open_source(SourceOptions("packed", source=out.folder)), tmp_path / "again", PackOptions(), workers=1)
+    assert len(again.samples) == 54
+
+
+def test_what_cannot_be_merged(shards: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is there twice"):
+        merge([shards.folder, shards.folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.part").exists()
+    write_ave(tmp_path / "other", 8)
+    float32 = packed(tmp_path / "other", tmp_path / "float32", visual_dtype="float32")
+    with pytest.raises(DataError, match="its samples have"):
+        merge([shards.folder, float32.folder], tmp_path / "out")
+    (tmp_path / "other" / "Annotations.txt").unlink()
+    (tmp_path / "other" / "categories.txt").write_text("bell\nbark\ncat\n")
+    renamed = packed(tmp_path / "other", tmp_path / "renamed")
+    with pytest.raises(DataError, match="other classes than"):
+        merge([shards.folder, renamed.folder], tmp_path / "out")
+
+
+def test_subset(shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = arrays_by_row(shards.folder)
+    base = ["shards", "subset", str(shards.folder), "--out"]
+    assert main([*base, str(tmp_path / "first"), "--first", "1"]) == 0
+    # 24 rows: splits go train, train, val, test and classes 0, 1, 2 again and again.
+    expected: dict[tuple[int, int], int] = {}
+    for row in range(24):
+        expected.setdefault((max(row % 4, 1), row % 3), row)
+    first = arrays_by_row(tmp_path / "first")
+    assert first == {row: everything[row] for row in expected.values()}
+    assert main([*base, str(tmp_path / "half"), "--fraction", "0.5", "--split", "train", "--seed", "4"]) == 0
+    half = Manifest.load(tmp_path / "half")
+    assert list(half.splits) == ["train"]
+    assert Counter(half.samples["category"].tolist()) == {0: 2, 1: 2, 2: 2}
+    assert arrays_by_row(half.folder).items() <= everything.items()
+    capsys.readouterr()
+    for flags, told in (
+        (["--first", "0"], "--first 0: has to be 1 or more"),
+        (["--fraction", "1.5"], "--fraction 1.5: has to be above 0"),
+        (["--first", "1", "--split", "dev"], "no split 'dev' in these shards"),
+    ):
+        assert main([*base, str(tmp_path / "x"), *flags]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_split(shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["shards", "split", str(shards.folder), "--out", str(tmp_path / "parts")]
+    assert main([*base, "--part", "a=0.5", "--part", "b=.5"]) == 0
+    a, b = (arrays_by_row(tmp_path / "parts" / name) for name in "ab")
+    assert a | b == arrays_by_row(shards.folder)
+    assert not a.keys() & b.keys()
+    assert len(a) == 12
+    capsys.readouterr()
+    for flags, told in ((["--part", "a"], "--part a: write it as NAME=SHARE"), (["--part", "a=1"], "is there already")):
+        assert main([*base, *flags]) == 2
+        assert told in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "parts")
+    assert main([*base, "--part", "a=1", "--part", "b=0.0001"]) == 2
+    assert "too few videos to give part 'b' any" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+videos = st.lists(
+    st.tuples(st.sampled_from(["train", "val"]), st.integers(-1, 3), st.integers(0, 30)), min_size=1, max_size=80
+).map(lambda drawn: [Entry(row, f"v{number}", split, k) for row, (split, k, number) in enumerate(drawn)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(entries=videos, fraction=st.floats(0.01, 1), first=st.integers(1, 9), seed=st.integers(0, 3))
+def test_subsets_of_any_videos(entries: list[Entry], fraction: float, first: int, seed: int) -> None:
+    classes = Counter((e.split, e.category) for e in entries)
+    drawn = subset(entries, fraction=fraction, seed=seed)
+    assert len(set(drawn)) == len(drawn)
+    counts = Counter((e.split, e.category) for e in drawn)
+    assert all(abs(counts[key] - fraction * n) <= 0.5 for key, n in classes.items())
+    firsts = subset(entries, first=first)
+    for (split, category), n in classes.items():
+        rows = [e.row for e in entries if (e.split, e.category) == (split, category)]
+        assert [e.row for e in firsts if (e.split, e.category) == (split, category)] == rows[: min(n, first)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(entries=videos, shares=st.lists(st.floats(0.1, 5), min_size=1, max_size=4), seed=st.integers(0, 3))
+def test_cuts_of_any_videos(entries: list[Entry], shares: list[float], seed: int) -> None:
+    parts = cut(entries, {str(n): share for n, share in enumerate(shares)}, seed)
+    assert sorted(e.row for part in parts.values() for e in part) == [e.row for e in entries]
+    ids = [{e.video_id for e in part} for part in parts.values()]
+    assert sum(map(len, ids)) == len(set().union(*ids))  # no video in two parts

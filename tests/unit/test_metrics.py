@@ -1,0 +1,97 @@
+"""The AVEL metric, counted exactly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+
+from cpsp_dist import metrics
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.models import Output
+
+K, T = 3, 4
+
+
+def random_case(seed: int, size: int) -> tuple[Output, Batch]:
+    g = torch.Generator().manual_seed(seed)
+    empty = torch.empty(0)
+    output = Output(torch.randn(size, T, generator=g), torch.randn(size, K, generator=g), *([empty] * 6))
+    event = torch.rand(size, T, generator=g) > 0.5
+    category = torch.where(event.any(1), torch.randint(0, K, (size,), generator=g), -1)
+    valid = torch.rand(size, generator=g) > 0.3
+    zeros = torch.zeros(size, dtype=torch.int64)
+    return output, Batch(empty, empty, event, category, valid, zeros, zeros)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**20), size=st.integers(0, 6))
+def test_confusion_equals_sklearn(seed: int, size: int) -> None:
+    output, batch = random_case(seed, size)
+    predicted, target = [], []
+    for b in range(size):
+        if batch.valid[b]:
+            for t in range(T):
+                target.append(int(batch.category[b]) if batch.event[b, t] else K)
+                predicted.append(int(output.category_logits[b].argmax()) if output.event_logits[b, t] > 0 else K)
+    counted = metrics.confusion(output, batch)
+    expected = confusion_matrix(target, predicted, labels=list(range(K + 1))) if target else [[0] * (K + 1)] * (K + 1)
+    assert counted.dtype == torch.int64
+    assert counted.tolist() == [list(map(int, row)) for row in expected]
+    right = sum(p == t for p, t in zip(predicted, target, strict=True))
+    assert metrics.accuracy(counted) == (right / len(target) if target else 0.0)
+
+
+def test_counts_of_parts_add_up() -> None:
+    output, batch = random_case(3, 6)
+    parts = []
+    for part in (slice(0, 2), slice(2, 6)):
+        fields = {name: value[part] if len(value) else value for name, value in vars(batch).items()}
+        tensors = (x[part] if x is not None and len(x) else x for x in output)
+        parts.append(metrics.confusion(Output(*tensors), Batch(**fields)))
+    assert torch.equal(parts[0] + parts[1], metrics.confusion(output, batch))
+
+
+def test_an_event_needs_more_than_half() -> None:
+    output, _ = random_case(0, 1)
+    output = output._replace(event_logits=torch.tensor([[0.0, 1e-3, -1e-3, 5.0]]))
+    category = int(output.category_logits.argmax())
+    assert metrics.predict(output).tolist() == [[K, category, K, category]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**20), size=st.integers(1, 8))
+def test_breakdown_equals_sklearn(seed: int, size: int) -> None:
+    output, batch = random_case(seed, size)
+    batch.valid[0] = True
+    answer = metrics.predict(output)[batch.valid]
+    truth = torch.where(batch.event, batch.category[:, None], K)[batch.valid]
+    told = metrics.breakdown(
+        metrics.confusion(output, batch),
+        metrics.by_second(output, batch),
+        metrics.boundaries(output, batch),
+        ["dog", "bell", "car"],
+    )
+    assert told["accuracy"] == pytest.approx(accuracy_score(truth.flatten(), answer.flatten()))
+    assert told["event_accuracy"] == pytest.approx(accuracy_score(truth.flatten() == K, answer.flatten() == K))
+    for t in range(T):
+        assert told["seconds"][t] == pytest.approx(accuracy_score(truth[:, t], answer[:, t]))
+    expected = precision_recall_fscore_support(
+        truth.flatten(), answer.flatten(), labels=list(range(K + 1)), zero_division=0
+    )
+    assert list(told["categories"]) == ["dog", "bell", "car", "background"]
+    for i, shown in enumerate(told["categories"].values()):
+        assert list(shown.values()) == pytest.approx([values[i] for values in expected])
+    edges = [[(row[t] == K) != (row[t + 1] == K) for row in labels for t in range(T - 1)] for labels in (truth, answer)]
+    assert told["boundary_f1"] == pytest.approx(f1_score(*edges, zero_division=0))
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_breakdown_of_nothing() -> None:
+    told = metrics.breakdown(torch.zeros(3, 3, dtype=torch.int64), torch.zeros(T, 2), torch.zeros(3), ["a", "b"])
+    assert told["accuracy"] == told["event_accuracy"] == told["boundary_f1"] == 0
+    assert told["categories"]["a"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "segments": 0}

@@ -1,0 +1,258 @@
+"""What MLflow holds after a run, what `compare` makes of it, and that a dead server stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpsp_dist.cli import main
+from cpsp_dist.config import flat, load_config
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.losses.objectives import HEALTH
+from cpsp_dist.tracking import mlflow as tracking
+from cpsp_dist.tracking.compare import compare, format_table
+from tests.support.environment import REPO, free_port
+from tests.support.runs import tracked_points
+
+CONFIG = REPO / "configs" / "keypad.yaml"
+
+
+def arguments(shards: Path, output: Path, *more: str) -> list[str]:
+    settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
+    return ["--config", str(CONFIG), *settings, "tracking.every_steps=2", "engine.kind=ddp", *more]
+
+
+def told_steps(output: Path) -> list[int]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss/total" in line]
+
+
+@pytest.fixture(scope="module")
+def two_runs(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    runs = {
+        "gathered": ["tracking.run_name=a-seed1"],
+        "other": ["tracking.run_name=a-seed2", "train.seed=2"],
+        "local": ["objectives.psa_v=0", "train.seed=2"],
+    }
+    for name, settings in runs.items():
+        told = prefork.start(arguments(keypad_shards, folder / name, "pool.bank=16", *settings), 2).finish()
+        (folder / f"{name}.log").write_text(told)
+    return folder
+
+
+def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    assert [run.info.run_name for run in runs] == ["a-seed1", "a-seed2", "local"]
+    run, output = runs[0], two_runs / "gathered"
+    settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp", "pool.bank=16"]
+    settings += [f"data.shards={keypad_shards}", f"output={output}", "tracking.run_name=a-seed1"]
+    config = load_config(CONFIG, settings)
+    assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "2"}
+    for name in ("event", "category", "avps", "psa_s", "psa_v", "total"):
+        assert [p.step for p in client.get_metric_history(run.info.run_id, f"loss/{name}")] == [2, 4, 6]
+    points = {
+        name: [point.value for point in client.get_metric_history(run.info.run_id, name)]
+        for name in ("grad_norm", "learning_rate", "videos_per_second", "data_wait_share", "accuracy/val")
+    }
+    assert points["learning_rate"] == [config.train.learning_rate] * 3
+    assert all(norm > 0 for norm in points["grad_norm"])
+    assert all(rate > 0 for rate in points["videos_per_second"])
+    assert all(0 <= share <= 1 for share in points["data_wait_share"])
+    # One epoch of 6 steps, whose weights are the best ones: evaluated in the run, and again at its end.
+    (accuracy,) = points["accuracy/val"]
+    assert accuracy == 100 * json.loads((output / "evaluation_val.json").read_text())["accuracy"]
+    assert f"epoch 1/8: val accuracy {accuracy:.2f} %" in (two_runs / "gathered.log").read_text()
+    results = json.loads((output / "results.json").read_text())
+    assert run.data.metrics["accuracy/test"] == results["accuracy/test"]
+    assert run.data.metrics["accuracy/best_val"] == results["accuracy/best_val"]
+    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "webdataset", "mlflow")}
+    versions |= {"cpsp_dist": version("cpsp-dist"), "python": sys.version.split()[0]}
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("version.")}
+    assert tags == {f"version.{name}": number for name, number in versions.items()}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert run.data.tags.get("git.commit", "") == head.stdout.strip()
+    assert run.data.tags.get("git.changed") in (("true", "false") if head.stdout else (None,))
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
+    artifact = client.download_artifacts(run.info.run_id, "config.json")
+    assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_git_state_tells_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "cpsp_dist" / "tracking" / "mlflow.py"))
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=x")
+    commit = git("rev-parse", "HEAD").strip()
+    assert tracking._git_state() == {"git.commit": commit, "git.changed": "false"}
+    (tmp_path / "new").touch()
+    assert tracking._git_state() == {"git.commit": commit, "git.changed": "true"}
+
+
+def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
+    """Two ranks of 4 videos and a bank: every figure at every logged step, and what is known of them is right."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    assert {name.removeprefix("pool/") for name in runs[0].data.metrics if name.startswith("pool/")} == set(HEALTH)
+    history = {name: client.get_metric_history(runs[0].info.run_id, f"pool/{name}") for name in HEALTH}
+    found = {name: [point.value for point in points] for name, points in history.items()}
+    assert [[point.step for point in points] for points in history.values()] == [[2, 4, 6]] * len(HEALTH)
+    assert found["gather_bytes"] == [(2 - 1) * 4 * (2 * 256 * 4 + 4 * 8)] * 3  # embeddings, their gradients, labels
+    assert all(milliseconds > 0 for milliseconds in found["gather_ms"])
+    assert found["remembered"][0] <= 8 < found["remembered"][2] <= 16
+    for size, remembered in zip(found["size"], found["remembered"], strict=True):
+        assert 0 < size - remembered <= 8
+    for name in ("anchors_with_positive", "active_hinges", "suspected_false_negatives"):
+        assert all(0 <= share <= 1 for share in found[name]), name
+    for name in ("anchors_with_positive", "active_hinges", "positive_distance", "negative_distance"):
+        assert all(value > 0 for value in found[name]), name
+    # Without PSA_V there is no pool; what is left is the integers that all ranks share.
+    assert {name for name in runs[2].data.metrics if name.startswith("pool/")} == {
+        "pool/gather_ms",
+        "pool/gather_bytes",
+    }
+
+
+def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):
+    uri = f"sqlite:///{two_runs / 'mlflow.db'}"
+    assert main(["compare", "--uri", uri]) == 0
+    header, _, first, *_, last = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "state", "psa_v", "seed"]
+    results = json.loads((two_runs / "gathered" / "results.json").read_text())
+    assert first.split()[:4] == ["a-seed1", "finished", "1.0", "1"]
+    assert float(first.split()[4]) == pytest.approx(results["accuracy/test"], rel=1e-3)
+    assert last.split()[:4] == ["local", "finished", "0.0", "2"]
+
+    (both, alone) = json.loads(compare(uri, "cpsp", ["accuracy/test"], mean=True, as_json=True))
+    assert (both["runs"], both["seeds"], alone["runs"], alone["seeds"]) == ("a", 2, "local", 1)
+    second = json.loads((two_runs / "other" / "results.json").read_text())
+    mean = (results["accuracy/test"] + second["accuracy/test"]) / 2
+    assert both["accuracy/test"].split(" ± ")[0] == f"{mean:.2f}"
+
+
+def test_compare_finds_the_store_itself(two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """MLFLOW_TRACKING_URI, else the store beside the run folders of `runs/`; empty is as not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{two_runs / 'mlflow.db'}")
+    assert main(["compare"]) == 0
+    by_environment = capsys.readouterr().out
+    assert [line.split()[0] for line in by_environment.splitlines()[2:]] == ["a-seed1", "a-seed2", "local"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["compare"]) == 2
+    assert "no MLflow store at sqlite:///runs/mlflow.db" in capsys.readouterr().err
+    (tmp_path / "runs").symlink_to(two_runs)
+    assert main(["compare"]) == 0
+    assert capsys.readouterr().out == by_environment
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert main(["compare"]) == 0
+    assert capsys.readouterr().out == by_environment
+
+
+def test_compare_tells_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
+    assert main(["compare", "--uri", f"sqlite:///{tmp_path}/none.db"]) == 2
+    assert main(["compare", "--uri", f"sqlite:///{two_runs / 'mlflow.db'}", "--experiment", "cps"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no MLflow store at" in first
+    assert "no experiment 'cps'" in second
+    assert "cpsp" in second
+
+
+def test_tables_align():
+    rows = [{"run": "a", "value": 1.0}, {"run": "longer", "value": None}]
+    assert format_table(rows) == "run     value\n------  -----\na           1\nlonger      -"
+
+
+def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_path: Path):
+    store = tmp_path / "elsewhere.db"
+    run = arguments(keypad_shards, tmp_path / "out" / "run")
+    prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}").finish()
+    assert "run" in compare(f"sqlite:///{store}", "cpsp", ["accuracy/test"])
+    assert not (tmp_path / "out" / "mlflow.db").exists()
+    assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
+
+
+def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
+    run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=20")
+    dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    told = prefork.start(run, 1, **dead).finish()
+    assert "warning: MLflow: " in told
+    assert "are sent later, training goes on" in told
+    assert told_steps(tmp_path / "run") == [2, 4, 6]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not (tmp_path / "mlflow.db").exists()
+
+    for _ in range(2):  # the second time there is nothing left to send
+        assert "(finished)" in prefork.start(run, 1).finish()
+        assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
+        assert tracked_points(tmp_path / "mlflow.db", "accuracy/test") == [6]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_points_are_sent_when_the_store_comes_back(prefork: Any, keypad_shards: Path, tmp_path: Path):
+    (tmp_path / "place").touch()  # a file where the store's folder should be
+    store = tmp_path / "place" / "mlflow.db"
+    more = ["train.steps=24", "tracking.every_steps=1", "checkpoint.every_steps=1"]
+    run = arguments(keypad_shards, tmp_path / "run", *more)
+    launch = prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}")
+    assert launch.until(lambda: "training goes on" in launch.ranks[0].output)
+    (tmp_path / "place").unlink()
+    launch.finish()
+    assert tracked_points(store, "loss/total") == list(range(1, 25))
+
+
+def test_a_server_that_never_answers_holds_nothing_up(prefork: Any, keypad_shards: Path, tmp_path: Path):
+    """It takes the connection and is silent; the client would wait 1,000 s for each request."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(50)
+        silent = {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",
+        }
+        run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=2")
+        told = prefork.start(run, 1, **silent).finish()
+    assert "MLflow has not taken all points" in told
+    assert told_steps(tmp_path / "run") == [2, 4, 6]
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def killed_making_the_store(rank: int) -> None:
+    """SIGKILL when mlflow comes to its tenth table."""
+    from alembic.ddl.impl import DefaultImpl
+
+    create_table, count = DefaultImpl.create_table, iter(range(1000))
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(count) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return create_table(self, *args, **kwargs)
+
+    DefaultImpl.create_table = create
+
+
+def test_killed_while_the_store_is_made(prefork: Any, keypad_shards: Path, tmp_path: Path):
+    """A half-made SQLite file would be one that no later start can use."""
+    run = arguments(keypad_shards, tmp_path / "run")
+    launch = prefork.start(run, 1, patch="tests.unit.tracking.test_tracking:killed_making_the_store")
+    assert launch.wait() == [-signal.SIGKILL]
+    assert not (tmp_path / "mlflow.db").exists()
+    prefork.start(run, 1).finish()
+    assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
