@@ -94,6 +94,7 @@ def first_step(model: nn.Module, config: Config, ranks: Ranks, stream: TrainStre
         seconds += time.perf_counter() - began
         kept, width = max(kept, count()), output.fusion.shape[-1]
         sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
+    engine.close()
     means = process_group.sum_over_ranks(torch.stack([*sums.values()])) / (config.train.accumulation * ranks.world)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()

@@ -66,6 +66,9 @@ class Engine(Forward, Protocol):
     def capture(self) -> TrainingState:
         """The whole state, on every rank."""
 
+    def close(self) -> None:
+        """Give up what keeps the model in memory; the engine is not used any more."""
+
 
 def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None = None) -> Engine:
     """Wrap `model` as `config.engine` says and continue from `state`, where given.
@@ -177,6 +180,9 @@ class _DDPEngine:
             moments = {m: {n: self.optimizer.state[p][m].cpu().clone() for n, p in named} for m in ADAM_MOMENTS}
         return TrainingState({n: p.detach().cpu().clone() for n, p in named}, moments, self.updates)
 
+    def close(self) -> None:
+        self.wrapped = self.module
+
 
 class _DeepSpeedEngine:
     """DeepSpeed's own engine; it owns accumulation, clipping and the reduction of gradients."""
@@ -184,6 +190,8 @@ class _DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None):
         deepspeed = import_deepspeed(ranks.device)
         backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+        forget_destroyed_groups()
+        self.linear = nn.functional.linear
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self.config, self.ranks, self.module = config, ranks, model
         self.dtype = PRECISIONS[config.train.precision]
@@ -235,6 +243,13 @@ class _DeepSpeedEngine:
         if self.config.train.optimizer == "adam" and self.updates:
             moments = {m: {n: self._moment(p, m).cpu().clone() for n, p in named} for m in ADAM_MOMENTS}
         return TrainingState({n: self._weight(p).cpu().clone() for n, p in named}, moments, self.updates)
+
+    def close(self) -> None:
+        # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
+        self.engine.destroy()
+        release_module(self.module)
+        # Stage 3 replaces it for the process, by one that rounds otherwise: later trainings would give other weights.
+        nn.functional.linear = self.linear
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         whole = self.access.safe_get_full_fp32_param(parameter)
@@ -335,6 +350,30 @@ def import_deepspeed(device: torch.device) -> Any:
         # An inference-only operator that init_distributed would compile for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def forget_destroyed_groups() -> None:
+    """Make DeepSpeed usable in a process whose process group was destroyed and made anew, as by a second training.
+
+    It keeps the groups that it makes in module globals, and forgets them only where it destroys the world group itself.
+    With stale ones `deepspeed.initialize` fails: "Group ... is not registered". Seen in 0.19.0 to 0.19.8.
+    """
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        return
+    try:
+        torch.distributed.get_process_group_ranks(groups._WORLD_GROUP)
+    except KeyError:  # torch does not know it any more
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
+        groups._ALL_TO_ALL_GROUP.clear()
+
+
+def release_module(module: nn.Module) -> None:
+    """Remove `module` from the list of modules that ZeRO stage 3 keeps, and adds to only. Seen in 0.19.0 to 0.19.8."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
 
 
 @contextmanager

@@ -184,6 +184,7 @@ class Run:
                 self.signals.release()
                 raise process_group.stopped(asked, f"saved step {progress.step} of {schedule.steps} in {config.output}")
             meter.resume()
+        engine.close()
         return progress
 
     def _tell_nonfinite(self, witness: Witness, engine: Engine, progress: Progress) -> None:
