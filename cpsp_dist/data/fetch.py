@@ -37,6 +37,7 @@ _FINAL = (
 )
 #: botocore's errors by name, since it may not be installed: no attempt sends a request.
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoAuthTokenError")
+_SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _FINAL_NAMES = (*_NO_CREDENTIALS, "ParamValidationError", "InvalidRegionError")
 
 
@@ -122,10 +123,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
     name = without_secrets(url)
     if "::" in url:
         raise DataError(f"{name}: chained URLs ('::') are not supported; give the URL of the folder itself")
+    protocol, _, rest = url.partition("://")
+    is_s3 = protocol.lower() in ("s3", "s3a")
+    if is_s3 and "@" in rest.partition("/")[0]:
+        raise DataError(f"{name}: credentials in an s3:// URL are not supported; {_SET_CREDENTIALS}")
     try:
         return url_to_fs(url)
     except ImportError as error:
-        if url.partition("://")[0].lower() in ("s3", "s3a"):
+        if is_s3:
             raise DataError(f"{name}: s3:// needs the package s3fs: pip install 'cpsp-dist[s3]'") from None
         raise DataError(f"{name}: {_reason(error)}") from None
     except ValueError as error:
@@ -200,6 +205,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer within {PIECE_SECONDS:.0f} s"
     if type(error).__name__ in _NO_CREDENTIALS:
-        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"no credentials found; {_SET_CREDENTIALS}"
     text = " ".join(str(error).split())
     return type(error).__name__ + (f" ({text[:150]})" if text and "://" not in text and "@" not in text else "")

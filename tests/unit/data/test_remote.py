@@ -215,7 +215,13 @@ def test_training_from_a_url(site, keypad_shards, tmp_path):
     url = f"http://me:s3cret@127.0.0.1:{site.port}/private/keypad"
     output = tmp_path / "out" / "run"
     settings = ["train.global_batch=8", "train.steps=3", "tracking.every_steps=1", "evaluation.every_epochs=99"]
-    settings += ["engine.kind=ddp", "data.audit=true", f"output={output}", f"data.cache={tmp_path / 'cache'}"]
+    settings += [
+        "tracking.patience=120",
+        "engine.kind=ddp",
+        "data.audit=true",
+        f"output={output}",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
     keypad = str(REPO / "configs" / "keypad.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "cpsp_dist.train", "--config", keypad, *settings, f"data.shards={url}"],
