@@ -208,11 +208,11 @@ def test_verify_info_and_preview_of_a_url(site, keypad_shards, tmp_path):
     assert str(kept) in told("verify", url, code=2)
 
 
-def test_training_from_a_url(site, keypad_shards, tmp_path):
+def test_training_from_a_url(front, keypad_shards, tmp_path):
     """It trains on the samples that the folder has at the same positions in lanes; resuming in another order is
     refused; and nothing written holds the password."""
-    shutil.copytree(keypad_shards, site.folder / "keypad", dirs_exist_ok=True)
-    url = f"http://me:s3cret@127.0.0.1:{site.port}/private/keypad"
+    shutil.copytree(keypad_shards, front.folder / "keypad", dirs_exist_ok=True)
+    url = f"http://me:s3cret@127.0.0.1:{front.port}/private/keypad"
     output = tmp_path / "out" / "run"
     settings = ["train.global_batch=8", "train.steps=3", "tracking.every_steps=1", "evaluation.every_epochs=99"]
     settings += [
