@@ -136,10 +136,10 @@ def test_any_url_of_fsspec_serves(served, tmp_path, protocol):
 
 
 def test_passwords_and_queries_are_left_out_of_messages():
-    told = without_secrets(
+    shown = without_secrets(
         "data.shards=https://me:s3c@ret@host:8/a/b?X-Sig=s3cret&y=1 at s3://bucket/x and 'file:///y'"
     )
-    assert told == "data.shards=https://host:8/a/b at s3://bucket/x and 'file:///y'"
+    assert shown == "data.shards=https://host:8/a/b at s3://bucket/x and 'file:///y'"
 
 
 def test_a_password_is_used_and_never_printed(site, served, tmp_path):
@@ -160,15 +160,15 @@ def test_a_password_is_used_and_never_printed(site, served, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("nosuch://x/y", "Protocol not known: nosuch"),
         ("file://x::http://y", "chained URLs"),
         ("pipe:cat index.json", "no such folder"),
     ],
 )
-def test_urls_that_are_refused(tmp_path, url, told):
-    with pytest.raises(DataError, match=told):
+def test_urls_that_are_refused(tmp_path, url, expected):
+    with pytest.raises(DataError, match=expected):
         Manifest.load(url, Cache(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_verify_info_and_preview_of_a_url(site, keypad_shards, tmp_path):
     shutil.copytree(keypad_shards, site.folder / "keypad", dirs_exist_ok=True)
     url = f"{site.url}/keypad"
 
-    def told(*command: str, code: int = 0) -> str:
+    def output_of(*command: str, code: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "cpsp_dist", "shards", *command],
             env=environment(CPSP_CACHE=str(tmp_path / "cache")),
@@ -197,15 +197,15 @@ def test_verify_info_and_preview_of_a_url(site, keypad_shards, tmp_path):
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    assert f"{url}: 80 samples of" in told("info", url)
-    local = told("preview", str(keypad_shards), "-n", "3")
-    assert told("preview", url, "-n", "3") == local
-    assert f"{url}: 80 samples in 3 shards, every byte as packed" in told("verify", url)
+    assert f"{url}: 80 samples of" in output_of("info", url)
+    local = output_of("preview", str(keypad_shards), "-n", "3")
+    assert output_of("preview", url, "-n", "3") == local
+    assert f"{url}: 80 samples in 3 shards, every byte as packed" in output_of("verify", url)
     kept = tmp_path / "cache" / Manifest.load(keypad_shards).shards[0].sha256
     content = bytearray(kept.read_bytes())
     content[len(content) // 2] ^= 1
     kept.write_bytes(content)
-    assert str(kept) in told("verify", url, code=2)
+    assert str(kept) in output_of("verify", url, code=2)
 
 
 def test_training_from_a_url(front, keypad_shards, tmp_path):
