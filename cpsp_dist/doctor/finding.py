@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cpsp_dist.data.cache import without_secrets
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import UserError
 
 OK, WARNING, ERROR = "ok", "warning", "error"

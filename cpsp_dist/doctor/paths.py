@@ -15,9 +15,10 @@ import torch
 from crc32c import crc32c
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.cache import Cache, without_secrets
+from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import file_system
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
 from cpsp_dist.doctor.rendezvous import CLOCK_TOLERANCE, Rendezvous
 from cpsp_dist.errors import DataError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpsp_dist.config import Config, check_config
-from cpsp_dist.data.cache import without_secrets
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.

@@ -26,7 +26,7 @@ def verify(place: str | Path) -> Manifest:
     with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
         for number, shard in enumerate(manifest.shards):
             try:
-                with manifest.at_hand(shard) as path:
+                with manifest.local_file(shard) as path:
                     found += _shard_damage(manifest, number, shard, path)
             except DataError as error:  # it cannot be fetched
                 found.append(str(error))

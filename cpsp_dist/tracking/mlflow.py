@@ -26,8 +26,8 @@ from typing import Any
 
 from cpsp_dist import __version__
 from cpsp_dist.config import Config, flat
-from cpsp_dist.data.cache import without_secrets
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import Stopped, UserError
 
 SEND_EVERY_SECONDS = 15.0
