@@ -42,13 +42,13 @@ class Replay:
     run: Callable[[int, Batch], Output]
 
 
-class Witness:
-    """What is to be kept of one step of this rank, in case it has to be explained: references, nothing is computed."""
+class NonFiniteDiagnostics:
+    """What is kept of one step of this rank, in case its cause is asked for: references, nothing is computed."""
 
     def __init__(self) -> None:
         self._parts: list[_Part] = []
 
-    def see(self, output: Output, batch: Batch) -> Output:
+    def record_outputs(self, output: Output, batch: Batch) -> Output:
         """A micro-batch's outputs, for the objectives: views, so that what comes back is seen before the network adds
         to it."""
         views = Output(*[None if x is None else x.view_as(x) for x in output])  # type: ignore[arg-type]
@@ -61,11 +61,11 @@ class Witness:
         self._parts.append(part)
         return views
 
-    def hear(self, terms: dict[str, Tensor]) -> None:
+    def record_losses(self, terms: dict[str, Tensor]) -> None:
         """The loss terms of the micro-batch that was seen last."""
         self._parts[-1].terms = terms
 
-    def explain(self, video: Callable[[int], str]) -> str:
+    def diagnose_loss(self, video: Callable[[int], str]) -> str:
         """`rank 1: loss terms event, total; outputs event_logits of video abc`; empty where all of these are finite.
         All ranks call it together, and get the same text. `video` names the video of a row of the sample table."""
         terms: set[str] = set()
@@ -88,8 +88,8 @@ class Witness:
         told = [_describe(rank, t, o, g, rows[of]) for rank, (t, o, g, rows) in enumerate(found) if rows[of]]
         return "; ".join(told)
 
-    def explain_inside(self, replay: Replay, video: Callable[[int], str]) -> str:
-        """The same where all that `explain` looks at is finite: the gradient of some parameter is not.
+    def diagnose_backward(self, replay: Replay, video: Callable[[int], str]) -> str:
+        """The same where all that `diagnose_loss` looks at is finite: the gradient of some parameter is not.
 
         Each rank takes its own micro-batches through the network and back once more, then halves of them, down to the
         videos whose own gradient is not finite.

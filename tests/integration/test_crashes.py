@@ -48,7 +48,7 @@ def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: P
     whole = time.monotonic() - began
     killed = arguments(keypad_shards, tmp_path / "killed", *more)
     checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
-    hold = ["cpsp_dist.training.trainer", "_final_results", 0, str(tmp_path / "never")]
+    hold = ["cpsp_dist.training.trainer", "evaluate_best", 0, str(tmp_path / "never")]
     for _ in range(KILLS):
         launch = prefork.start(killed, 2, patch="tests.integration.test_signals:wait_inside", patch_args=hold)
         saved = max([0, *checkpoints.steps()])

@@ -164,7 +164,9 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")}
 
 
-@pytest.mark.parametrize("function", ["distributed:connect", "loop:find_state", "loop:build_engine"])
+@pytest.mark.parametrize(
+    "function", ["distributed.process_group:connect", "training.trainer:find_state", "training.trainer:build_engine"]
+)
 def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""
     before = checkpoint_files(stopped)
@@ -175,7 +177,11 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
     (tmp_path / "go").touch()
     assert launch.wait() == [EXIT_REQUEUE] * 2, launch.outputs()
     last = launch.ranks[0].output.splitlines()[-1]
-    told = "before anything was begun" if function == "distributed:connect" else "of 1000 steps are saved in "
+    told = (
+        "before anything was begun"
+        if function == "distributed.process_group:connect"
+        else "of 1000 steps are saved in "
+    )
     assert last.startswith("SIGTERM: ")
     assert told in last
     assert last.endswith("give the same command again to go on (exit code 75)")
@@ -183,7 +189,10 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
     assert checkpoint_files(stopped) == before
 
 
-@pytest.mark.parametrize(("function", "others"), [("distributed:connect", None), ("loop:build_engine", EXIT_REQUEUE)])
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [("distributed.process_group:connect", None), ("training.trainer:build_engine", EXIT_REQUEUE)],
+)
 def test_signal_to_a_rank_that_waits_for_others(
     prefork: Any, stopped: list[str], tmp_path: Path, function: str, others: int | None
 ) -> None:
@@ -233,7 +242,7 @@ def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tm
     output = tmp_path / "run"
     more = ["train.steps=2", "evaluation.batch=4", "tracking.enabled=true"]
     run = arguments(keypad_shards, output, *more)
-    where = ["cpsp_dist.training.trainer", "_final_results", 1, str(tmp_path / "go")]
+    where = ["cpsp_dist.training.trainer", "evaluate_best", 1, str(tmp_path / "go")]
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
     assert launch.until(lambda: "waiting" in launch.ranks[1].output)
     launch.ranks[0].signal(signal.SIGUSR1)

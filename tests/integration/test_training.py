@@ -23,7 +23,8 @@ from cpsp_dist.tracking.mlflow import RUN_FILE, all_runs
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.evaluate import evaluate_run
-from cpsp_dist.training.trainer import new_model, train
+from cpsp_dist.training.setup import initial_model
+from cpsp_dist.training.trainer import train
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, loss_history, newest_weights, overrides
 from tests.support.runs import plain_arguments as arguments
@@ -63,7 +64,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
     for world in (1, 2):
         ranks(train_each, world, keypad_shards, tmp_path / f"world{world}", ENGINES, timeout=400)
     config = load_config(KEYPAD, overrides(keypad_shards, tmp_path))
-    initial = new_model(config, Manifest.load(keypad_shards)).state_dict()
+    initial = initial_model(config, Manifest.load(keypad_shards)).state_dict()
     for name in ENGINES:
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
