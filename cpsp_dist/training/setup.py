@@ -11,7 +11,7 @@ from torch import nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader import EvalStream, TrainStream
+from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
@@ -32,6 +32,22 @@ def open_manifest(config: Config, shards: str | None = None) -> Manifest:
     return Manifest.load(shards or config.data.shards, Cache(config.data.cache, config.data.cache_gb))
 
 
+def reader_options(config: Config, ranks: Ranks) -> ReaderOptions:
+    """How this rank reads, by the settings `data.*`."""
+    data = config.data
+    return ReaderOptions(
+        threads=data.threads,
+        depth=data.depth,
+        check_crc=data.check_crc,
+        on_error=data.on_error,
+        skip_budget=data.skip_budget,
+        pin=ranks.device.type == "cuda",
+        access=data.access,
+        order=data.order,
+        epoch_end=data.epoch_end,
+    )
+
+
 def open_train_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
     """This rank's part of the endless stream of training samples."""
     return TrainStream(
@@ -42,15 +58,7 @@ def open_train_stream(config: Config, manifest: Manifest, ranks: Ranks) -> Train
         rank=ranks.rank,
         world=ranks.world,
         accumulation=config.train.accumulation,
-        order=config.data.order,
-        epoch_end=config.data.epoch_end,
-        threads=config.data.threads,
-        depth=config.data.depth,
-        check_crc=config.data.check_crc,
-        on_error=config.data.on_error,
-        skip_budget=config.data.skip_budget,
-        pin=ranks.device.type == "cuda",
-        access=config.data.access,
+        options=reader_options(config, ranks),
     )
 
 
@@ -62,13 +70,7 @@ def open_eval_stream(config: Config, manifest: Manifest, split: str, ranks: Rank
         batch=config.evaluation.batch,
         rank=ranks.rank,
         world=ranks.world,
-        threads=config.data.threads,
-        depth=config.data.depth,
-        check_crc=config.data.check_crc,
-        on_error=config.data.on_error,
-        skip_budget=config.data.skip_budget,
-        pin=ranks.device.type == "cuda",
-        access=config.data.access,
+        options=reader_options(config, ranks),
     )
 
 
@@ -79,7 +81,8 @@ def initial_model(config: Config, manifest: Manifest) -> nn.Module:
     if config.model.weights is not None:
         load_weights(config.model.weights, model)
         return model
-    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, access=config.data.access) as stream:
+    options = ReaderOptions(access=config.data.access)
+    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, options=options) as stream:
         batch = next(iter(stream))
         model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
     return model
