@@ -34,7 +34,7 @@ from cpsp_dist.training.engine import (
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
 from cpsp_dist.training.lr_schedule import Schedule
 from cpsp_dist.training.nonfinite import Replay
-from cpsp_dist.training.resume import find_state
+from cpsp_dist.training.resume import load_latest_checkpoint
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter, say
@@ -70,7 +70,7 @@ def train(
         deepspeed_settings(config, ranks.world)
         model = initial_model(config, manifest)
         _make_folder(config.output)
-        state, progress = find_state(checkpoints, config, manifest, ranks, allow_config_change)
+        state, progress = load_latest_checkpoint(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
             Tracker(
                 config,

@@ -66,7 +66,7 @@ def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: P
         assert set(launch.wait()) == {-signal.SIGKILL}, launch.outputs()
         assert checkpoints.newest_valid()[0] == max(checkpoints.steps(), default=None), "never a half one"
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert "going on from" in prefork.start(killed, 2).finish()
+    assert "resuming from" in prefork.start(killed, 2).finish()
     print(where)
     expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
     assert expected.keys() == found.keys()

@@ -38,7 +38,7 @@ def test_each_signal_saves_and_asks_for_a_new_start(prefork: Any, keypad_shards:
         assert lines[-1].startswith(f"{number.name}: saved step {step} of 20")
         assert not any(line.startswith(f"step {step + 1}/") for line in lines), "no step after the one that is saved"
         before = step
-    assert f"going on from {Checkpoints(tmp_path / 'stopped').path(before)}" in prefork.start(stopped, 2).finish()
+    assert f"resuming from {Checkpoints(tmp_path / 'stopped').path(before)}" in prefork.start(stopped, 2).finish()
     expected, found = newest_state(tmp_path / "alone"), newest_state(tmp_path / "stopped")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -165,7 +165,8 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
 
 
 @pytest.mark.parametrize(
-    "function", ["distributed.process_group:connect", "training.trainer:find_state", "training.trainer:build_engine"]
+    "function",
+    ["distributed.process_group:connect", "training.trainer:load_latest_checkpoint", "training.trainer:build_engine"],
 )
 def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""

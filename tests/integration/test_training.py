@@ -119,7 +119,7 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
         assert launch.until(lambda: (tmp_path / "killed" / RUN_FILE).exists())
         launch.kill()
         launch.wait()
-    assert "going on from" in prefork.start(run, 2).finish()
+    assert "resuming from" in prefork.start(run, 2).finish()
     runs = all_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", "cpsp")
     assert [run["status"] for run in runs] == ["FINISHED"]
     assert logged_steps(tmp_path / "mlflow.db") == list(range(1, 21))
@@ -157,7 +157,7 @@ def test_another_world_size_and_engine_goes_on(prefork, keypad_shards, tmp_path,
     assert launch.until_step(13)
     launch.kill()
     launch.wait()
-    assert "going on from" in prefork.start(arguments(keypad_shards, tmp_path / "moved", *more, *after), 2).finish()
+    assert "resuming from" in prefork.start(arguments(keypad_shards, tmp_path / "moved", *more, *after), 2).finish()
     expected, found = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "moved")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance)
