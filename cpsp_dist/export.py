@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cpsp_dist.config import Config
     from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.models import Network
-    from cpsp_dist.training.checkpoint import Progress
+    from cpsp_dist.training.checkpoint import TrainingProgress
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
@@ -101,7 +101,7 @@ def export(run: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _card(run: Path, config: Config, manifest: Manifest, progress: Progress, step: int) -> str:
+def _card(run: Path, config: Config, manifest: Manifest, progress: TrainingProgress, step: int) -> str:
     fields, train = manifest.fields, config.train
     results: dict[str, Any] = {}
     if (run / "results.json").is_file():

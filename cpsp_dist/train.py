@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError, guarded
+from cpsp_dist.errors import UserError, report_errors
 from cpsp_dist.training import gc_control
 
 
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
-    with gc_control.collected_seldom():
-        return guarded(run)
+    with gc_control.reduced_gc():
+        return report_errors(run)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ PROGRESS = "progress.json"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run stands, beside its tensors.
 
     Attributes:
@@ -63,7 +63,7 @@ class Checkpoints:
     def __init__(self, output: str | Path):
         self.folder = Path(output) / "checkpoints"
 
-    def save(self, state: TrainingState, progress: Progress, keep: int) -> Path:
+    def save(self, state: TrainingState, progress: TrainingProgress, keep: int) -> Path:
         """Write a checkpoint and remove all but the `keep` newest and the best one.
 
         Raises:
@@ -101,7 +101,7 @@ class Checkpoints:
             else:
                 left.unlink(missing_ok=True)
 
-    def _write(self, part: Path, state: TrainingState, progress: Progress) -> None:
+    def _write(self, part: Path, state: TrainingState, progress: TrainingProgress) -> None:
         """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
         part.mkdir()
         save_file(state.weights, part / WEIGHTS)
@@ -169,7 +169,7 @@ class Checkpoints:
             elif _sha256(folder / name) != expected.get(name):
                 yield f"{name} is damaged"
 
-    def load(self, step: int) -> tuple[TrainingState, Progress]:
+    def load(self, step: int) -> tuple[TrainingState, TrainingProgress]:
         """The state and progress of a checkpoint.
 
         Raises:
@@ -186,7 +186,7 @@ class Checkpoints:
             described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
             updates = described.pop("updates")
             objectives = moments.pop("objectives", {})
-            return TrainingState(weights, moments, updates, objectives), Progress(**described)
+            return TrainingState(weights, moments, updates, objectives), TrainingProgress(**described)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
 

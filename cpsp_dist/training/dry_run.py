@@ -22,7 +22,7 @@ from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
-from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
@@ -47,7 +47,7 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         model = initial_model(config, manifest)
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)
-        schedule = Schedule(config.train, stream.schedule.epoch_length)
+        schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         step = first_step(model, config, ranks, stream, schedule)
     if not ranks.first:
         return
@@ -85,7 +85,9 @@ class FirstStep:
     received: int
 
 
-def first_step(model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream, schedule: Schedule) -> FirstStep:
+def first_step(
+    model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream, schedule: TrainingSchedule
+) -> FirstStep:
     """The first step, made by the same code as in a training, and measured; all ranks call it together."""
     engine, objectives = build_engine(model, config, ranks), build_objectives(config)
     engine.module.train()
@@ -180,7 +182,7 @@ def _settings(config: Config) -> list[str]:
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).splitlines()
 
 
-def _data_plan(config: Config, manifest: Manifest, schedule: Schedule, world: int) -> list[str]:
+def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, world: int) -> list[str]:
     train = config.train
     fields = ", ".join(f"{name} {np.dtype(f.dtype).name} {list(f.shape)}" for name, f in manifest.fields.items())
     lines = [f"{manifest.place}: {len(manifest.categories)} categories; {fields}"]

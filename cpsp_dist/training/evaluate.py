@@ -16,7 +16,7 @@ from cpsp_dist.distributed.process_group import Ranks, discover, sum_over_ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.models import model_for
-from cpsp_dist.training.checkpoint import Checkpoints, Progress
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
 from cpsp_dist.training.step_metrics import say
@@ -59,7 +59,7 @@ def evaluate(
             videos[0] += batch.valid.sum().cpu()
         videos[1] = stream.skipped
     model.module.train(was_training)
-    process_group.stop_if_asked(signals, ranks.device, "trained and saved, not yet evaluated")
+    process_group.raise_if_stop_requested(signals, ranks.device, "trained and saved, not yet evaluated")
     tables = (confusion, by_second, boundaries, videos)
     totals = sum_over_ranks(torch.cat([table.flatten() for table in tables]).to(ranks.device)).cpu()
     confusion, by_second, boundaries, videos = (
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def evaluate_best(
-    config: Config, manifest: Manifest, ranks: Ranks, progress: Progress, signals: StopSignals
+    config: Config, manifest: Manifest, ranks: Ranks, progress: TrainingProgress, signals: StopSignals
 ) -> dict[str, float]:
     """Percentages of the weights that were best on val (the last ones without a val split), on val and test.
 

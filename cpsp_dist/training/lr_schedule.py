@@ -9,7 +9,7 @@ from cpsp_dist.config import TrainSettings
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSchedule:
     """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
 
     `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for

@@ -10,7 +10,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.training.checkpoint import Checkpoints, Progress
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.training.step_metrics import say
 
@@ -22,7 +22,7 @@ POSITION_KEYS = ("data.order", "data.epoch_end")
 
 def load_latest_checkpoint(
     checkpoints: Checkpoints, config: Config, manifest: Manifest, ranks: Ranks, allow_change: bool
-) -> tuple[TrainingState | None, Progress]:
+) -> tuple[TrainingState | None, TrainingProgress]:
     """The newest complete checkpoint, the same one on every rank, or a fresh start; all ranks call it together.
 
     Raises:
@@ -34,7 +34,7 @@ def load_latest_checkpoint(
     if newest is None:
         if checkpoints.steps():
             raise DataError(f"{checkpoints.folder}: no complete checkpoint found; remove the folder to start anew")
-        return None, Progress(config=described, fingerprint=manifest.fingerprint, world=ranks.world)
+        return None, TrainingProgress(config=described, fingerprint=manifest.fingerprint, world=ranks.world)
     state, progress = checkpoints.load(newest)
     changed = changes(progress, config, manifest)
     if changed and not allow_change:
@@ -65,7 +65,7 @@ def _newest_on_all_ranks(checkpoints: Checkpoints, ranks: Ranks) -> int | None:
     return newest
 
 
-def changes(progress: Progress, config: Config, manifest: Manifest) -> list[str]:
+def changes(progress: TrainingProgress, config: Config, manifest: Manifest) -> list[str]:
     """What differs from the run that wrote the checkpoint and would change what is computed, a line each."""
     before, now = flat(progress.config), flat(config)
     changed = [

@@ -16,7 +16,7 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import load_weights, model_for
-from cpsp_dist.training.checkpoint import Checkpoints, Progress
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 
 #: Training videos from which the scale of the features is estimated.
@@ -107,7 +107,7 @@ class TrainedRun:
     """
 
     config: Config
-    progress: Progress
+    progress: TrainingProgress
     state: TrainingState
     step: int
 

@@ -19,13 +19,13 @@ from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.tracking.mlflow import take_back
-from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 
 
 class Meter:
     """Means of the loss terms, the rate and the time left, over the steps since it was last read."""
 
-    def __init__(self, config: Config, schedule: Schedule, ranks: Ranks, stream: TrainStream, step: int):
+    def __init__(self, config: Config, schedule: TrainingSchedule, ranks: Ranks, stream: TrainStream, step: int):
         self.config, self.schedule, self.ranks, self.stream = config, schedule, ranks, stream
         self._start(step)
 

@@ -22,7 +22,7 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import Output, model_for
 from cpsp_dist.tracking.mlflow import Tracker, tracking_uri
 from cpsp_dist.training import gc_control
-from cpsp_dist.training.checkpoint import Checkpoints, Progress, make_folder
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, make_folder
 from cpsp_dist.training.engine import (
     PRECISIONS,
     Engine,
@@ -32,7 +32,7 @@ from cpsp_dist.training.engine import (
     tune_cpu,
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
-from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import Replay
 from cpsp_dist.training.resume import load_latest_checkpoint
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
@@ -57,7 +57,7 @@ def train(
         Stopped: a signal asked for it; all is saved.
     """
     signals = signals or StopSignals()
-    process_group.stop_if_asked(signals, ranks.device, "before anything was begun")
+    process_group.raise_if_stop_requested(signals, ranks.device, "before anything was begun")
     manifest = open_manifest(config)
     checkpoints = Checkpoints(config.output)
     if fresh and checkpoints.steps():
@@ -85,7 +85,7 @@ def train(
         if not progress.finished:
             engine, objectives = build_engine(model, config, ranks, state), build_objectives(config, state)
             progress = Trainer(config, manifest, ranks, stream, engine, objectives, tracker, signals).train(progress)
-        signals.release()
+        signals.allow_exit()
         results = evaluate_best(config, manifest, ranks, progress, signals)
         tracker.log(progress.step, results)
     if ranks.first:
@@ -112,10 +112,10 @@ class Trainer:
         self.config, self.manifest, self.ranks, self.stream = config, manifest, ranks, stream
         self.engine, self.objectives, self.tracker, self.signals = engine, objectives, tracker, signals
         self.checkpoints = Checkpoints(config.output)
-        self.schedule = Schedule(config.train, stream.schedule.epoch_length)
+        self.schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         self.steps = StepRunner(config, ranks, stream, engine, objectives)
 
-    def train(self, progress: Progress) -> Progress:
+    def train(self, progress: TrainingProgress) -> TrainingProgress:
         """Train from `progress` to the end.
 
         Raises:
@@ -130,12 +130,12 @@ class Trainer:
             with self.meter.paused():
                 self.validate(step)
                 # One tiny collective: whichever rank a signal reached, all stop after the same step.
-                stop_signal = process_group.agree(self.signals.received or 0, self.ranks.device)
+                stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
                 self.save_if_due(step, stop_signal)
                 self.stop_if_requested(stop_signal)
         return self.progress
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: TrainingProgress) -> None:
         """Make ready for the first step; the last point at which a signal costs nothing."""
         self.progress = progress
         self.meter = Meter(self.config, self.schedule, self.ranks, self.stream, progress.step)
@@ -143,11 +143,11 @@ class Trainer:
         self.batches = self.audit.recorded(self.stream.batches(progress.position))
         self.engine.module.train()
         saved = f"{progress.step} of {self.schedule.steps} steps are saved in {self.config.output}"
-        process_group.stop_if_asked(
+        process_group.raise_if_stop_requested(
             self.signals, self.ranks.device, saved if progress.step else "before the first step"
         )
-        self.signals.hold()
-        gc_control.collect_as_usual()
+        self.signals.require_checkpoint()
+        gc_control.restore_gc()
 
     def run_micro_batches(self, step: int) -> StepResult:
         """Forward, backward and update of step `step` (from 0)."""
@@ -198,7 +198,7 @@ class Trainer:
     def stop_if_requested(self, stop_signal: int) -> None:
         """Raises Stopped where a signal asked for it, and there is anything left to do."""
         if stop_signal and not self.progress.finished:
-            self.signals.release()
+            self.signals.allow_exit()
             saved = f"saved step {self.progress.step} of {self.schedule.steps} in {self.config.output}"
             raise process_group.stopped(stop_signal, saved)
 
@@ -212,7 +212,7 @@ class Trainer:
             except (OSError, SafetensorError) as error:
                 problem = " ".join(str(error).split()) or repr(error)
         # All ranks wait for it, and stop together where it failed.
-        if process_group.agree(bool(problem), self.ranks.device):
+        if process_group.all_reduce_max(bool(problem), self.ranks.device):
             raise UserError(
                 f"{self.checkpoints.folder}: cannot write the checkpoint of step {self.progress.step}"
                 + (f": {problem}" if problem else "")

@@ -148,11 +148,13 @@ def save_stages(folder: Path) -> int:
 
 
 def save_some(output: Path, step: int, value: float | None = None) -> None:
-    from cpsp_dist.training.checkpoint import Progress
+    from cpsp_dist.training.checkpoint import TrainingProgress
     from cpsp_dist.training.engine import TrainingState
 
     tensor = torch.full((100,), float(step) if value is None else value)
-    Checkpoints(output).save(TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), Progress(step=step), 2)
+    Checkpoints(output).save(
+        TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), TrainingProgress(step=step), 2
+    )
 
 
 def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:

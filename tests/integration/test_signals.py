@@ -45,17 +45,17 @@ def test_each_signal_saves_and_asks_for_a_new_start(prefork: Any, keypad_shards:
 
 def sleep_before_step(rank: int, step: int, sleeper: int) -> None:
     """A rank that takes a minute over one step, so that the others wait for it in a collective."""
-    from cpsp_dist.training.lr_schedule import Schedule
+    from cpsp_dist.training.lr_schedule import TrainingSchedule
 
-    learning_rate = Schedule.learning_rate
+    learning_rate = TrainingSchedule.learning_rate
 
-    def slow(self: Schedule, number: int) -> float:
+    def slow(self: TrainingSchedule, number: int) -> float:
         if rank == sleeper and number == step:
             print("sleeping", flush=True)
             time.sleep(60)
         return learning_rate(self, number)
 
-    Schedule.learning_rate = slow  # type: ignore[method-assign]
+    TrainingSchedule.learning_rate = slow  # type: ignore[method-assign]
 
 
 def test_a_second_signal_ends_at_once(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
         _, told = process.communicate(timeout=120)
     assert "libtorch" not in mapped
     assert process.returncode == EXIT_REQUEUE
-    assert told == f"SIGUSR1: before anything was begun; give the same command again to go on (exit code {75})\n"
+    assert told == f"SIGUSR1: before anything was begun; run the same command again to resume (exit code {75})\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -133,7 +133,7 @@ def wait_inside(rank: int, module: str, function: str, waiter: int, go: str, pat
     """Rank `waiter` says so when it comes to a function, and waits there for the file `go`."""
     from cpsp_dist.distributed import signals
 
-    signals.PATIENCE = patience
+    signals.SAFE_POINT_TIMEOUT = patience
     owner = importlib.import_module(module)
     original = getattr(owner, function)
 
@@ -185,7 +185,7 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
     )
     assert last.startswith("SIGTERM: ")
     assert told in last
-    assert last.endswith("give the same command again to go on (exit code 75)")
+    assert last.endswith("run the same command again to resume (exit code 75)")
     assert "\nstep " not in launch.outputs()
     assert checkpoint_files(stopped) == before
 
@@ -208,20 +208,20 @@ def test_signal_to_a_rank_that_waits_for_others(
     signalled.signal(signal.SIGTERM)
     assert prefork.wait(signalled.pid, 30) == EXIT_REQUEUE
     assert signalled.output.splitlines()[-1] == (
-        "SIGTERM: nothing was unsaved; give the same command again to go on (exit code 75)"
+        "SIGTERM: all progress is saved; run the same command again to resume (exit code 75)"
     )
     if others is None:
         launch.ranks[1].kill()
     else:
         assert prefork.wait(launch.ranks[0].pid, 30) == others
-        assert launch.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: nothing was unsaved")
+        assert launch.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: all progress is saved")
     launch.wait()
     assert checkpoint_files(stopped) == before
 
 
 def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """As when a launcher ends the ranks that are left: it does not replace the code that asks for a new start."""
-    where = ["cpsp_dist.distributed.process_group", "_part", 1, str(tmp_path / "go")]
+    where = ["cpsp_dist.distributed.process_group", "_disconnect", 1, str(tmp_path / "go")]
     run = arguments(keypad_shards, tmp_path / "run")
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
     assert launch.until_step(1)

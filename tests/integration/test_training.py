@@ -173,9 +173,9 @@ def user_error(prefork: Any, arguments: list[str], world: int = 1, **more: Any) 
 
 def print_gc_thresholds(rank: int) -> None:
     from cpsp_dist.distributed import process_group
-    from cpsp_dist.training.lr_schedule import Schedule
+    from cpsp_dist.training.lr_schedule import TrainingSchedule
 
-    for owner, name in ((process_group, "discover"), (Schedule, "learning_rate")):
+    for owner, name in ((process_group, "discover"), (TrainingSchedule, "learning_rate")):
         original = getattr(owner, name)
 
         def tells(*args, name=name, original=original):
@@ -191,7 +191,7 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork
     output = prefork.start(run, 1, patch="tests.integration.test_training:print_gc_thresholds").finish()
     told = [line.split() for line in output.splitlines() if line.startswith(("discover ", "learning_rate "))]
     starts, trains, _ = [(name, int(every)) for name, every, _ in told]
-    assert starts == ("discover", gc_control.SELDOM)
+    assert starts == ("discover", gc_control.REDUCED_THRESHOLD)
     assert trains == ("learning_rate", gc.get_threshold()[0])
     frozen = [int(count) for _, _, count in told]
     assert frozen[1] > frozen[0], "what the start made"
@@ -199,9 +199,9 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork
 
 def test_garbage_of_a_training_inside_a_program_is_collected():
     before = gc.get_freeze_count(), gc.get_threshold()
-    gc_control.collect_as_usual()
-    with gc_control.collected_seldom():
-        assert gc.get_threshold()[0] == gc_control.SELDOM
+    gc_control.restore_gc()
+    with gc_control.reduced_gc():
+        assert gc.get_threshold()[0] == gc_control.REDUCED_THRESHOLD
     assert (gc.get_freeze_count(), gc.get_threshold()) == before
 
 
@@ -268,7 +268,7 @@ def two_gpus(rank: int) -> None:
 
 
 def test_more_ranks_than_gpus_are_told_by_the_first_of_them(prefork, keypad_shards, tmp_path):
-    """Which is not rank 0, who has its GPU; the others end without a word."""
+    """Which is not rank 0, who has its GPU; the others exit without an error message."""
     for local, told in ((2, ["local rank 2, but this machine shows 2 GPU(s)"]), (3, [])):
         launch = prefork.start(
             arguments(keypad_shards, tmp_path / "run"),

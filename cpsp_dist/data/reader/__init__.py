@@ -6,7 +6,7 @@ as `options.py` says.
 """
 
 from cpsp_dist.data.reader.options import ReaderOptions
-from cpsp_dist.data.reader.order import permutation, share
+from cpsp_dist.data.reader.order import permutation, rank_slice
 from cpsp_dist.data.reader.reader import EvalStream, TrainStream
 
-__all__ = ["EvalStream", "ReaderOptions", "TrainStream", "permutation", "share"]
+__all__ = ["EvalStream", "ReaderOptions", "TrainStream", "permutation", "rank_slice"]

@@ -75,7 +75,7 @@ def permutation(n: int, seed: int, epoch: int) -> Full:
     return Full(n, seed, epoch)
 
 
-def share(first: int, count: int, rank: int, world: int) -> range:
+def rank_slice(first: int, count: int, rank: int, world: int) -> range:
     """Rank `rank`'s part of positions [first, first + count).
 
     Contiguous; the parts of all ranks, one after the other, are the whole; their sizes differ by at most one.

@@ -20,10 +20,10 @@ from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import LookAhead
 from cpsp_dist.data.reader.options import ReaderOptions
-from cpsp_dist.data.reader.order import share
+from cpsp_dist.data.reader.order import rank_slice
 from cpsp_dist.data.reader.remote import shard_files
-from cpsp_dist.data.reader.ring import AHEAD, Job, Ring, Slot
-from cpsp_dist.data.reader.schedule import Schedule
+from cpsp_dist.data.reader.ring import AHEAD, PendingBatch, Ring, Slot
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class _Stream:
         finally:
             ring.stop()
 
-    def _account(self, job: Job) -> None:
+    def _account(self, job: PendingBatch) -> None:
         """Raise or count what went wrong in a batch. Counted at delivery, so reading ahead changes nothing."""
         for position, error in sorted(job.failures, key=lambda failure: failure[0]):
             if self._options.on_error == "raise" or not isinstance(error, DataError):
@@ -119,8 +119,8 @@ class _Stream:
 class TrainStream(_Stream):
     """A split without end, each sample exactly once an epoch.
 
-    `Schedule` says which sample comes when; by default batches straddle epochs, so that none is short. Every rank gets
-    ceil(global_batch / accumulation / world) slots a micro-batch, with one of them invalid where shares are uneven.
+    `ReadSchedule` says which sample comes when; by default batches straddle epochs, so that none is short. Every rank
+    gets ceil(global_batch / accumulation / world) slots a micro-batch, one of them invalid where shares are uneven.
 
     Attributes:
         samples: number of samples of the split.
@@ -144,7 +144,7 @@ class TrainStream(_Stream):
         accumulation: int = 1,
         options: ReaderOptions = ReaderOptions(),  # noqa: B008  # frozen
     ) -> None:
-        self.schedule = Schedule(
+        self.schedule = ReadSchedule(
             [shard.nsamples for shard in manifest.shards if shard.split == split],
             global_batch=global_batch,
             seed=seed,
@@ -217,7 +217,7 @@ class EvalStream(_Stream):
     def _plans(self) -> Iterator[np.ndarray]:
         for first in range(0, self.samples, self._batch):
             count = min(self._batch, self.samples - first)
-            yield np.asarray(share(first, count, self.rank, self.world), dtype=np.int64) + self.rows.start
+            yield np.asarray(rank_slice(first, count, self.rank, self.world), dtype=np.int64) + self.rows.start
 
 
 def _check_schema(manifest: Manifest) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader.order import share
-from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, Schedule
+from cpsp_dist.data.reader.order import rank_slice
+from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, ReadSchedule
 from cpsp_dist.errors import UserError
 
 
@@ -83,8 +83,8 @@ def simulate(
             f" ({nodes} x {gpus} x {batch})"
         )
 
-    def schedule(world: int) -> Schedule:
-        return Schedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
+    def schedule(world: int) -> ReadSchedule:
+        return ReadSchedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
 
     began = time.perf_counter()
     schedule(world).rows(0, 1, 0)
@@ -93,7 +93,7 @@ def simulate(
     # Without ranks, a step's rows come in the order in which the ranks' shares are cut from them.
     whole = schedule(1)
     steps = -(-whole.epoch_length // global_batch)
-    rank_of = np.repeat(np.arange(world), [len(share(0, global_batch, rank, world)) for rank in range(world)])
+    rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     categories = np.asarray(manifest.samples["category"][rows.start : rows.stop]) + 1  # 0 is unknown
     classes = int(categories.max()) + 1

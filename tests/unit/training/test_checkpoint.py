@@ -25,7 +25,7 @@ from cpsp_dist.training.checkpoint import (
     PROGRESS,
     WEIGHTS,
     Checkpoints,
-    Progress,
+    TrainingProgress,
 )
 from cpsp_dist.training.engine import TrainingState
 from tests.support.runs import arguments, newest_state
@@ -109,7 +109,7 @@ def test_kept_by_count_and_by_metric(tmp_path: Path) -> None:
     for step in range(1, 7):
         best = 2 if step >= 2 else 1
         state = TrainingState({"w": torch.full((3,), float(step))}, {}, step)
-        checkpoints.save(state, Progress(step=step, best_step=best), keep=2)
+        checkpoints.save(state, TrainingProgress(step=step, best_step=best), keep=2)
         assert (checkpoints.folder / LATEST).read_text() == f"step-{step:08d}\n"
     assert checkpoints.steps() == [2, 5, 6]
 
@@ -124,7 +124,7 @@ def test_folders_are_on_disk_for_good(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", note)
     output = tmp_path / "runs" / "one"
-    Checkpoints(output).save(TrainingState({"w": torch.ones(3)}, {}, 1), Progress(step=1), keep=1)
+    Checkpoints(output).save(TrainingState({"w": torch.ones(3)}, {}, 1), TrainingProgress(step=1), keep=1)
     assert {tmp_path, output.parent, output, output / "checkpoints"} <= synced
     assert tmp_path.parent not in synced
 
