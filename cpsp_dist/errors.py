@@ -53,7 +53,7 @@ def should_print(error: BaseException, env: Mapping[str, str] = os.environ) -> b
     """Whether it is for this process, of all ranks that meet `error`, to print it.
 
     What every rank meets is printed once per machine (local rank 0, which under plain srun only Slurm's own variable
-    tells). What one rank alone may have met is printed by that rank. A lost rank is reported once per machine, and in
+    names). What one rank alone may have met is printed by that rank. A lost rank is reported once per machine, and in
     any case by the lowest rank that is left.
     """
     local_first = (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0"

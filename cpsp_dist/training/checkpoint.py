@@ -36,7 +36,7 @@ PROGRESS = "progress.json"
 
 @dataclass
 class TrainingProgress:
-    """Where a run stands, beside its tensors.
+    """Where a run stands, apart from its tensors.
 
     Attributes:
         step: optimizer steps done. position: samples delivered, over all ranks and epochs.
@@ -58,7 +58,7 @@ class TrainingProgress:
 
 
 class Checkpoints:
-    """The checkpoints below a run's output folder. Writing is for one process; anybody may read."""
+    """The checkpoints below a run's output folder. One process writes; any may read."""
 
     def __init__(self, output: str | Path):
         self.folder = Path(output) / "checkpoints"
@@ -102,7 +102,7 @@ class Checkpoints:
                 left.unlink(missing_ok=True)
 
     def _write(self, part: Path, state: TrainingState, progress: TrainingProgress) -> None:
-        """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
+        """Everything of a checkpoint, on disk, in a folder that does not count as one yet."""
         part.mkdir()
         save_file(state.weights, part / WEIGHTS)
         moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}

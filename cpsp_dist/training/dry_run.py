@@ -150,26 +150,26 @@ def memory_of_a_rank(
     stage = 0
     if config.engine.kind == "deepspeed":
         stage = deepspeed_settings(config, world)["zero_optimization"]["stage"]
-    whole = PRECISIONS[config.train.precision].itemsize
+    weight = PRECISIONS[config.train.precision].itemsize
     state = 8 if config.train.precision == "fp64" else 4
     if config.engine.kind == "ddp":
-        whole = state  # bf16 by autocast: the weights stay float32
+        weight = state  # bf16 by autocast: the weights stay float32
     share = {at: 1 / world if stage >= at else 1 for at in (1, 2, 3)}
     slots = samples_of_a_rank(config, world)
     pool = slots * (world if config.pool.scope == "gather" else 1) + config.pool.bank
     ddp_buckets = config.engine.kind == "ddp" and world > 1
     batch = slots * sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
-    found = {
-        "weights": parameters * whole * share[3],
-        "gradients": parameters * whole * share[2] * (2 if ddp_buckets else 1),
+    memory = {
+        "weights": parameters * weight * share[3],
+        "gradients": parameters * weight * share[2] * (2 if ddp_buckets else 1),
         "float32 weights": parameters * 4 * share[1] if stage else 0,
         "Adam": parameters * 2 * state * share[1] if config.train.optimizer == "adam" else 0,
         "reader": (config.data.depth + 1) * batch,
         "activations": activations,
     }
     if config.objectives.psa_v:
-        found["pool"] = pool * width * 4 + TABLES * slots * pool * 4
-    return found
+        memory["pool"] = pool * width * 4 + TABLES * slots * pool * 4
+    return memory
 
 
 def samples_of_a_rank(config: Config, world: int) -> int:
@@ -193,7 +193,7 @@ def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, w
     sample = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
     each = samples_of_a_rank(config, world)
     text = f"global batch: {train.global_batch} samples, {each} at a time on each of {world} rank{'s' * (world > 1)}"
-    lines.append(text + (f", in {train.accumulation} parts one after the other" if train.accumulation > 1 else ""))
+    lines.append(text + (f", in {train.accumulation} micro-batches" if train.accumulation > 1 else ""))
     stop = f", stopped by train.steps={train.steps}" if schedule.steps == train.steps else ""
     lines.append(f"steps: {schedule.steps:,}, for {train.epochs} epochs of {schedule.length:,} samples{stop}")
     a_rank = each * train.accumulation * sample
@@ -210,7 +210,7 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
         "float32 weights": "ZeRO's own",
         "Adam": "two moments of each weight",
         "reader": f"data.depth + 1 = {config.data.depth + 1} batches (not on a GPU)",
-        "activations": "measured: kept for the backward pass of a part",
+        "activations": "measured: kept for the backward pass of a micro-batch",
         "pool": "gathered rows and distances" if config.pool.scope == "gather" else "distances",
     }
     if config.engine.kind == "deepspeed" and config.engine.zero:
@@ -219,7 +219,7 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
     lines = [
         f"{name:{width}}  {_size(size):>10}  {remarks.get(name, '')}".rstrip() for name, size in memory.items() if size
     ]
-    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  beside Python and its libraries"]
+    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  without Python and its libraries"]
 
 
 def _output(config: Config, one: int, most: int) -> list[str]:

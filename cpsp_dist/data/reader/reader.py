@@ -1,8 +1,8 @@
 """The streaming reader: threads fill a ring of reused batches from memory-mapped shards, in a fixed order.
 
 `TrainStream` is endless and delivers each sample exactly once an epoch; `EvalStream` delivers each sample of a split
-once over all ranks, in the same number of steps on every rank. What a rank has delivered is told by one number, the
-position: samples delivered so far over all ranks. So any number of ranks goes on from it with the same global batches.
+once over all ranks, in the same number of steps on every rank. What a rank has delivered is one number, the position:
+samples delivered so far over all ranks. So any number of ranks resumes from it with the same global batches.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Ring:
                 moved = self._files.moved
                 if not self._ready.wait(PATIENCE) and self._files.moved == moved:
                     place = self._manifest.place
-                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; does its disk still answer?")
+                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; the storage may be hung")
                 if self._stopped:
                     raise RuntimeError("this stream was closed while it waited for a batch")
             job = self._jobs.popleft()
@@ -152,7 +152,7 @@ class Ring:
             self._room.notify_all()
             self._ready.notify_all()
         self._let_go()
-        if threading.current_thread() in self._workers:  # the garbage collector again: nobody can wait for himself
+        if threading.current_thread() in self._workers:  # the garbage collector again: a thread cannot join itself
             return False
         limit = time.monotonic() + JOIN
         for worker in self._workers:
@@ -165,7 +165,7 @@ class Ring:
                 job, first, end = claim
                 try:
                     failures = self._fill(job, first, end)
-                except Exception as error:  # unforeseen: told at this batch, like a damaged sample
+                except Exception as error:  # unforeseen: reported at this batch, like a damaged sample
                     failures = [(first, error)]
                 with self._lock:
                     job.failures += failures
@@ -176,7 +176,7 @@ class Ring:
                     with self._lock:
                         job.done = True
                         self._ready.notify_all()
-        except BaseException as error:  # in the order itself: the consumer would wait in vain otherwise
+        except BaseException as error:  # in the order itself: the consumer would wait forever otherwise
             with self._lock:
                 self._broken = error
                 self._ready.notify_all()

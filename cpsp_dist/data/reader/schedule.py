@@ -44,9 +44,9 @@ class ReadSchedule:
             raise ValueError(f"order={order!r}, epoch_end={epoch_end!r}")
         self.sizes, self.n = sizes, int(sum(sizes))
         self.micro, self.world, self._seed, self._name = global_batch // accumulation, world, seed, order
-        whole = self.n // global_batch * global_batch
+        full = self.n // global_batch * global_batch
         padded = -(-self.n // global_batch) * global_batch
-        self.epoch_length = {"carry": self.n, "drop": whole, "pad": padded}[epoch_end]
+        self.epoch_length = {"carry": self.n, "drop": full, "pad": padded}[epoch_end]
         self._orders: dict[int, Order] = {}
 
     def rows(self, position: int, count: int, rank: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class Simulation:
         shards_a_node, shard_bytes_a_node: different shards that each node touches, and their size: what it has to
             fetch if they are remote.
         read_bytes_a_node: bytes of arrays that each node reads.
-        first_batch_seconds, order_seconds: to order a rank's first micro-batch, and the whole epoch for all ranks.
+        first_batch_seconds, order_seconds: to order a rank's first micro-batch, and the complete epoch for all ranks.
         unevenness: mean total-variation distance between the categories of a global batch and those of the split,
             0 (the same) to 1; `uniform_unevenness` is that of a batch drawn at random.
         bytes_a_second_a_node: what a node has to read to keep up with `step_seconds`; None without.
@@ -91,8 +91,8 @@ def simulate(
     first_batch_seconds = time.perf_counter() - began
 
     # Without ranks, a step's rows come in the order in which the ranks' shares are cut from them.
-    whole = schedule(1)
-    steps = -(-whole.epoch_length // global_batch)
+    one_rank = schedule(1)
+    steps = -(-one_rank.epoch_length // global_batch)
     rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     categories = np.asarray(manifest.samples["category"][rows.start : rows.stop]) + 1  # 0 is unknown
@@ -103,7 +103,7 @@ def simulate(
     distances, order_seconds = [], 0.0
     for step in range(steps):
         began = time.perf_counter()
-        step_rows = whole.rows(step * global_batch, 1, 0)[0]
+        step_rows = one_rank.rows(step * global_batch, 1, 0)[0]
         order_seconds += time.perf_counter() - began
         real = step_rows >= 0
         samples += np.bincount(rank_of[real], minlength=world)

@@ -43,7 +43,7 @@ class Engine(Forward, Protocol):
     """A wrapped model. Every call below is made by all ranks together."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch's `loss`, averaged over ranks once the last part of a global batch is in.
+        """Gradients of one micro-batch's `loss`, averaged over ranks once the last one of a global batch is in.
 
         A loss that is not finite makes all of them not finite, on every rank."""
 
@@ -52,7 +52,7 @@ class Engine(Forward, Protocol):
         clipping, else return nan. Where that norm, the same on every rank, is not finite, nothing was updated."""
 
     def capture(self) -> TrainingState:
-        """The whole state, on every rank."""
+        """The complete state, on every rank."""
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
