@@ -107,6 +107,7 @@ def first_step(
     result = steps.run_micro_batches(stream.batches(), 0, 0, schedule.learning_rate(0), measure)
     seconds = time.perf_counter() - began - stream.wait_seconds
     hook.remove()
+    engine.close()
     first, *rest = result.micro_losses
     sums = {name: sum((losses[name] for losses in rest), value) for name, value in first.items()}
     return FirstStep(

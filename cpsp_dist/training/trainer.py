@@ -133,6 +133,7 @@ class Trainer:
                 stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
                 self.save_if_due(step, stop_signal)
                 self.stop_if_requested(stop_signal)
+        self.engine.close()
         return self.progress
 
     def begin(self, progress: TrainingProgress) -> None:

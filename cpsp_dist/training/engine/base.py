@@ -54,6 +54,9 @@ class Engine(Forward, Protocol):
     def capture(self) -> TrainingState:
         """The complete state, on every rank."""
 
+    def close(self) -> None:
+        """Give up what keeps the model in memory; the engine is not used any more."""
+
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
     """`loss`, bit for bit; or, where it is not finite, with a gradient of nan in all parameters that it depends on.

@@ -78,3 +78,6 @@ class DDPEngine:
         if self.config.train.optimizer == "adam" and self.updates:
             moments = {m: {n: self.optimizer.state[p][m].cpu().clone() for n, p in named} for m in ADAM_MOMENTS}
         return TrainingState({n: p.detach().cpu().clone() for n, p in named}, moments, self.updates)
+
+    def close(self) -> None:
+        self.wrapped = self.module

@@ -30,6 +30,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None):
         deepspeed = deepspeed_compat.import_deepspeed(ranks.device)
         backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+        deepspeed_compat.forget_destroyed_groups()
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self.config, self.ranks, self.module = config, ranks, model
         self.dtype = PRECISIONS[config.train.precision]
@@ -81,6 +82,11 @@ class DeepSpeedEngine:
             }
         weights = {name: deepspeed_compat.weight(p).cpu().clone() for name, p in named}
         return TrainingState(weights, moments, self.updates)
+
+    def close(self) -> None:
+        # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
+        self.engine.destroy()
+        deepspeed_compat.release_module(self.module)
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:

@@ -76,6 +76,30 @@ def _import_muon_uncompiled() -> None:
         torch.compile = compile
 
 
+def forget_destroyed_groups() -> None:
+    """Make DeepSpeed usable in a process whose process group was destroyed and made anew, as by a second training.
+
+    It keeps the groups that it makes in module globals, and forgets them only where it destroys the world group itself.
+    With stale ones `deepspeed.initialize` fails: "Group ... is not registered" (0.19.0 to 0.19.8).
+    """
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        return
+    try:
+        torch.distributed.get_process_group_ranks(groups._WORLD_GROUP)
+    except KeyError:  # torch does not know it any more
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
+        groups._ALL_TO_ALL_GROUP.clear()
+
+
+def release_module(module: nn.Module) -> None:
+    """Remove `module` from the list of modules that ZeRO stage 3 keeps, and adds to only (0.19.0 to 0.19.8)."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
+
+
 def weight(parameter: nn.Parameter) -> Tensor:
     """The complete float32 weight. From stage 1 on all ranks call it together."""
     from deepspeed.utils import safe_get_full_fp32_param

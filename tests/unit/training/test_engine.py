@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cpsp_dist.config import Config
@@ -227,6 +230,40 @@ def test_accumulated_parts_are_one_batch(ranks):
             for kind, weights in found.items():
                 for name, tensor in weights.items():
                     torch.testing.assert_close(tensor, expected[kind][name], rtol=1e-4, atol=1e-5)
+
+
+def train_in_new_groups(folder: Path, groups: int) -> list[dict[tuple, TrainingState]]:
+    """What each kind has after 3 steps, trained in one process group after the other."""
+    found: list[dict[tuple, TrainingState]] = []
+    for group in range(groups):
+        if group:
+            ranks = process_group.discover()
+            dist.barrier()
+            dist.destroy_process_group()
+            store = dist.FileStore(str(folder / f"group{group}"), ranks.world)
+            dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world)
+        found.append({})
+        for kind in KINDS:
+            wrapped = engine(*kind, None)
+            train_steps(wrapped, range(3))
+            found[-1][kind] = wrapped.capture()
+            module = weakref.ref(wrapped.module)
+            wrapped.close()
+            del wrapped
+            gc.collect()
+            assert module() is None or kind[1] == 3, f"{kind} stays in memory"
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_engines_work_in_a_second_process_group(ranks, tmp_path, world):
+    """DeepSpeed keeps groups in globals. The states are those of a process that had one group only, bit for bit."""
+    alone = ranks(train_in_new_groups, world, tmp_path, 1)
+    for (expected,), found in zip(alone, ranks(train_in_new_groups, world, tmp_path, 3, timeout=300), strict=True):
+        assert len(found) == 3
+        for kinds in found:
+            assert set(kinds) == set(KINDS)
+            assert [kind for kind in KINDS if not same(kinds[kind], expected[kind])] == []
 
 
 def test_deepspeed_brings_no_mlflow() -> None:
