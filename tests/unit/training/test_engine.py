@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ from torch import nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed import process_group
-from cpsp_dist.training.engine import Engine, TrainingState, _not_for_this_thread, build_engine
+from cpsp_dist.errors import UserError
+from cpsp_dist.training.engine import Engine, TrainingState, build_engine
+from cpsp_dist.training.engine.deepspeed_compat import _block_import
 from tests.support.environment import environment
 
 KINDS = [
@@ -139,6 +142,46 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
             assert found["norms"][kind] == on_three[0]["norms"][kind], "all ranks see one norm"
 
 
+def restore_by_dead_setters() -> dict[tuple, str]:
+    """What a restore says where a setter of DeepSpeed does nothing; "" where it succeeds."""
+    from deepspeed import utils
+
+    get_local, found = utils.safe_get_local_optimizer_state, {}
+    dead = {
+        (2, "fp32"): ("safe_set_full_optimizer_state", lambda *_: None),
+        (2, "bf16"): ("safe_set_full_fp32_param", lambda *_: None),
+        (3, "fp32"): ("safe_get_local_optimizer_state", lambda *arguments: get_local(*arguments).clone()),
+    }
+    for (zero, precision), (name, setter) in dead.items():
+        kind = ("deepspeed", zero, precision)
+        trained = engine(*kind, None)
+        train_steps(trained, range(2))
+        state, original = trained.capture(), getattr(utils, name)
+        for broken in (True, False):
+            if broken:
+                setattr(utils, name, setter)
+            try:
+                engine(*kind, state)
+                found[(*kind, broken)] = ""
+            except UserError as error:
+                found[(*kind, broken)] = str(error)
+            finally:
+                setattr(utils, name, original)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_setter_that_does_nothing_fails_the_restore(ranks, world):
+    for found in ranks(restore_by_dead_setters, world, timeout=200):
+        texts = {kind[1:3]: text for kind, text in found.items() if kind[3]}
+        assert not any(text for kind, text in found.items() if not kind[3])
+        assert len(texts) == 3
+        for (zero, precision), text in texts.items():
+            what = "weight" if precision == "bf16" else "exp_avg"
+            assert re.match(rf"DeepSpeed \S+ did not take the checkpoint: {what} of first.weight", text), (zero, text)
+            assert "was tested with DeepSpeed" in text
+
+
 def leave_out() -> dict[tuple, list[float]]:
     """Two steps that are not finite on rank 0 alone, among good ones: the norms, and whether state and all later steps
     are those of an engine that never saw them."""
@@ -238,7 +281,7 @@ def test_a_package_is_kept_from_one_thread_only(tmp_path: Path, monkeypatch: pyt
     """While rank 0 imports DeepSpeed its tracker imports mlflow."""
     (tmp_path / "kept_from_one.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with _not_for_this_thread("kept_from_one"):
+    with _block_import("kept_from_one"):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("kept_from_one")
         other = threading.Thread(target=importlib.import_module, args=["kept_from_one"])
