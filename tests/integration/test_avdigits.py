@@ -15,7 +15,6 @@ from tests.support.environment import DATA, REPO, environment
 from tests.support.runs import loss_history
 from tests.tools import modalities
 
-
 AVDIGITS = DATA / "avdigits"
 SETTINGS = ["train.global_batch=4", "train.epochs=30", "evaluation.every_epochs=99"]
 SETTINGS += ["tracking.enabled=false", "tracking.every_steps=1"]
