@@ -359,7 +359,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:  # a package that is missing, or no such protocol
-        raise DataError(f"{without_secrets(url)}: {_reason(error)}") from None
+        brings = ": pip install 'cpsp-dist[s3]'" if url.startswith("s3") and isinstance(error, ImportError) else ""
+        raise DataError(f"{without_secrets(url)}: {_reason(error)}{brings}") from None
 
 
 def _cat(filesystem: Any, path: str, start: int | None = None, end: int | None = None, size: int = -1) -> bytes:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.abc import MetaPathFinder
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.models import Output
+from cpsp_dist.utils.shipped import find_config, suggestion
 
 #: Adam's state by torch's own names; SGD without momentum has none.
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -300,11 +300,11 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     }
     settings: dict[str, Any] = {}
     if config.engine.deepspeed is not None:
-        path = Path(config.engine.deepspeed)
+        path = find_config(config.engine.deepspeed)
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}") from None
+            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}{suggestion(path)}") from None
         except ValueError as error:
             raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from None
         taken = sorted({*owned, "train_batch_size", "fp16", "optimizer", "scheduler"} & set(settings))
