@@ -41,5 +41,4 @@ def _list_or_copy(folder: Path, target: str | None) -> None:
         return
     names = {path: path.relative_to(folder).as_posix().removesuffix(".yaml") for path in shipped.listed(folder)}
     width = max(map(len, names.values()), default=0)
-    for path, name in names.items():
-        print(f"{name:{width}}  {shipped.description(path)}".rstrip())
+    print("\n".join(f"{name:{width}}  {shipped.description(path)}" for path, name in names.items()))
