@@ -24,7 +24,7 @@ from cpsp_dist.cli import (
     shards,
     train,
 )
-from cpsp_dist.errors import UserError, guarded
+from cpsp_dist.errors import UserError, report_errors
 
 #: In the order of --help.
 COMMANDS = (shards, configs, train, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor)
@@ -52,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     parser, names = _build()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        return guarded(lambda: _unknown(arguments[0], names))
+        return report_errors(lambda: _unknown(arguments[0], names))
     args, rest = parser.parse_known_args(arguments)
     # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    return guarded(lambda: args.handler(args))
+    return report_errors(lambda: args.handler(args))
 
 
 def _unknown(name: str, names: list[str]) -> None:
