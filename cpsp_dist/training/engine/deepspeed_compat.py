@@ -96,8 +96,8 @@ def forget_destroyed_groups() -> None:
 def release_module(module: nn.Module, linear: Callable[..., Tensor]) -> None:
     """Undo what ZeRO stage 3 leaves behind in the process (0.19.0 to 0.19.8).
 
-    It keeps modules in a list, and adds to that only. And it replaces `linear`, torch's own function, by one that rounds
-    otherwise: later trainings would give other weights.
+    It keeps modules in a list, and adds to that only. And it replaces `linear`, torch's own function, by one that
+    rounds otherwise: later trainings would give other weights.
     """
     nn.functional.linear = linear
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
