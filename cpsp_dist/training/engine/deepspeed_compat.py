@@ -99,9 +99,9 @@ def release_module(module: nn.Module, linear: Callable[..., Tensor]) -> None:
     It keeps modules in a list, and adds to that only. And it replaces `linear`, torch's own function, by one that
     rounds otherwise: later trainings would give other weights.
     """
-    nn.functional.linear = linear
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
+    nn.functional.linear = linear
     FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
 
 
