@@ -33,6 +33,7 @@ class DeepSpeedEngine:
         deepspeed_compat.forget_destroyed_groups()
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self.config, self.ranks, self.module = config, ranks, model
+        self.linear = nn.functional.linear
         self.dtype = PRECISIONS[config.train.precision]
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -86,7 +87,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
         self.engine.destroy()
-        deepspeed_compat.release_module(self.module)
+        deepspeed_compat.release_module(self.module, self.linear)
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
