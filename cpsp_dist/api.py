@@ -64,7 +64,7 @@ def train(
     a group of the program's own: a launcher's address serves for one group only. No signal handler is installed.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
+        config: a `Config`, or the path of a YAML file or the name of a shipped one, as "keypad".
         overrides: settings on top of a file, as "train.seed=2"; none with a `Config`.
         fresh: refuse to resume from checkpoints in the output folder.
         allow_config_change: resume from a checkpoint of another configuration or other data.

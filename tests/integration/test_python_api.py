@@ -64,7 +64,7 @@ def documented_loop() -> str:
 def test_the_documented_loop_trains_as_the_trainer(keypad_shards, tmp_path, monkeypatch):
     loop = documented_loop()
     assert len(loop.splitlines()) <= 25
-    monkeypatch.chdir(REPO)
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(loop.replace("runs/demo/shards", str(keypad_shards)), names)
     losses = names["losses"]
