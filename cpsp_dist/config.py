@@ -12,25 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_serializer, model_validator
 
 from cpsp_dist.data.cache import is_url, without_secrets
 from cpsp_dist.errors import ConfigError
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelSettings(Section):
-    """The network. Channel and category counts are no settings: they come from the shards."""
-
-    name: Literal["psp", "avel", "avsdn", "cmran"] = Field("psp", description="psp is the network of CPSP and SSPSP")
-    supervision: Literal["full", "weak"] = Field("full", description="full: a label for each second; weak: a video's")
-    threshold: float = Field(0.099, ge=0, lt=1, description="similarity below which PSP prunes a segment pair")
-    dropout: float = Field(0.1, ge=0, lt=1)
-    sees: Literal["both", "audio", "visual"] = Field("both", description="the other modality is blanked")
-    weights: str | None = Field(None, description="to start from: of `cpsp-dist import-checkpoint`, or a checkpoint's")
+from cpsp_dist.losses import OBJECTIVES
+from cpsp_dist.losses.settings import ObjectiveSettings
+from cpsp_dist.models.settings import ModelSettings
+from cpsp_dist.utils.sections import Section
 
 
 class DataSettings(Section):
@@ -74,48 +63,6 @@ class DataSettings(Section):
     def _keep_secrets(self, shards: str) -> str:
         """A password in a URL is not written to checkpoints and tracked settings."""
         return without_secrets(shards)
-
-
-class ObjectiveSettings(Section):
-    """Weights (0 turns an objective off) and parameters of the objectives; published fully supervised defaults.
-
-    The published code has mistakes that change results. They are mended here; the value `published` of the keys at the
-    end brings each of them back, for comparison.
-    """
-
-    event: float = Field(1.0, ge=0)
-    category: float = Field(1.0, ge=0)
-    avps: float = Field(100.0, ge=0, description="audio-visual pair similarity (pair level)")
-    psa_s: float = Field(0.01, ge=0, description="event against background segments of a video (segment level)")
-    psa_v: float = Field(1.0, ge=0, description="a class's videos against the others (video level)")
-    sspsp: float = Field(
-        0.0,
-        ge=0,
-        description="self-supervised: an audio segment against all visual segments of the pool; they are gathered only "
-        "where this is more than 0 (T times the bytes of embeddings), and with pool.scope=gather",
-    )
-    temperature: float = Field(0.6, gt=0, description="of PSA_S")
-    margin: float = Field(0.2, ge=0, description="of PSA_V")
-    negatives: int = Field(3, ge=1, description="negatives of PSA_V for each anchor")
-    mining: Literal["published", "proportional", "semihard", "supcon"] = Field(
-        "published",
-        description="published: the nearest negatives; proportional: so many for each 64 videos in the pool; semihard: "
-        "the nearest beyond the hardest positive; supcon: no margin, a reconstruction of the InfoNCE form",
-    )
-    supcon_temperature: float = Field(0.1, gt=0, description="of PSA_V with mining=supcon (published: eta)")
-    sspsp_temperature: float = Field(0.1, gt=0)
-    psa_s_form: Literal["rows", "published_rows", "published"] = Field(
-        "rows", description="published: sums over the wrong axis, no gradient; published_rows: right, plus a constant"
-    )
-    background: Literal["masked", "published"] = Field(
-        "masked", description="a video without event has no class; published: it has class 0 (full supervision)"
-    )
-    few_negatives: Literal["averaged", "published"] = Field(
-        "averaged", description="an anchor with fewer negatives than asked for uses them; published: it adds 0"
-    )
-    weak_category: Literal["cross_entropy", "published"] = Field(
-        "cross_entropy", description="published: multi-label margin loss of probabilities, as if they were logits"
-    )
 
 
 class PoolSettings(Section):
@@ -208,7 +155,11 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if self.train.precision == "fp64" and self.engine.kind != "ddp":
             raise ValueError("train.precision=fp64 needs engine.kind=ddp: DeepSpeed's ZeRO has no float64")
-        by_segment = [f"objectives.{name}" for name in ("event", "avps", "psa_s") if getattr(self.objectives, name)]
+        by_segment = [
+            f"objectives.{name}"
+            for name, objective in OBJECTIVES.items()
+            if objective.segment_labels and getattr(self.objectives, name)
+        ]
         if self.model.supervision == "weak" and by_segment:
             raise ValueError(f"model.supervision=weak has no segment labels: set {', '.join(by_segment)} to 0")
         return self

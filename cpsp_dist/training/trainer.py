@@ -23,6 +23,7 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.metrics import reported
 from cpsp_dist.models import Output, load_weights, model_for
 from cpsp_dist.tracking.mlflow import Tracker, tracking_uri
 from cpsp_dist.training import gc_control
@@ -307,7 +308,7 @@ def _final_results(
     for split, name in (("val", "best_val"), ("test", "test")):
         if split in manifest.splits:
             found = evaluate(model, manifest, split, config, ranks, signals)
-            results |= {f"{key}/{name}": 100 * found[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
+            results |= {f"{key}/{name}": 100 * found[key] for key in reported()}
             if ranks.first:
                 _write_json(config, f"evaluation_{split}.json", found)
     return results
