@@ -32,6 +32,9 @@ class Registry(Mapping[str, T]):
         thing: T = getattr(importlib.import_module(f"{self._package}.{module}"), attribute)
         return thing
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._table  # without importing it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
 

@@ -1,21 +1,17 @@
-"""The configuration of a run: typed, strict, from YAML with `extends:` and dotted overrides.
+"""The settings of a run: one class for each section. The published settings are the defaults.
 
-Every mistake of a configuration is told at once, each with the nearest key. The published settings are the defaults.
+The sections `model` and `objectives` are made of the settings of the registered networks and objectives, which stand
+beside these.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_serializer, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from cpsp_dist.data.cache import is_url, without_secrets
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
@@ -54,14 +50,14 @@ class DataSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _order_suits_shards(cls, content: Any) -> Any:
-        """Settled here, so that a checkpoint tells in which order its position was reached."""
+        """Decided here, so that a checkpoint records in which order its position was reached."""
         if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
             return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
         return content
 
     @field_serializer("shards")
     def _keep_secrets(self, shards: str) -> str:
-        """A password in a URL is not written to checkpoints and tracked settings."""
+        """Passwords in URLs are not written to checkpoints and tracked settings."""
         return without_secrets(shards)
 
 
@@ -86,13 +82,13 @@ class PoolSettings(Section):
 class TrainSettings(Section):
     """Optimisation. The global batch is what one optimizer step sees, over all ranks and accumulation steps."""
 
-    seed: int = Field(1, ge=0, lt=2**31)
-    global_batch: int = Field(64, ge=1)
+    seed: int = Field(1, ge=0, lt=2**31, description="of the first weights, the order of samples and dropout")
+    global_batch: int = Field(64, ge=1, description="samples of an optimizer step, over all ranks")
     accumulation: int = Field(1, ge=1, description="parts of a global batch, one after the other; pools do not grow")
-    epochs: int = Field(45, ge=1)
+    epochs: int = Field(45, ge=1, description="passes over the training split")
     steps: int | None = Field(None, ge=1, description="stop after so many steps, before `epochs` are over")
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd is without momentum")
+    learning_rate: float = Field(1e-3, gt=0, description="before the first milestone")
     milestones: tuple[int, ...] = Field((10, 20, 30), description="epochs after which the learning rate falls")
     gamma: float = Field(0.5, gt=0, le=1, description="factor by which it falls")
     nonfinite_budget: int = Field(
@@ -109,7 +105,11 @@ class TrainSettings(Section):
 
 
 class EngineSettings(Section):
-    kind: Literal["deepspeed", "ddp"] = "deepspeed"
+    """How the ranks train together."""
+
+    kind: Literal["deepspeed", "ddp"] = Field(
+        "deepspeed", description="ddp: torch's DistributedDataParallel, without ZeRO"
+    )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
@@ -117,21 +117,25 @@ class EngineSettings(Section):
 
 
 class CheckpointSettings(Section):
+    """When a run is saved."""
+
     every_steps: int | None = Field(None, ge=1, description="also save each so many steps; always at an epoch's end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
 
 
 class EvaluationSettings(Section):
-    every_epochs: int = Field(1, ge=1)
+    """Evaluation on the val split during training."""
+
+    every_epochs: int = Field(1, ge=1, description="epochs between two evaluations; also after the last one")
     batch: int = Field(64, ge=1, description="videos a step, over all ranks")
 
 
 class TrackingSettings(Section):
     """MLflow. Its store is MLFLOW_TRACKING_URI where that is set, else the SQLite file beside the run folders."""
 
-    enabled: bool = True
-    experiment: str = "cpsp"
-    run_name: str | None = None
+    enabled: bool = Field(True, description="whether MLflow is used; metrics.jsonl is written in any case")
+    experiment: str = Field("cpsp", description="MLflow experiment")
+    run_name: str | None = Field(None, description="MLflow run; by default the name of the output folder")
     parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
     patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
@@ -165,61 +169,6 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, its `extends:` chain below it and `overrides` (`key.key=value`) on top.
-
-    Raises:
-        ConfigError: with every mistake, a line each.
-    """
-    config, mistakes = check_config(path, overrides)
-    if config is None or mistakes:
-        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
-    return config
-
-
-def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
-    """As `load_config`, with the mistakes returned.
-
-    Raises:
-        ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
-    """
-    mistakes: list[str] = []
-    merged = _read_chain(Path(path), ())
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            mistakes.append(f"override '{text}': write it as section.key=value")
-            continue
-        try:
-            _merge(merged, _nested(key.split("."), yaml.load(value, Loader=_Loader)))
-        except yaml.YAMLError:
-            mistakes.append(f"override '{text}': '{value}' is not a YAML value")
-    config, found = _validate(merged)
-    return config, mistakes + found
-
-
-def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:
-    """The configuration, or its mistakes. Checks between keys run only where the keys themselves are right, so once
-    more without the wrong ones."""
-    try:
-        return Config.model_validate(content), []
-    except ValidationError as error:
-        errors = [dict(e) for e in error.errors()]
-    wrong: list[Any] = [e["loc"] for e in errors if e["type"] not in ("missing", "value_error")]
-    rest = _without(content, wrong)
-    more = _validate(rest)[1] if rest != content else []
-    told = [_explain(e) for e in errors]
-    return None, told + [mistake for mistake in more if mistake not in told]
-
-
-def _without(content: Any, paths: list[tuple[Any, ...]]) -> Any:
-    """`content` less what stands at the end of each path (a path into a list drops the list)."""
-    if not isinstance(content, dict):
-        return content
-    dropped = {p[0] for p in paths if len(p) == 1 or not isinstance(content.get(p[0]), dict)}
-    return {k: _without(v, [p[1:] for p in paths if p[0] == k]) for k, v in content.items() if k not in dropped}
-
-
 def flat(config: Config | dict[str, Any]) -> dict[str, Any]:
     """{'train.seed': 1, …}: a configuration, or its dump, with dotted keys, as tracked and compared."""
     return dict(_flatten(config.model_dump(mode="json") if isinstance(config, Config) else config, ""))
@@ -231,89 +180,3 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
-
-
-def _explain(error: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _keys(Config)
-        # A typo's neighbours: keys of the same section first, then any key that ends alike.
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-            k for k in known if k.rpartition(".")[2] == str(error["loc"][-1])
-        ]
-        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
-    if error["type"] == "missing":
-        return f"'{key}' is missing; set it in the file or as {key}=…"
-    if error["type"] == "value_error":
-        return (f"{key}: " if key else "") + str(error["ctx"]["error"])
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, info in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys += _keys(info.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path`, merged over what it extends (paths relative to the file that names them)."""
-    if path.resolve() in above:
-        raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except OSError as error:
-        by = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a config file holds sections (key: value), not {type(content).__name__}")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: takes one file name, not {base!r}")
-    return _merge(_read_chain(path.parent / base, (*above, path.resolve())), content)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
-        else:
-            below[key] = value
-    return below
-
-
-def _nested(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with two traps removed: `1e-3` is a number, and a key given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    # YAML lists become tuples, so that frozen settings hold nothing mutable.
-    def construct_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
-        return tuple(self.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_tuple)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
