@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
-from cpsp_dist.data.cache import is_url, without_secrets
+from cpsp_dist.data.urls import is_url, without_secrets
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
