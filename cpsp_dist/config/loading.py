@@ -13,10 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from cpsp_dist.config.schema import Config
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.shipped import find_config, suggestion
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, its `extends:` chain below it and `overrides` (`key.key=value`) on top.
+    """The configuration in a YAML file (`find_config` finds it), its `extends:` chain below it and `overrides`
+    (`key.key=value`) on top.
 
     Raises:
         ConfigError: with every mistake, a line each.
@@ -34,7 +36,7 @@ def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Confi
         ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
     """
     mistakes: list[str] = []
-    merged = _read_chain(Path(path), ())
+    merged = _read_chain(find_config(path), ())
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -96,14 +98,14 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path`, merged over what it extends (paths relative to the file that names them)."""
+    """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
     if path.resolve() in above:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
         by = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -113,7 +115,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: takes one file name, not {base!r}")
-    return _merge(_read_chain(path.parent / base, (*above, path.resolve())), content)
+    return _merge(_read_chain(find_config(base, path.parent), (*above, path.resolve())), content)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class EngineSettings(Section):
         "deepspeed", description="ddp: torch's DistributedDataParallel, without ZeRO"
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
-    deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings")
+    deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
     silence: int = Field(60, ge=5, description="seconds without a rank's heartbeat after which the others end")
 
