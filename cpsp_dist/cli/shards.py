@@ -74,7 +74,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
         help="pack features in a published layout into tar shards",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Pack features into webdataset tar shards with a manifest.\n\nlayouts:\n"
-        + "\n".join(f"  {name:14} {about}" for name, (_, _, about) in LAYOUTS.items()),
+        + "\n".join(f"  {name:14} {LAYOUTS.description(name)}" for name in LAYOUTS),
     )
     pack.add_argument("--layout", required=True, choices=LAYOUTS, help="how the features are stored")
     pack.add_argument("--out", type=_local_folder, required=True, help="folder to make")

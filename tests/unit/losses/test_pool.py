@@ -20,9 +20,13 @@ from torch import Tensor
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed import process_group
-from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
+from cpsp_dist.losses import avps, category, event, psa_s
+from cpsp_dist.losses import psa_v as psa_v_module
+from cpsp_dist.losses.gather import Gather, rank_and_world
+from cpsp_dist.losses.global_batch import GlobalBatch
+from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.models import Output
 from cpsp_dist.training.engine import Engine, build_engine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
@@ -215,7 +219,7 @@ def edge(case: str, dtype: torch.dtype) -> tuple[Output, Batch]:
 
 def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
     """The terms, and the gradient's norm of each output, after two steps (a bank has something at the second)."""
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     found = {}
     for way in WAYS:
         for case in EDGES:
@@ -240,9 +244,9 @@ def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
 
 def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Every rank weighs the gathered rows by its own number."""
-    rank = pool.world()[0]
+    rank = rank_and_world()[0]
     rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
-    gather = pool.Gather(rows)
+    gather = Gather(rows)
     everyone = gather.wait()
     (everyone * (rank + 1)).sum().backward()
     assert rows.grad is not None
@@ -267,10 +271,11 @@ def collectives(cases: list[str]) -> list[list[str]]:
 
         for name in COLLECTIVES:
             watch(dist, name, name)
-        for name in ("event_loss", "category_loss", "avps", "psa_s", "mine"):
-            watch(losses, name, "a loss" if name != "mine" else "mining")
-        watch(pool.Gather, "end", "wait")
-        rank, ranks = pool.world()
+        for module, name in ((event, "event_loss"), (category, "category_loss"), (avps, "avps"), (psa_s, "psa_s")):
+            watch(module, name, "a loss")
+        watch(psa_v_module, "mine", "mining")
+        watch(Gather, "end", "wait")
+        rank, ranks = rank_and_world()
         objectives = Objectives(ALL, pool="gather")
         steps = []
         for case in cases:
@@ -285,7 +290,7 @@ def collectives(cases: list[str]) -> list[list[str]]:
 
 def costs(width: int) -> dict[str, dict[str, float]]:
     """Bytes and time of a step with objectives over the pool, embeddings of `width` in float32."""
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     whole, batch = edge("even", torch.float32)
     own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
     wanted = {"psa_v": only("psa_v"), "both": only("psa_v").model_copy(update={"sspsp": 1.0}), "local": ALL}
@@ -300,16 +305,16 @@ def costs(width: int) -> dict[str, dict[str, float]]:
 
 
 def everything() -> dict[str, Any]:
-    if pool.world()[1] == 1:
+    if rank_and_world()[1] == 1:
         return {"gradients": gradients(RUNS)}
     zero = {}
-    if pool.world()[1] == 2:
+    if rank_and_world()[1] == 2:
         zero = {stage: gradients(UNDER_ZERO, "fp32", "deepspeed", stage) for stage in range(4)}
     return {
         "zero": zero,
         "gradients": gradients(RUNS),
         "local": gradients(LOCAL),
-        "edges": edges(EDGE_TYPES[pool.world()[1]]),
+        "edges": edges(EDGE_TYPES[rank_and_world()[1]]),
         "collectives": collectives(CASES),
         "gathered": gathered(torch.arange(24.0).view(8, 3)),
         "costs": costs(256),
@@ -374,10 +379,10 @@ def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int
             batch = share(global_batch(case), rank, world)
             kept = batch.valid & batch.event.any(1)
             with torch.no_grad():
-                rows = pool.embed(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
+                rows = video_embedding(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
             own = torch.arange(len(rows))
-            mined = pool.mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
-            values.append(losses.psa_v(rows, rows, mined, 0.8)[mined.chosen.any(1)])
+            mined = mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
+            values.append(psa_v(rows, rows, mined, 0.8)[mined.mask.any(1)])
         expected = torch.cat(values).sum() / max(len(torch.cat(values)), 1)
         found = mean([rank["local"][f"local {number}: {case}"][0] for rank in worlds[world]])["psa_v"]
         torch.testing.assert_close(found, expected)
@@ -410,8 +415,8 @@ def test_gather_keeps_order_and_sums_gradients(worlds: Any, world: int) -> None:
 
 def test_gather_on_one_process_is_the_identity() -> None:
     rows = torch.randn(3, 2)
-    assert pool.world() == (0, 1)
-    assert pool.Gather(rows).wait() is rows
+    assert rank_and_world() == (0, 1)
+    assert Gather(rows).wait() is rows
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -447,7 +452,7 @@ def test_anchors_are_counted_right(seed: int, slots: int, count: int, scope: str
     size = slots * count
     valid = torch.rand(size, generator=g) > 0.2
     category, video = torch.randint(-1, 3, (size,), generator=g), torch.randint(0, 4, (size,), generator=g)
-    members = pool.Members(valid, category, video, valid, rank=0, ranks=count)
+    members = GlobalBatch(valid, category, video, valid, rank=0, ranks=count)
     for same_class, counted in ((False, members.with_negative(scope)), (True, members.with_positive(scope))):
         expected = [
             any(

@@ -97,7 +97,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
     """The category classifier of a video that begins with these sounds has a finite answer and an infinite slope.
 
     Also, where a bad step is explained, it is checked that it is done again as it was: dropout included."""
-    from cpsp_dist.models.parts import Classifier, Network
+    from cpsp_dist.models.layers import Classifier, Network
     from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
     marked = torch.zeros(0)
