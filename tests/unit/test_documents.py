@@ -191,8 +191,8 @@ def test_exit_codes_are_explained():
 
 def test_the_package_map_names_every_folder_and_module():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## Package map")[2]
-    names = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    named = set(re.findall(r"`([\w.]+)`", text))
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    named = {name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", text)}
     assert not sorted(name for name in names if not name.startswith("__") and name not in named)
 
 
