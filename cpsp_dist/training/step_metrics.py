@@ -16,7 +16,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.tracking.mlflow import take_back
+from cpsp_dist.tracking.mlflow import truncate_after_step
 from cpsp_dist.training.lr_schedule import Schedule
 
 
@@ -85,7 +85,7 @@ class Audit:
         if ranks.first:
             self.file.parent.mkdir(exist_ok=True)
             for file in self.file.parent.glob("rank*.jsonl"):
-                take_back(file, step)
+                truncate_after_step(file, step)
         process_group.barrier()
 
     def see(self, batch: Batch) -> None:

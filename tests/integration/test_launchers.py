@@ -48,7 +48,7 @@ def launch(commands: list[list[str]], arguments: list[str], folder: Path) -> Non
             process.wait()
 
 
-def test_the_same_loss_under_every_launcher(nursery: Any, keypad_shards: Path, tmp_path: Path) -> None:
+def test_the_same_loss_under_every_launcher(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """As one process and as two ranks, each like the same command in a launcher's environment without a launcher.
 
     And none of them leaves the environment, with what is secret in it, in a file.
@@ -63,7 +63,7 @@ def test_the_same_loss_under_every_launcher(nursery: Any, keypad_shards: Path, t
         ],
     }
     for world in (1, 2):  # the environment alone
-        nursery.start(arguments(keypad_shards, tmp_path / f"{world}-plain"), world).finish()
+        prefork.start(arguments(keypad_shards, tmp_path / f"{world}-plain"), world).finish()
     for name, command in commands.items():
         launch(command, arguments(keypad_shards, tmp_path / name), tmp_path)
     told = {name: loss_history(tmp_path / name) for name in [*commands, "1-plain", "2-plain"]}

@@ -105,7 +105,7 @@ class Ring:
         self._look_ahead = look_ahead
         self._table = np.asarray(manifest.samples)  # a plain array over the same map: indexing it is quicker
         self._ahead = 1 + -(-AHEAD // slots[0].size)  # plans drawn before their turn
-        self._plans, self._let_go = files.follow(plans, self._ahead + len(slots))
+        self._plans, self._stop_prefetch = files.prefetch(plans, self._ahead + len(slots))
         self._planned: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self._unit = -(-slots[0].size // threads)
         self._lock = threading.RLock()  # re-entered where the garbage collector closes an iterator in the midst of it
@@ -135,8 +135,8 @@ class Ring:
                     raise self._broken
                 if self._exhausted and not self._jobs:
                     return None
-                moved = self._files.moved
-                if not self._ready.wait(PATIENCE) and self._files.moved == moved:
+                received = self._files.bytes_received
+                if not self._ready.wait(PATIENCE) and self._files.bytes_received == received:
                     place = self._manifest.place
                     raise DataError(f"{place}: no data for {PATIENCE:.0f} s; does its disk still answer?")
                 if self._stopped:
@@ -151,7 +151,7 @@ class Ring:
             self._stopped = True
             self._room.notify_all()
             self._ready.notify_all()
-        self._let_go()
+        self._stop_prefetch()
         if threading.current_thread() in self._workers:  # the garbage collector again: nobody can wait for himself
             return False
         limit = time.monotonic() + JOIN

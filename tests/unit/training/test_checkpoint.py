@@ -193,7 +193,7 @@ def test_folder_that_becomes_unwritable(prefork: Any, keypad_shards: Path, small
     assert launch.until(lambda: subprocess.run(remount, capture_output=True, timeout=60).returncode == 0)
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     told = launch.ranks[0].output
-    assert "Read-only file system; points wait in memory, training goes on" in told
+    assert "Read-only file system; points wait in memory, training continues" in told
     assert "cannot write the checkpoint of step 12" in told.strip().splitlines()[-1]
     assert Checkpoints(output).newest_valid() == (6, [])
 
