@@ -15,7 +15,6 @@ import torch
 from crc32c import crc32c
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import file_system
 from cpsp_dist.data.urls import without_secrets
@@ -25,6 +24,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
 from cpsp_dist.tracking.mlflow import reach, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.setup import open_manifest
 
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4
@@ -37,7 +37,7 @@ NETWORK = {
 
 def shards(config: Config) -> tuple[list[Finding], Manifest]:
     """A sample of each split, read from this node."""
-    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    manifest = open_manifest(config)
     manifest.rows("train")
     for rows in manifest.splits.values():
         for row in sorted({rows[i * (len(rows) - 1) // max(SAMPLES - 1, 1)] for i in range(SAMPLES)} if rows else ()):

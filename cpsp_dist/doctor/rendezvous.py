@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.distributed.process_group import Ranks, settle_address
+from cpsp_dist.distributed.process_group import Ranks, resolve_rendezvous
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, one_line, within
 from cpsp_dist.errors import UserError
 
@@ -51,7 +51,7 @@ class Rendezvous:
             UserError: this rank met nobody; the text names the address.
         """
         self.ranks, self.limit = ranks, limit
-        self.place = settle_address(ranks)
+        self.place = resolve_rendezvous(ranks)
         self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect()
         self.hosts: dict[int, str] = {}
         self.lost: set[int] = set()

@@ -32,7 +32,7 @@ def test_four_two_three_four_ranks(prefork: Any, keypad_shards: Path, four: Path
         assert launch.until_step(step)
         launch.ranks[-1].signal(signal.SIGUSR2)
         assert launch.wait() == [EXIT_REQUEUE] * world, launch.outputs()
-    assert "going on from" in prefork.start(run, 4).finish(240)
+    assert "resuming from" in prefork.start(run, 4).finish(240)
 
     expected, found = audited(four), audited(tmp_path / "moved")
     assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}

@@ -18,7 +18,7 @@ import pytest
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader import EvalStream, TrainStream
+from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.data.reader import remote as stream_remote
 from cpsp_dist.data.reader import ring as stream_ring
 from cpsp_dist.data.urls import without_secrets
@@ -48,10 +48,10 @@ def test_an_epoch_has_each_sample_once_with_the_arrays_as_written(site, served, 
 
 def test_remote_shards_are_read_in_lanes_and_resume_anywhere(remote, served):
     """As the same shards from a folder with order="lanes"."""
-    with TrainStream(served.manifest, "train", global_batch=8, seed=3, order="lanes") as stream:
+    with TrainStream(served.manifest, "train", global_batch=8, seed=3, options=ReaderOptions(order="lanes")) as stream:
         wanted = [real(batch) for batch in stream.batches(count=30)]
     for step in (0, 7, 20):
-        with TrainStream(remote, "train", global_batch=8, seed=3, threads=3) as stream:
+        with TrainStream(remote, "train", global_batch=8, seed=3, options=ReaderOptions(threads=3)) as stream:
             assert [real(batch) for batch in stream.batches(8 * step, count=10)] == wanted[step : step + 10]
 
 
@@ -90,7 +90,7 @@ def test_shards_ahead_are_fetched_before_they_are_needed(remote, front):
 def test_looking_ahead_ends_at_its_limit(remote, front, monkeypatch):
     monkeypatch.setattr(stream_ring, "AHEAD", 3)
     monkeypatch.setattr(stream_remote, "LOOK_AHEAD", 12)
-    with EvalStream(remote, "train", batch=3, depth=1) as stream:
+    with EvalStream(remote, "train", batch=3, options=ReaderOptions(depth=1)) as stream:
         batches = iter(stream)
         next(batches)
         fetching = stream._files._fetching
@@ -104,7 +104,7 @@ def test_looking_ahead_ends_at_its_limit(remote, front, monkeypatch):
 
 def test_a_shard_behind_the_reader_is_closed(remote, monkeypatch):
     monkeypatch.setattr(stream_ring, "AHEAD", 4)
-    with EvalStream(remote, "train", batch=1, depth=1) as stream:
+    with EvalStream(remote, "train", batch=1, options=ReaderOptions(depth=1)) as stream:
         for batch in stream:
             if int(batch.index) == 70:
                 assert not {0, 1, 2, 3} & set(stream._files._open)
@@ -236,7 +236,7 @@ def test_training_from_a_url(front, keypad_shards, tmp_path):
     manifest = Manifest.load(keypad_shards)
     assert {shard.sha256 for shard in manifest.shards} < files(tmp_path / "cache")
     trained = [json.loads(line)["keys"] for line in (output / "audit" / "rank0.jsonl").read_text().splitlines()]
-    with TrainStream(manifest, "train", global_batch=8, seed=1, order="lanes") as stream:
+    with TrainStream(manifest, "train", global_batch=8, seed=1, options=ReaderOptions(order="lanes")) as stream:
         assert trained == [[manifest.samples[r]["key"].decode() for r in real(b)] for b in stream.batches(count=3)]
     progress = Checkpoints(output).load(3)[1]
     assert changes(progress, load_config(keypad, [*settings, f"data.shards={url}"]), manifest) == []

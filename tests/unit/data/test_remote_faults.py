@@ -11,7 +11,7 @@ import pytest
 from cpsp_dist.data import fetch as fetch_module
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader import EvalStream
+from cpsp_dist.data.reader import EvalStream, ReaderOptions
 from cpsp_dist.errors import DataError
 from tests.support import servers
 from tests.support.remote import PIECE, fetch, files, original
@@ -143,7 +143,7 @@ def test_a_shard_that_cannot_be_fetched_is_an_error_at_its_batch_or_skipped(remo
         with pytest.raises(DataError, match=f"{remote.shards[2].url}: not the file that the index describes"):
             next(batches)
     asked = len(front.ranges(remote.shards[2].url))
-    with EvalStream(remote, "train", batch=9, on_error="skip") as stream:
+    with EvalStream(remote, "train", batch=9, options=ReaderOptions(on_error="skip")) as stream:
         assert [row for batch in stream for row in real(batch)] == [r for r in range(72) if r not in range(18, 27)]
         assert stream.skipped == 9
     assert len(front.ranges(remote.shards[2].url)) == 2 * asked, "once for all of its samples"
