@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint format bench-peers slurm-up slurm-down clean
+.PHONY: help install demo test lint format docs bench-peers slurm-up slurm-down clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,4p' Makefile
@@ -41,6 +41,11 @@ lint: install
 format: install
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+# The pages of docs/ as a site in site/.
+docs: install
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt mkdocs
+	@$(VENV)/bin/mkdocs build --strict --quiet
 
 # The same samples through webdataset, mosaicml-streaming, litdata and the published layout, in environments of their own.
 bench-peers: install

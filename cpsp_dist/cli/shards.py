@@ -115,7 +115,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
 
 def _register_rework(actions: argparse._SubParsersAction) -> None:
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
-    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see shards/README.md)")
+    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see docs/shard-format.md)")
     index.add_argument("--categories", type=Path, help="class names, one a line, in class order")
     index.set_defaults(handler=_index)
 
