@@ -16,6 +16,7 @@ from tests.support.runs import loss_history
 from tests.tools import modalities
 
 
+@pytest.mark.long
 def test_cpsp_beats_one_modality_on_the_ave_layout(shared: Path, tmp_path: Path):
     """A short form (one seed, 8 of 60 epochs) of `tests/modalities.py`; the figures of the long one are in README."""
     shards = tmp_path / "shards"

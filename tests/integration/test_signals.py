@@ -164,7 +164,11 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")}
 
 
-@pytest.mark.parametrize("function", ["distributed:connect", "loop:find_state", "loop:build_engine"])
+@pytest.mark.parametrize(
+    "function",
+    ["loop:find_state"]
+    + [pytest.param(name, marks=pytest.mark.long) for name in ("distributed:connect", "loop:build_engine")],
+)
 def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""
     before = checkpoint_files(stopped)

@@ -1,7 +1,7 @@
 """CPU seconds of tests, which other load changes little: `pytest -p tests.support.cpu_times`, a table at the end.
 
-Counted are the process of pytest, the children that it waited for, and the forked ranks (see prefork.py). What a fixture
-costs is counted to the first test that needs it.
+Counted are the process of pytest, the children that it waited for, and the forked ranks (see prefork.py). What a
+fixture costs is counted to the first test that needs it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def spent() -> float:
             ticks = file.read().rsplit(")", 1)[1].split()[11:15]  # user, system, and both of its children
         seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return seconds
-
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -115,7 +115,8 @@ def test_help_imports_nothing_heavy(module):
 
 def test_packing_processes_do_without_torch():
     """Each of them would spend seconds on its import."""
-    code = "import cpsp_dist.packing.pack, cpsp_dist.packing.source, sys; print(*{'torch', 'webdataset'} & set(sys.modules))"
+    modules = "cpsp_dist.packing.pack, cpsp_dist.packing.source"
+    code = f"import {modules}, sys; print(*{{'torch', 'webdataset'}} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), check=True, capture_output=True, text=True, timeout=60
     )
