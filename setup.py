@@ -33,7 +33,17 @@ setup(
         "scikit-learn>=1.3",  # the demo corpus's digit scans
     ],
     extras_require={
-        "dev": ["google-crc32c>=1.5", "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff", "mypy"],
+        "s3": ["s3fs>=2024.2"],  # shards at an s3:// URL
+        "dev": [
+            "google-crc32c>=1.5",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff",
+            "mypy",
+            "s3fs>=2024.2",
+            "moto[server]>=5",
+        ],
     },
     entry_points={"console_scripts": ["cpsp-dist=cpsp_dist.cli:main"]},
 )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
-from cpsp_dist.data.cache import is_url, without_secrets
+from cpsp_dist.data.urls import is_url, without_secrets
 from cpsp_dist.errors import ConfigError
 
 

@@ -1,18 +1,18 @@
-"""What a user can get wrong, and how it is told: one line, no traceback, and an exit code that says what to do."""
+"""Exceptions and exit codes: a user's mistake is one line without a traceback, and the exit code says what to do."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-EXIT_USER_ERROR = 2  # mend what the line names
-EXIT_LOST_RANK = 69  # (EX_UNAVAILABLE) another rank ended without a word: start again
+EXIT_USER_ERROR = 2  # fix what the line names
+EXIT_LOST_RANK = 69  # (EX_UNAVAILABLE) another rank exited without an error message: start again
 EXIT_REQUEUE = 75  # (EX_TEMPFAIL) stopped by a signal, saved: start again
 
 
 class UserError(Exception):
-    """Something the user can mend. The text names the file, key or flag, and what to do."""
+    """Something the user can fix. The text names the file, key or flag, and what to do."""
 
 
 class ConfigError(UserError):
@@ -23,10 +23,10 @@ class DataError(UserError):
     """Data that is missing, damaged or of the wrong form; names the file, and the sample where there is one.
 
     Attributes:
-        tell: whether it is for this process to print the text; False where another rank met the same and prints it.
+        claimed_by: the rank that met it first, where several may have met the same; None where that is not known.
     """
 
-    tell = True
+    claimed_by: int | None = None
 
 
 class RankError(UserError):
@@ -34,41 +34,54 @@ class RankError(UserError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. It is saved, and goes on where the same command is given again."""
+    """A signal asked the run to stop. It is saved, and resumes where the same command is given again."""
 
 
 class LostRank(Exception):
-    """Another rank ended, so that this one cannot go on.
+    """Another rank exited, so that this one cannot continue.
 
     Attributes:
-        code: that rank's exit code, where it told it. tell: whether it is for this process to print the text.
+        code: that rank's exit code, where it reported one. ranks: the ranks that are lost.
     """
 
-    def __init__(self, text: str, code: int = EXIT_LOST_RANK, tell: bool = True):
+    def __init__(self, text: str, code: int = EXIT_LOST_RANK, ranks: Sequence[int] = ()):
         super().__init__(text)
-        self.code, self.tell = code, tell
+        self.code, self.ranks = code, ranks
 
 
-def guarded(main: Callable[[], int | None]) -> int:
-    """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130.
+def should_print(error: BaseException, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is for this process, of all ranks that meet `error`, to print it.
 
-    Under a launcher, a mistake that every rank sees is told once per machine (local rank 0, which under plain srun only
-    Slurm's own variable tells); a `DataError` may concern one rank only and is told by the rank that met it first.
+    What every rank meets is printed once per machine (local rank 0, which under plain srun only Slurm's own variable
+    names). What one rank alone may have met is printed by that rank. A lost rank is reported once per machine, and in
+    any case by the lowest rank that is left.
     """
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    local_first = (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0"
+    rank, world = int(env.get("RANK") or 0), int(env.get("WORLD_SIZE") or 1)
+    match error:
+        case RankError():
+            return True
+        case DataError():
+            return error.claimed_by in (None, rank)
+        case LostRank():
+            return local_first or rank == min({*range(world)} - {*error.ranks}, default=0)
+    return local_first
+
+
+def report_errors(main: Callable[[], int | None]) -> int:
+    """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130."""
     try:
         return main() or 0
     except UserError as error:
-        own = error.tell if isinstance(error, DataError) else isinstance(error, RankError)
-        if own or (local_rank == "0" and not isinstance(error, DataError)):
+        if should_print(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LostRank as lost:
-        if lost.tell:
+        if should_print(lost):
             print(f"error: {lost}", file=sys.stderr, flush=True)
         return lost.code
     except Stopped as stopped:
-        if local_rank == "0":
+        if should_print(stopped):
             print(stopped, file=sys.stderr, flush=True)
         return EXIT_REQUEUE
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cpsp_dist.config import Config
     from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.models import Network
-    from cpsp_dist.training.checkpoint import Progress
+    from cpsp_dist.training.checkpoint import TrainingProgress
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
@@ -54,27 +54,20 @@ def export(run: str | Path, out: str | Path) -> Path:
     """Write the best weights of a run (its last ones without a val split) to the new folder `out`.
 
     Raises:
-        UserError: no whole checkpoint in `run`, its shards are gone, or `out` is there already or cannot be written.
+        UserError: no complete checkpoint in `run`, its shards are gone, or `out` is there already or cannot be written.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from cpsp_dist.config import Config
-    from cpsp_dist.data.manifest import Manifest
-    from cpsp_dist.training.checkpoint import Checkpoints
+    from cpsp_dist.training.setup import load_run, open_manifest
 
-    checkpoints, out = Checkpoints(run), Path(out)
-    newest, _ = checkpoints.newest_valid()
-    if newest is None:
-        raise UserError(f"{run}: no whole checkpoint here; give the output folder of a training run")
+    out = Path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it, or choose another name")
-    progress = checkpoints.load(newest)[1]
-    step = newest if progress.best_step is None else progress.best_step
-    state, _ = checkpoints.load(step)
-    config = Config.model_validate(progress.config, strict=False)
-    manifest = Manifest.load(config.data.shards)
+    trained = load_run(run)
+    config, progress, state, step = trained.config, trained.progress, trained.state, trained.step
+    manifest = open_manifest(config)
     if manifest.fingerprint != progress.fingerprint:
         raise UserError(
             f"{config.data.shards}: not the shards that {run} was trained on; the class names come from them"
@@ -108,7 +101,7 @@ def export(run: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _card(run: Path, config: Config, manifest: Manifest, progress: Progress, step: int) -> str:
+def _card(run: Path, config: Config, manifest: Manifest, progress: TrainingProgress, step: int) -> str:
     fields, train = manifest.fields, config.train
     results: dict[str, Any] = {}
     if (run / "results.json").is_file():

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError, guarded
+from cpsp_dist.errors import UserError, report_errors
 from cpsp_dist.training import gc_control
 
 
@@ -19,21 +19,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cpsp_dist.train",
         description="Train a model for audio-visual event localization. A run whose output folder has a checkpoint "
-        "goes on from there, on any number of ranks.",
+        "resumes from there, on any number of ranks.",
         epilog="Example: python -m cpsp_dist.train --config configs/keypad.yaml train.epochs=2 output=runs/try",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file: train.seed=2")
-    parser.add_argument("--fresh", action="store_true", help="refuse to go on from checkpoints in the output folder")
+    parser.add_argument("--fresh", action="store_true", help="refuse to resume from checkpoints in the output folder")
     parser.add_argument(
         "--allow-config-change",
         action="store_true",
-        help="go on from a checkpoint of another configuration or data",
+        help="resume from a checkpoint of another configuration or data",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tell what would be done: settings, data, memory of a rank; make one step; write nothing",
+        help="print what would be done: settings, data, memory of a rank; make one step; write nothing",
     )
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run on one process: plan for N ranks")
     # The deepspeed launcher passes it; the environment says the same.
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
-    with gc_control.collected_seldom():
-        return guarded(run)
+    with gc_control.reduced_gc():
+        return report_errors(run)
 
 
 if __name__ == "__main__":

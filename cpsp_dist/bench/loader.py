@@ -25,7 +25,7 @@ from crc32c import crc32c
 
 from cpsp_dist.bench.peer import plain_webdataset
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
-from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.data.reader import ReaderOptions, TrainStream
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
@@ -83,7 +83,11 @@ def bench_loader(
 
         def stream(count: int) -> TrainStream:
             return TrainStream(
-                manifest, split, global_batch=batch, seed=0, threads=count, depth=depth, check_crc=check_crc
+                manifest,
+                split,
+                global_batch=batch,
+                seed=0,
+                options=ReaderOptions(threads=count, depth=depth, check_crc=check_crc),
             )
 
         sample_bytes = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)

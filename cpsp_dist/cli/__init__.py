@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cpsp_dist import __version__
 from cpsp_dist.cli import bench, compare, demo, doctor, evaluate, export, import_checkpoint, launch, shards
-from cpsp_dist.errors import guarded
+from cpsp_dist.errors import report_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    return guarded(lambda: args.handler(args))
+    return report_errors(lambda: args.handler(args))

@@ -28,10 +28,9 @@ def _import(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from cpsp_dist.config import load_config
-    from cpsp_dist.data.cache import Cache
-    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.models import model_for
     from cpsp_dist.models.published import load_published
+    from cpsp_dist.training.setup import open_manifest
 
     config = load_config(args.config)
     if config.model.name != args.model:
@@ -40,7 +39,7 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: the name must end in .safetensors")
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; remove it, or choose another name")
-    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    manifest = open_manifest(config)
     weights = load_published(args.file, args.model, model_for(config.model, manifest))
     part = args.out.with_suffix(".part")
     try:

@@ -80,7 +80,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.status:
         if args.config:
             raise UserError(f"--status asks for what was launched; leave out {args.config}")
-        return _follow(jobs.recall(args.status)) if args.follow else _status(jobs.recall(args.status))
+        return _follow(jobs.load_jobs(args.status)) if args.follow else _status(jobs.load_jobs(args.status))
     if not args.config:
         raise UserError("launch needs a config file (configs/...), or --status FOLDER")
     resources = cluster.Resources(
@@ -111,7 +111,7 @@ def _launch(args: argparse.Namespace) -> int:
             print(cluster.dry_run(runs, output, name, resources))
         return 0
     if args.local:
-        started, ended = local.run_here(runs, output, args.config, resources)
+        started, ended = local.run_local(runs, output, args.config, resources)
         return _told(started, ended, len(runs))
     submitted = cluster.submit(runs, output, name, args.config, resources)
     main, folder = submitted[0].id.partition("_")[0], submitted[0].folder

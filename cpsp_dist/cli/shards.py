@@ -62,6 +62,12 @@ def _register_plan(actions: argparse._SubParsersAction) -> None:
     plan.set_defaults(handler=_plan)
 
 
+def _local_folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder of this machine and copy the shards there")
+    return Path(text)
+
+
 def _register_pack(actions: argparse._SubParsersAction) -> None:
     pack = actions.add_parser(
         "pack",
@@ -71,7 +77,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
         + "\n".join(f"  {name:14} {about}" for name, (_, _, about) in LAYOUTS.items()),
     )
     pack.add_argument("--layout", required=True, choices=LAYOUTS, help="how the features are stored")
-    pack.add_argument("--out", type=Path, required=True, help="folder to make")
+    pack.add_argument("--out", type=_local_folder, required=True, help="folder to make")
     source = pack.add_argument_group("source", "A file with its usual name in --source needs no flag of its own.")
     source.add_argument("--source", type=Path, help="folder of the features")
     source.add_argument("--visual", "--video", type=Path, help="visual features: a file or folder, by layout")
@@ -109,7 +115,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
 
 def _register_rework(actions: argparse._SubParsersAction) -> None:
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
-    index.add_argument("folder", type=Path, help="folder of tars, also of others' (see shards/README.md)")
+    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see shards/README.md)")
     index.add_argument("--categories", type=Path, help="class names, one a line, in class order")
     index.set_defaults(handler=_index)
 

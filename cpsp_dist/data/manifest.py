@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from cpsp_dist.data.cache import Cache, Remote, is_url, without_secrets
+from cpsp_dist.data.cache import Cache, Remote
+from cpsp_dist.data.urls import is_url, without_secrets
 from cpsp_dist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -118,12 +119,12 @@ class Manifest:
         return self.splits[split]
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies; a remote one only while it is in the cache, see `at_hand`."""
+        """Where a shard lies; a remote one only while it is in the cache, see `local_file`."""
         return self.folder / shard.url if self.remote is None else self.remote.cache.path(shard.sha256)
 
     @contextmanager
-    def at_hand(self, shard: Shard) -> Iterator[Path]:
-        """The path of a shard, fetched if need be, which stays for the time of the `with`. Raises DataError."""
+    def local_file(self, shard: Shard) -> Iterator[Path]:
+        """The path of a shard, fetched if necessary; it exists while the `with` lasts. Raises DataError."""
         if self.remote is None:
             yield self.path(shard)
             return

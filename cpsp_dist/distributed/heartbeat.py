@@ -1,7 +1,7 @@
-"""Ranks that look after each other: when one ends, the others end soon, and say which one it was and why.
+"""Heartbeats between ranks: when one exits, the others exit soon, and report which one it was and why.
 
-Collectives alone do not: gloo tells that some connection closed, NCCL waits, and neither knows the reason. So each rank
-sends a heartbeat to the rendezvous' store (on rank 0, or the launcher's), and the reason where it ends early.
+Collectives alone do not: gloo reports that some connection closed, NCCL waits, and neither knows the reason. So each
+rank sends a heartbeat to the rendezvous' store (on rank 0, or the launcher's), and the reason where it exits early.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ import time
 
 import torch.distributed as dist
 
-from cpsp_dist.errors import EXIT_LOST_RANK, LostRank
+from cpsp_dist.errors import EXIT_LOST_RANK, LostRank, should_print
 
-#: Seconds between two heartbeats; between learning of a lost rank and ending this process, if it has not ended by
-#: itself; that rank 0 waits for the others to learn of its end, for the store ends with it.
-BEAT, GRACE, LINGER = 0.5, 8.0, 4.0
-ENDED, BEATS, NOTED = "ended", "beat", "noted"
-SILENT_END = "ended without a word (killed, out of memory, or its machine failed)"
+#: Seconds between two heartbeats.
+INTERVAL = 0.5
+#: Seconds between learning of a lost rank and ending this process, if it has not ended by itself.
+GRACE = 8.0
+#: Seconds that rank 0 waits for the others to learn of its exit, for the store ends with it.
+PEER_WAIT = 4.0
+EXITED, BEATS, NOTED = "exited", "beat", "noted"
+SILENT_EXIT = "exited without an error message (killed, out of memory, or its machine failed)"
 
 
-class Watch:
-    """One rank's part. `silence`: seconds without heartbeat after which a rank counts as lost."""
+class Heartbeat:
+    """One rank's part. `timeout`: seconds without heartbeat after which a rank counts as lost."""
 
-    def __init__(self, rank: int, world: int, silence: float):
-        self.rank, self.world, self.silence = rank, world, silence
+    def __init__(self, rank: int, world: int, timeout: float):
+        self.rank, self.world, self.timeout = rank, world, timeout
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = datetime.timedelta(seconds=silence)
+        limit = datetime.timedelta(seconds=timeout)
         # A connection of its own: a collective that waits at the group's would stop the heartbeat.
         tcp = dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
         # A launcher's store may outlive a start.
@@ -42,56 +45,56 @@ class Watch:
         self._lost_at = self._answered = time.monotonic()
         self._lock = threading.Lock()
         self._done, self._silent = threading.Event(), threading.Event()
-        self._beater = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._beater.start()
-        threading.Thread(target=self._judge, name="watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._enforce, name="heartbeat-timeout", daemon=True).start()
 
     def close(self) -> None:
-        """All is well and the ranks part."""
+        """All is well: the ranks disconnect."""
         self._done.set()
         self._stop_beating()
 
     def _stop_beating(self) -> None:
-        """Before this process ends: Python aborts where a thread is inside the store at its end."""
+        """Before this process exits: Python aborts where a thread is inside the store at that time."""
         self._silent.set()
-        self._beater.join(2.0)
+        self._thread.join(2.0)
 
-    def tell(self, reason: str, code: int) -> None:
-        """This rank ends early, and why. The others will know when this returns, if they are alive."""
+    def report_exit(self, reason: str, code: int) -> None:
+        """This rank exits early, and why. The others know when this returns, if they are alive."""
         with contextlib.suppress(RuntimeError):  # rank 0 is gone too
             self._publish([self.rank], reason, code)
-        self.linger()
+        self.wait_for_peers()
 
-    def first_to_say(self, text: str) -> bool:
-        """Whether no other rank asked this of `text` before: what all ranks meet is told by one. True in doubt."""
-        key = f"said{hashlib.sha256(text.encode()).hexdigest()}"
+    def claim_message(self, text: str) -> int | None:
+        """The rank that asked this of `text` first: what all ranks meet is printed by one. None in doubt."""
+        key = f"claimed{hashlib.sha256(text.encode()).hexdigest()}"
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
-            return int(self.store.compare_set(key, "", str(self.rank))) == self.rank
-        return True
+            return int(self.store.compare_set(key, "", str(self.rank)))
+        return None
 
-    def linger(self) -> None:
-        """The last call before this process ends early. Rank 0 holds the store: it leaves last, within a limit."""
-        end = time.monotonic() + LINGER
+    def wait_for_peers(self) -> None:
+        """The last call before this process exits early. Rank 0 holds the store: it leaves last, within a limit."""
+        end = time.monotonic() + PEER_WAIT
         others = [f"{NOTED}{r}" for r in range(1, self.world)]
         with contextlib.suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < end and not self.store.check(others):
                 time.sleep(0.05)
         self._stop_beating()
 
-    def find_lost(self) -> LostRank | None:
+    def find_dead_ranks(self) -> LostRank | None:
         """After a collective failed: the ranks behind it, or None where all of them are alive (takes 6 heartbeats)."""
         try:
             before = self._beats()
-            end = time.monotonic() + 6 * BEAT
+            end = time.monotonic() + 6 * INTERVAL
             while time.monotonic() < end and self.lost is None:
                 time.sleep(0.05)
             if self.lost is None:
                 after = self._beats()
                 dead = [r for r in range(self.world) if r != self.rank and before[r] == after[r]]
                 if dead:
-                    self._publish(dead, SILENT_END)
+                    self._publish(dead, SILENT_EXIT)
         except RuntimeError:
-            self._note([0], SILENT_END)
+            self._note([0], SILENT_EXIT)
         return self.lost
 
     def _beats(self) -> list[bytes]:
@@ -99,46 +102,43 @@ class Watch:
 
     def _publish(self, ranks: list[int], reason: str, code: int = EXIT_LOST_RANK) -> None:
         text = json.dumps({"ranks": ranks, "reason": reason, "code": code})
-        self._note(**json.loads(self.store.compare_set(ENDED, "", text)))  # whoever told first
+        self._note(**json.loads(self.store.compare_set(EXITED, "", text)))  # of whoever was first
         self.store.set(f"{NOTED}{self.rank}", "1")
 
     def _note(self, ranks: list[int], reason: str, code: int = EXIT_LOST_RANK) -> None:
         with self._lock:
             if self.lost is None:
-                # One line on each machine, and one in any case.
-                lowest = min({*range(self.world)} - {*ranks}, default=0)
-                tell = os.environ.get("LOCAL_RANK", "0") == "0" or self.rank == lowest
                 self._lost_at = time.monotonic()
                 who = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-                self.lost = LostRank(f"{who}: {reason}", code, tell)
+                self.lost = LostRank(f"{who}: {reason}", code, ranks)
 
     def _beat(self) -> None:
         left, seen, changed, count, noted = (self.rank - 1) % self.world, b"", time.monotonic(), 0, False
         try:
-            while not self._silent.wait(BEAT):
+            while not self._silent.wait(INTERVAL):
                 count += 1
                 self.store.set(f"{BEATS}{self.rank}", str(count))
                 beat = self.store.get(f"{BEATS}{left}") if self.store.check([f"{BEATS}{left}"]) else b""
                 if beat != seen:
                     seen, changed = beat, time.monotonic()
-                elif time.monotonic() - changed > self.silence:
-                    self._publish([left], f"was not heard of for {self.silence:.0f} s")
-                if not noted and self.store.check([ENDED]):
+                elif time.monotonic() - changed > self.timeout:
+                    self._publish([left], f"sent no heartbeat for {self.timeout:.0f} s")
+                if not noted and self.store.check([EXITED]):
                     noted = True
-                    self._note(**json.loads(self.store.get(ENDED)))
+                    self._note(**json.loads(self.store.get(EXITED)))
                     self.store.set(f"{NOTED}{self.rank}", "1")
                 self._answered = time.monotonic()
         except RuntimeError:
-            if not self._silent.wait(2 * BEAT):
-                self._note([0], SILENT_END)
+            if not self._silent.wait(2 * INTERVAL):
+                self._note([0], SILENT_EXIT)
 
-    def _judge(self) -> None:
+    def _enforce(self) -> None:
         """End this process where its main thread cannot: it may wait in a collective for a rank that is gone."""
-        while not self._done.wait(BEAT):
-            if self.lost is None and time.monotonic() - self._answered > self.silence + 2:
-                self._note([0], f"was not heard of for {self.silence:.0f} s")
+        while not self._done.wait(INTERVAL):
+            if self.lost is None and time.monotonic() - self._answered > self.timeout + 2:
+                self._note([0], f"sent no heartbeat for {self.timeout:.0f} s")
             if self.lost is not None and time.monotonic() - self._lost_at > GRACE:
-                if self.lost.tell:
+                if should_print(self.lost):
                     print(f"error: {self.lost}", file=sys.stderr, flush=True)
-                self.linger()
+                self.wait_for_peers()
                 os._exit(self.lost.code)

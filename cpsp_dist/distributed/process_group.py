@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.distributed.heartbeat import Watch
+from cpsp_dist.distributed.heartbeat import Heartbeat
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, RankError, Stopped, UserError
 
@@ -59,25 +59,25 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
         rank, world, local = 0, 1, 0
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
-        # Of several, the first tells it: local rank 0 has its GPU and knows nothing.
+        # Of several, the first reports it: local rank 0 has its GPU and knows nothing.
         kind = RankError if local == gpus else UserError
         raise kind(f"local rank {local}, but this machine shows {gpus} GPU(s); start at most one rank for each")
     return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
 
-def settle_address(ranks: Ranks) -> str:
-    """Where the ranks meet, as "host:port"; from here on the environment has it, whichever launcher was used.
+def resolve_rendezvous(ranks: Ranks) -> str:
+    """Where the ranks connect, as "host:port"; from here on the environment has it, whichever launcher was used.
 
     Raises:
-        UserError: several ranks, and nothing that tells where.
+        UserError: several ranks, and nothing in the environment says where.
     """
     # One spelling of the environment for everything below (deepspeed reads these itself).
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
-        # Two jobs on one node must not meet, nor take a port that the system gives to whoever asks for any (from 32768
-        # on). A single process takes any free port.
+        # Two jobs on one node must not connect, nor take a port that the system gives to whoever asks for any (32768
+        # and more). A single process takes any free port.
         job = os.environ.get("SLURM_JOB_ID")
         os.environ["MASTER_PORT"] = str(20000 + int(job) % 12000) if job and ranks.world > 1 else "0"
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -89,9 +89,9 @@ def connect(ranks: Ranks, timeout: int) -> None:
     Raises:
         UserError: the others did not come in time.
     """
-    # torch 2.13 renames collectives that torch 2.4 has, and tells it at every call.
+    # torch 2.13 renames collectives that torch 2.4 has, and warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    settle_address(ranks)
+    resolve_rendezvous(ranks)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     try:
@@ -105,27 +105,28 @@ def connect(ranks: Ranks, timeout: int) -> None:
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {ranks.rank} of {ranks.world} could not meet the others at {place} within {timeout} s: "
+            f"rank {ranks.rank} of {ranks.world}: rendezvous failed at {place} within {timeout} s: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
 
 
 @contextmanager
-def connected(ranks: Ranks, timeout: int, silence: int, signals: StopSignals) -> Iterator[None]:
-    """A context in which this rank is joined to the others: they begin and leave together, and when one ends early the
-    others end too.
+def connected(ranks: Ranks, timeout: int, heartbeat_timeout: int, signals: StopSignals) -> Iterator[None]:
+    """A context in which this rank is joined to the others: they begin and leave together, and when one exits early
+    the others exit too.
 
     Args:
-        timeout: seconds that a collective waits. silence: seconds without heartbeat after which a rank counts as lost.
+        timeout: seconds that a collective waits.
+        heartbeat_timeout: seconds without heartbeat after which a rank counts as lost.
 
     Raises:
         UserError: the others did not come in time.
-        LostRank: another rank ended early, in place of the error of a collective that failed for it.
+        LostRank: another rank exited early, in place of the error of a collective that failed for it.
     """
     connect(ranks, timeout)
-    watch = Watch(ranks.rank, ranks.world, silence) if ranks.world > 1 else None
-    if watch is not None:
-        signals.farewell = partial(watch.tell, code=EXIT_REQUEUE)
+    heartbeat = Heartbeat(ranks.rank, ranks.world, heartbeat_timeout) if ranks.world > 1 else None
+    if heartbeat is not None:
+        signals.on_forced_exit = partial(heartbeat.report_exit, code=EXIT_REQUEUE)
     try:
         try:
             yield
@@ -136,27 +137,27 @@ def connected(ranks: Ranks, timeout: int, silence: int, signals: StopSignals) ->
             # Without it a rank that ends early can abort one that is still closing.
             dist.barrier()
     except Stopped:
-        _part(watch)
+        _disconnect(heartbeat)
         raise
     except BaseException as error:
-        if watch is not None:
-            if isinstance(error, RuntimeError) and (lost := watch.find_lost()):
-                watch.linger()
+        if heartbeat is not None:
+            if isinstance(error, RuntimeError) and (lost := heartbeat.find_dead_ranks()):
+                heartbeat.wait_for_peers()
                 raise lost from None
             if isinstance(error, DataError):
-                error.tell = watch.first_to_say(str(error))
-            told = isinstance(error, UserError)
+                error.claimed_by = heartbeat.claim_message(str(error))
+            known = isinstance(error, UserError)
             first = str(error).strip().splitlines()[:1] or [""]
-            reason = str(error) if told else f"{type(error).__name__}: {first[0]}"
-            watch.tell(reason, EXIT_USER_ERROR if told else 1)
+            reason = str(error) if known else f"{type(error).__name__}: {first[0]}"
+            heartbeat.report_exit(reason, EXIT_USER_ERROR if known else 1)
         raise
     else:
-        _part(watch)
+        _disconnect(heartbeat)
 
 
-def _part(watch: Watch | None) -> None:
-    if watch is not None:
-        watch.close()
+def _disconnect(heartbeat: Heartbeat | None) -> None:
+    if heartbeat is not None:
+        heartbeat.close()
     dist.destroy_process_group()
 
 
@@ -165,7 +166,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """The largest of all ranks' values."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -174,19 +175,19 @@ def agree(value: int, device: torch.device) -> int:
     return int(largest)
 
 
-def stop_if_asked(signals: StopSignals, device: torch.device, what: str) -> None:
+def raise_if_stop_requested(signals: StopSignals, device: torch.device, saved: str) -> None:
     """A safe point, to which all ranks come together: whichever rank a signal reached, all stop here.
 
     Raises:
-        Stopped: it did; `what`, in its text, says what is saved.
+        Stopped: it did; `saved`, in its text, says what is saved.
     """
-    if asked := agree(signals.received or 0, device):
-        raise stopped(asked, what)
+    if number := all_reduce_max(signals.received or 0, device):
+        raise stopped(number, saved)
 
 
-def stopped(asked: int, what: str) -> Stopped:
-    text = f"{Signals(asked).name}: {what}; give the same command again to go on (exit code {EXIT_REQUEUE})"
-    return Stopped(text)
+def stopped(number: int, saved: str) -> Stopped:
+    """The exception for signal `number`; `saved` says what is saved."""
+    return Stopped(f"{Signals(number).name}: {saved}; run the same command again to resume (exit code {EXIT_REQUEUE})")
 
 
 def gather(value: Any) -> list[Any]:

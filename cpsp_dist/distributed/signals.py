@@ -16,38 +16,38 @@ from types import TracebackType
 from cpsp_dist.errors import EXIT_REQUEUE, Stopped
 
 #: What Slurm, other schedulers, launchers and people send.
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 #: Seconds in which several signals are one request: a scheduler signals the launcher and its children alike, and the
 #: launcher passes its own on.
 SAME_REQUEST = 1.0
 #: Seconds that a noted signal waits for a safe point while there is nothing to save; Slurm kills 30 s after SIGTERM.
-PATIENCE = 20.0
-#: Seconds that telling the other ranks may take then.
-FAREWELL = 5.0
+SAFE_POINT_TIMEOUT = 20.0
+#: Seconds that reporting it to the other ranks may take then.
+REPORT_TIMEOUT = 5.0
 
 
 class StopSignals:
     """A context in which the signals above do nothing but set `received`.
 
-    They are heard by a thread, so that a process that waits in a collective, or for other ranks to come, can end.
+    A thread receives them, so that a process that waits in a collective, or for other ranks to come, can exit.
 
     Attributes:
         received: the number of the first one.
-        farewell: called with the reason before this process ends because no safe point came, see `release`.
+        on_forced_exit: called with the reason before this process exits because no safe point came: `allow_exit`.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.farewell: Callable[[str], None] = lambda _: None
+        self.on_forced_exit: Callable[[str], None] = lambda _: None
         self._safe_since: float | None = 0.0
 
-    def hold(self) -> None:
+    def require_checkpoint(self) -> None:
         """From here on this process has what only a checkpoint keeps, and needs to come to a safe point."""
         self._safe_since = None
 
-    def release(self) -> None:
+    def allow_exit(self) -> None:
         """From here on, as at first, nothing is lost when it ends: a second signal does that with EXIT_REQUEUE, and so
-        does the first where no safe point comes within PATIENCE seconds."""
+        does the first where no safe point comes within SAFE_POINT_TIMEOUT seconds."""
         self._safe_since = time.monotonic()
 
     def __enter__(self) -> StopSignals:
@@ -55,7 +55,7 @@ class StopSignals:
         os.set_blocking(self._write, False)
         # Python's handler runs between two lines of Python only; the number's way through the pipe is always open.
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in ASKING}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
@@ -63,7 +63,7 @@ class StopSignals:
         if isinstance(value, Stopped):
             # The process is about to end, with an exit code that a late copy of the signal must not replace. Python
             # takes handlers of its own away before it is through, and leaves those that ignore.
-            for number in ASKING:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             return
         for number, handler in self._handlers.items():
@@ -75,13 +75,16 @@ class StopSignals:
         first = 0.0
         while True:
             if not select.select([self._read], [], [], None if self.received is None else 0.2)[0]:
-                if self._safe_since is not None and time.monotonic() - max(first, self._safe_since) > PATIENCE:
-                    self._give_up()
+                if (
+                    self._safe_since is not None
+                    and time.monotonic() - max(first, self._safe_since) > SAFE_POINT_TIMEOUT
+                ):
+                    self._exit_now()
                 continue
             number = os.read(self._read, 1)
             if not number:
                 break
-            if number[0] not in ASKING:
+            if number[0] not in STOP_SIGNALS:
                 continue
             if self.received is None:
                 first = time.monotonic()
@@ -91,14 +94,14 @@ class StopSignals:
                 os._exit(128 + number[0] if self._safe_since is None else EXIT_REQUEUE)
         os.close(self._read)
 
-    def _give_up(self) -> None:
+    def _exit_now(self) -> None:
         """The main thread is busy or waits for others, and nothing is lost by not waiting for it."""
         assert self.received is not None
         name = signal.Signals(self.received).name
-        reason = f"{name}: nothing was unsaved; give the same command again to go on (exit code {EXIT_REQUEUE})"
+        reason = f"{name}: all progress is saved; run the same command again to resume (exit code {EXIT_REQUEUE})"
         os.write(2, f"{reason}\n".encode())
-        limit = threading.Timer(FAREWELL, os._exit, [EXIT_REQUEUE])
+        limit = threading.Timer(REPORT_TIMEOUT, os._exit, [EXIT_REQUEUE])
         limit.daemon = True
         limit.start()
-        self.farewell(reason)
+        self.on_forced_exit(reason)
         os._exit(EXIT_REQUEUE)

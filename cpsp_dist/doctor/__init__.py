@@ -1,6 +1,6 @@
-"""`cpsp-dist doctor`: checks on every rank, told by rank 0, a line for each finding.
+"""`cpsp-dist doctor`: checks on every rank, reported by rank 0, a line for each finding.
 
-`meeting.py` brings the ranks together, `machine.py` looks at what they run on, `places.py` at what a run reads and
+`rendezvous.py` brings the ranks together, `machine.py` looks at what they run on, `paths.py` at what a run reads and
 writes, `finding.py` is a line and its limit. No check ends the program: what goes wrong in one is its finding.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
-from cpsp_dist.doctor import machine, places
-from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, one_line, stuck
-from cpsp_dist.doctor.meeting import Meeting, all_reduce, attendance, clocks, network_fix
+from cpsp_dist.doctor import machine, paths
+from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, hung_threads, one_line
+from cpsp_dist.doctor.rendezvous import Rendezvous, all_reduce, check_all_ranks_present, clocks, network_fix
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.engine import deepspeed_settings, import_deepspeed
 
@@ -36,42 +36,44 @@ def doctor(path: str | None, overrides: Sequence[str], limit: float, *, as_json:
     launcher = machine.launcher()
     try:
         ranks = discover()
-        # Before the meeting, which sets RANK and its like for torch.
+        # Before the rendezvous, which sets RANK and its like for torch.
         slurm = machine.slurm(ranks.world, len(machine.cores()["affinity"]))
-        meeting = Meeting(ranks, limit)
+        rendezvous = Rendezvous(ranks, limit)
     except UserError as error:
-        print(Finding(ERROR, "ranks", one_line(error)).told(), flush=True)
+        print(Finding(ERROR, "ranks", one_line(error)).format(), flush=True)
         return _end(EXIT_USER_ERROR)
-    patient = Patient(meeting, limit)
-    patient.findings += slurm
+    checks = RankChecks(rendezvous, limit)
+    checks.findings += slurm
     try:
-        config = patient.examine_own(path, overrides)
-        return _end(patient.report(config, launcher, as_json))
+        config = checks.examine_own(path, overrides)
+        return _end(checks.report(config, launcher, as_json))
     except RuntimeError as error:  # of the store: it ends with rank 0
-        text = f"rank {ranks.rank}: the rendezvous at {meeting.place} was lost: {one_line(error).split(' [')[0][:150]}"
-        print(Finding(ERROR, "ranks", text, "look at the output of rank 0").told(), flush=True)
+        text = (
+            f"rank {ranks.rank}: the rendezvous at {rendezvous.place} was lost: {one_line(error).split(' [')[0][:150]}"
+        )
+        print(Finding(ERROR, "ranks", text, "look at the output of rank 0").format(), flush=True)
         return _end(EXIT_USER_ERROR)
 
 
-class Patient:
+class RankChecks:
     """This rank's checks, and on rank 0 everybody's."""
 
-    def __init__(self, meeting: Meeting, limit: float):
-        self.meeting, self.limit = meeting, limit
+    def __init__(self, rendezvous: Rendezvous, limit: float):
+        self.rendezvous, self.limit = rendezvous, limit
         self.findings: list[Finding] = []
         self.facts: dict[str, str] = {}  # that have to be the same on every node
         self.cores: dict[str, Any] = {}
 
     def _check(self, name: str, waits_for: str, call: Callable[[], list[Finding]]) -> bool:
         """Make a check; whether it found no error."""
-        self.meeting.begins(name)
+        self.rendezvous.set_current_check(name)
         found = examine(name, self.limit, waits_for, call)
         self.findings += found
         return all(finding.status != ERROR for finding in found)
 
     def examine_own(self, path: str | None, overrides: Sequence[str]) -> Config | None:
-        """What a rank can tell without the others: of a machine's disks, its first one. The configuration, if any."""
-        ranks, once = self.meeting.ranks, self.meeting.first_on_node
+        """What a rank can check without the others: of a machine's disks, its first one. The configuration, if any."""
+        ranks, once = self.rendezvous.ranks, self.rendezvous.first_on_node
         self.facts = {name: now or "missing" for name, now in machine.installed().items()}
         self.cores = machine.cores()
         if once:
@@ -82,9 +84,9 @@ class Patient:
             self._check("config", f"the disk of {path}", lambda: self._load(path, overrides, configs))
         config = configs[0] if configs else None
         if config is not None and once:
-            self._look_at_places(config)
+            self._check_paths(config)
         if ranks.first:
-            self._check("mlflow", "the MLflow store", lambda: places.mlflow(config, self.limit))
+            self._check("mlflow", "the MLflow store", lambda: paths.mlflow(config, self.limit))
         return config
 
     def _load(self, path: str, overrides: Sequence[str], configs: list[Config]) -> list[Finding]:
@@ -94,85 +96,89 @@ class Patient:
         self.facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
         return [Finding(OK, "config", str(path))]
 
-    def _look_at_places(self, config: Config) -> None:
+    def _check_paths(self, config: Config) -> None:
         manifests: list[Manifest] = []
 
         def shards() -> list[Finding]:
-            found, manifest = places.shards(config)
+            found, manifest = paths.shards(config)
             manifests.append(manifest)
             self.facts["shards"] = manifest.fingerprint[:12]
             return found
 
         if self._check("shards", f"{config.data.shards}", shards):
-            self._check("cache", "the cache's disk", lambda: places.cache(config, manifests[0]))
-            if self.meeting.ranks.first:
-                self._check("space", f"the disk of {config.output}", lambda: places.room(config, manifests[0]))
+            self._check("cache", "the cache's disk", lambda: paths.cache(config, manifests[0]))
+            if self.rendezvous.ranks.first:
+                self._check("space", f"the disk of {config.output}", lambda: paths.room(config, manifests[0]))
         if config.engine.kind == "deepspeed":
             self._check("deepspeed", "the disk of the packages", lambda: self._deepspeed(config))
 
     def _deepspeed(self, config: Config) -> list[Finding]:
-        deepspeed_settings(config, self.meeting.ranks.world)
+        deepspeed_settings(config, self.rendezvous.ranks.world)
         try:
-            found = import_deepspeed(self.meeting.ranks.device).__version__
+            found = import_deepspeed(self.rendezvous.ranks.device).__version__
         except Exception as error:
             text = f"cannot be imported: {type(error).__name__}: {one_line(error)[:200]}"
             return [Finding(ERROR, "deepspeed", text, "CUDA_HOME may have to be set; or engine.kind=ddp")]
         return [Finding(OK, "deepspeed", f"{found} can be imported")]
 
     def report(self, config: Config | None, launcher: str, as_json: bool) -> int:
-        """What takes all ranks, then everything told by rank 0; the exit code."""
-        meeting, patience = self.meeting, OWN_CHECKS * self.limit
+        """What takes all ranks, then all findings, reported by rank 0; the exit code."""
+        rendezvous, patience = self.rendezvous, OWN_CHECKS * self.limit
         own = {"findings": self.findings, "facts": self.facts, "cores": self.cores, "config": config is not None}
-        everyone, lost = meeting.gather("own", own)
-        go = meeting.share(
+        answers, lost = rendezvous.gather("own", own)
+        go = rendezvous.share(
             "go",
             {
-                "all": not (lost or meeting.missing),
-                "output": not lost and bool(everyone) and all(e["config"] for e in everyone.values()),
+                "all": not (lost or rendezvous.missing),
+                "output": not lost and bool(answers) and all(e["config"] for e in answers.values()),
             },
             patience + self.limit,
         )
         together: list[Finding] = []
         times: dict[str, float] = {}
-        clock = meeting.clock() if go and go["all"] else {}
+        clock = rendezvous.clock() if go and go["all"] else {}
         if go and go["output"] and config is not None:
-            meeting.begins("output")
-            together, times = places.output(config, meeting, self.limit)
-        if go and go["all"] and meeting.ranks.world > 1:
-            backend = "nccl" if meeting.ranks.device.type == "cuda" else "gloo"
-            meeting.begins("all-reduce")
-            found = examine("all-reduce", self.limit, "the other ranks", lambda: all_reduce(meeting.ranks, meeting))
+            rendezvous.set_current_check("output")
+            together, times = paths.output(config, rendezvous, self.limit)
+        if go and go["all"] and rendezvous.ranks.world > 1:
+            backend = "nccl" if rendezvous.ranks.device.type == "cuda" else "gloo"
+            rendezvous.set_current_check("all-reduce")
+            found = examine(
+                "all-reduce", self.limit, "the other ranks", lambda: all_reduce(rendezvous.ranks, rendezvous)
+            )
             # A collective that fails does so for the network, as a rule: those who came have met already.
             together += [f._replace(fix=network_fix(backend)) if f.status == ERROR else f for f in found]
-        rest, more_lost = meeting.gather("together", {"findings": together, "clock": clock})
+        rest, more_lost = rendezvous.gather("together", {"findings": together, "clock": clock})
         code = 0
-        if meeting.ranks.first:
-            told: list[tuple[int | None, Finding]] = [
-                (None, f) for f in attendance(meeting, launcher) + lost + more_lost
+        if rendezvous.ranks.first:
+            reported: list[tuple[int | None, Finding]] = [
+                (None, f) for f in check_all_ranks_present(rendezvous, launcher) + lost + more_lost
             ]
-            told += [(r, Finding(*f)) for r, e in everyone.items() for f in e["findings"]]
-            told += [(None, f) for f in self._judge(config, everyone)]
-            told += [(r, Finding(*f)) for r, e in rest.items() for f in e["findings"]]
+            reported += [(r, Finding(*f)) for r, e in answers.items() for f in e["findings"]]
+            reported += [(None, f) for f in self._judge(config, answers)]
+            reported += [(r, Finding(*f)) for r, e in rest.items() for f in e["findings"]]
             by_rank = {r: e["clock"] for r, e in rest.items() if e["clock"]}
             if by_rank:
-                told += [(None, f) for f in clocks(meeting, by_rank) + places.file_times(meeting.hosts[0], times)]
-            code = _print(meeting, told, as_json)
-        return meeting.part(code, patience + 4 * self.limit)
+                reported += [
+                    (None, f) for f in clocks(rendezvous, by_rank) + paths.file_times(rendezvous.hosts[0], times)
+                ]
+            code = _print(rendezvous, reported, as_json)
+        return rendezvous.finish(code, patience + 4 * self.limit)
 
-    def _judge(self, config: Config | None, everyone: dict[int, dict[str, Any]]) -> list[Finding]:
+    def _judge(self, config: Config | None, answers: dict[int, dict[str, Any]]) -> list[Finding]:
         """What only shows when all ranks' facts lie side by side."""
         readers = config.data.threads if config is not None else 1
-        cores = {rank: here["cores"] for rank, here in everyone.items()}
-        facts = {rank: here["facts"] for rank, here in everyone.items()}
-        return machine.threads(self.meeting.nodes, cores, readers) + places.agreement(self.meeting, facts)
+        cores = {rank: here["cores"] for rank, here in answers.items()}
+        facts = {rank: here["facts"] for rank, here in answers.items()}
+        return machine.threads(self.rendezvous.nodes, cores, readers) + paths.agreement(self.rendezvous, facts)
 
 
-def _print(meeting: Meeting, told: Sequence[tuple[int | None, Finding]], as_json: bool) -> int:
+def _print(rendezvous: Rendezvous, reported: Sequence[tuple[int | None, Finding]], as_json: bool) -> int:
     """Each distinct finding once, with the nodes that it is about, in the order of the checks; the exit code."""
     nodes: dict[Finding, set[str]] = {}
-    everywhere = set(meeting.nodes)
-    for rank, finding in told:
-        nodes.setdefault(finding, set()).update(everywhere if rank is None else {meeting.hosts[rank]})
+    everywhere = set(rendezvous.nodes)
+    for rank, finding in reported:
+        nodes.setdefault(finding, set()).update(everywhere if rank is None else {rendezvous.hosts[rank]})
     # Where a check was made at all: what rank 0 finds for all is not about its node alone.
     by_check: dict[str, set[str]] = {}
     for finding, where in nodes.items():
@@ -182,10 +188,10 @@ def _print(meeting: Meeting, told: Sequence[tuple[int | None, Finding]], as_json
     lines = []
     for finding in sorted(nodes, key=lambda f: order.index(f.check)):
         hosts = sorted(nodes[finding])
-        whole = by_check[finding.check] if finding.status == OK else everywhere
-        some = nodes[finding] != whole
+        expected_hosts = by_check[finding.check] if finding.status == OK else everywhere
+        some = nodes[finding] != expected_hosts
         names = ", ".join(hosts[:NAMED]) + (f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else "")
-        lines.append((finding, hosts, finding.told(names if some else "")))
+        lines.append((finding, hosts, finding.format(names if some else "")))
     if as_json:
         found = [f._asdict() | {"nodes": hosts} for f, hosts, _ in lines]
         found = [{key: one_line(v) if isinstance(v, str) else v for key, v in one.items()} for one in found]
@@ -203,7 +209,7 @@ def _count(number: int, word: str) -> str:
 
 def _end(code: int) -> int:
     """A check that hangs would keep the process from ending by itself."""
-    if any(thread.is_alive() for thread in stuck):
+    if any(thread.is_alive() for thread in hung_threads):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

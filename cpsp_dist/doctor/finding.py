@@ -6,23 +6,23 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cpsp_dist.data.cache import without_secrets
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import UserError
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 #: Threads of checks that did not come back: they can keep a process from ending by itself.
-stuck: list[threading.Thread] = []
+hung_threads: list[threading.Thread] = []
 
 
 class Finding(NamedTuple):
-    """status: OK, WARNING (it works, but not well) or ERROR (mend it first); fix: what to do, where it is not OK."""
+    """status: OK, WARNING (it works, but not well) or ERROR (fix it first); fix: what to do, where it is not OK."""
 
     status: str
     check: str
     found: str
     fix: str = ""
 
-    def told(self, nodes: str = "") -> str:
+    def format(self, nodes: str = "") -> str:
         """As a line; `nodes` where it is not about all of them."""
         text = self.found + (f"; fix: {self.fix}" if self.fix else "")
         return f"{self.status:7}  {self.check:11}  " + (f"on {nodes}: " if nodes else "") + one_line(text)
@@ -50,7 +50,7 @@ def within(limit: float, call: Callable[[], Any]) -> Any:
     if failure:
         raise failure[0]
     if not result:
-        stuck.append(thread)
+        hung_threads.append(thread)
         raise TimeoutError
     return result[0]
 

@@ -43,13 +43,13 @@ def installed() -> dict[str, str | None]:
 def python_and_packages() -> list[Finding]:
     """Against what is required, and what was tested together."""
     found, tested = installed(), _tested()
-    told = f"{platform.python_version()}, {sys.executable}"
+    summary = f"{platform.python_version()}, {sys.executable}"
     if sys.version_info[:2] == TESTED_PYTHON:
-        findings = [Finding(OK, "python", told)]
+        findings = [Finding(OK, "python", summary)]
     else:
         wanted = ".".join(map(str, TESTED_PYTHON))
         findings = [
-            Finding(WARNING, "python", f"{told}: tested with {wanted}", f"use Python {wanted} if you have trouble")
+            Finding(WARNING, "python", f"{summary}: tested with {wanted}", f"use Python {wanted} if you have trouble")
         ]
     wrong = [
         f"{r.name} {found[r.name] or 'is missing'} (needed: {r.specifier})"
@@ -118,16 +118,18 @@ def gpus(local_rank: int) -> list[Finding]:
         return [Finding(OK, "gpu", "none: CPU")]
     all_of_them = [torch.cuda.get_device_properties(number) for number in range(count)]
     kinds = sorted({f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in all_of_them})
-    told = f"{count} x {' and '.join(kinds)}, driver {driver or 'unknown'}, torch for CUDA {built_for}"
+    summary = f"{count} x {' and '.join(kinds)}, driver {driver or 'unknown'}, torch for CUDA {built_for}"
     if local_rank < count:
         with torch.cuda.device(local_rank):
             free, total = torch.cuda.mem_get_info()
             if float(torch.ones(8, device="cuda").sum()) != 8:
-                return [Finding(ERROR, "gpu", f"{told}; GPU {local_rank} computes wrongly", "see `nvidia-smi -q`")]
+                return [
+                    Finding(ERROR, "gpu", f"{summary}; GPU {local_rank} returns a wrong result", "see `nvidia-smi -q`")
+                ]
         if total - free > TAKEN:
-            text = f"{told}; GPU {local_rank} has {(total - free) / 2**30:.0f} GiB taken already"
-            return [Finding(WARNING, "gpu", text, "`nvidia-smi` tells by whom")]
-    return [Finding(OK, "gpu", told)]
+            text = f"{summary}; GPU {local_rank} has {(total - free) / 2**30:.0f} GiB taken already"
+            return [Finding(WARNING, "gpu", text, "`nvidia-smi` shows by which processes")]
+    return [Finding(OK, "gpu", summary)]
 
 
 def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
@@ -186,23 +188,23 @@ def threads(nodes: dict[str, list[int]], found: dict[int, dict[str, Any]], reade
         available = shared if quota is None else min(shared, max(1, int(quota)))
         wanted = sum(one["threads"] for one in here)
         each = _range([one["threads"] for one in here])
-        told = f"{len(here)} rank{'s' * (len(here) > 1)} with {each} compute thread{'s' * (each != '1')} each"
-        told += f" on {available} core{'s' * (available > 1)}" + (" (cgroup)" if available < shared else "")
+        summary = f"{len(here)} rank{'s' * (len(here) > 1)} with {each} compute thread{'s' * (each != '1')} each"
+        summary += f" on {available} core{'s' * (available > 1)}" + (" (cgroup)" if available < shared else "")
         fewest = min(len(one["affinity"]) for one in here)
         if wanted > available:
             fix = f"export OMP_NUM_THREADS={available // len(here)}"
             if available < len(here):
                 fix = "start fewer ranks there, or ask for more cores (Slurm: --cpus-per-task)"
-            findings.append((host, Finding(WARNING, "threads", f"{told}: they get in each other's way", fix)))
+            findings.append((host, Finding(WARNING, "threads", f"{summary}: the CPU is oversubscribed", fix)))
         elif fewest < readers and fewest < here[0]["machine"]:
-            text = f"{told}; a rank is bound to {fewest} core{'s' * (fewest > 1)} of {here[0]['machine']}"
+            text = f"{summary}; a rank is bound to {fewest} core{'s' * (fewest > 1)} of {here[0]['machine']}"
             text += f", and data.threads={readers} read beside the computation"
             fix = (
                 f"--cpus-per-task={readers + 1} and export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK (Slurm), or taskset"
             )
             findings.append((host, Finding(WARNING, "threads", text, fix)))
         else:
-            findings.append((host, Finding(OK, "threads", told)))
+            findings.append((host, Finding(OK, "threads", summary)))
     if len({finding for _, finding in findings}) == 1:  # the same everywhere
         return [findings[0][1]]
     return [Finding(f.status, f.check, f"{host}: {f.found}", f.fix) for host, f in findings]
@@ -217,25 +219,27 @@ def slurm(world: int, affinity: int) -> list[Finding]:
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return [Finding(OK, "slurm", "not inside a job")]
-    told = f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NUM_NODES', '1')} nodes"
+    summary = f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NUM_NODES', '1')} nodes"
     tasks, per_task = env.get("SLURM_NTASKS", "1"), env.get("SLURM_CPUS_PER_TASK", "")
     if "SLURM_STEP_ID" not in env:
         if world == 1 and tasks != "1":
-            text = f"{told} with {tasks} tasks, but this is one process outside of srun"
+            text = f"{summary} with {tasks} tasks, but this is one process outside of srun"
             return [Finding(WARNING, "slurm", text, "start with `srun python -m ...`, in the batch script too")]
         if per_task and "SRUN_CPUS_PER_TASK" not in env:
-            text = f"{told}: --cpus-per-task={per_task} is for the job; srun does not take it over (since Slurm 22.05)"
+            text = (
+                f"{summary}: --cpus-per-task={per_task} is for the job; srun does not take it over (since Slurm 22.05)"
+            )
             return [Finding(WARNING, "slurm", text, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun")]
-        return [Finding(OK, "slurm", told)]
-    told += f", step {env['SLURM_STEP_ID']} of {env.get('SLURM_STEP_NUM_TASKS', '1')} tasks"
+        return [Finding(OK, "slurm", summary)]
+    summary += f", step {env['SLURM_STEP_ID']} of {env.get('SLURM_STEP_NUM_TASKS', '1')} tasks"
     if (
         "RANK" in env
         and launcher() == "RANK and WORLD_SIZE"
         and env.get("SLURM_STEP_NUM_TASKS") not in (None, str(world))
     ):
-        text = f"{told}, but RANK and WORLD_SIZE={world} are set"
+        text = f"{summary}, but RANK and WORLD_SIZE={world} are set"
         return [Finding(WARNING, "slurm", text, "unset RANK WORLD_SIZE LOCAL_RANK before srun, they are taken first")]
     if per_task.isdigit() and affinity < min(int(per_task), os.cpu_count() or 1):
-        text = f"{told}: {per_task} cores a task were asked for, this one is bound to {affinity}"
+        text = f"{summary}: {per_task} cores a task were asked for, this one is bound to {affinity}"
         return [Finding(WARNING, "slurm", text, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before srun")]
-    return [Finding(OK, "slurm", told)]
+    return [Finding(OK, "slurm", summary)]

@@ -18,11 +18,11 @@ from typing import Any
 from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
 from cpsp_dist.launch.files import new_folder, prepared, write_snapshots
 from cpsp_dist.launch.job import run
-from cpsp_dist.launch.jobs import Job, remember
+from cpsp_dist.launch.jobs import Job, save_jobs
 from cpsp_dist.launch.sweep import Planned
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
-NOTICE, PARTING = 300, 120
+SIGNAL_LEAD_SECONDS, EXIT_GRACE_SECONDS = 300, 120
 #: sbatch flags that follow from the others.
 DECIDED = {
     "nodes": "--nodes",
@@ -118,7 +118,7 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
             Job(job.job_id, run_.name, run_.config.output, str(folder), "slurm")
             for job, run_ in zip(submitted, runs_, strict=True)
         ]
-        remember(folder, jobs)
+        save_jobs(folder, jobs)
     return jobs
 
 
@@ -153,8 +153,8 @@ def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any
             "output": f"{folder}/{'%A_%a' if array else '%j'}_batch.out",
             **resources.more,
         },
-        signal_delay_s=NOTICE,
-        srun_args=["--cpu-bind=cores", "--kill-on-bad-exit=0", f"--wait={PARTING}"],  # ranks end each other
+        signal_delay_s=SIGNAL_LEAD_SECONDS,
+        srun_args=["--cpu-bind=cores", "--kill-on-bad-exit=0", f"--wait={EXIT_GRACE_SECONDS}"],  # ranks end each other
         setup=_before(folder, resources),
         teardown=_after(resources),
     )

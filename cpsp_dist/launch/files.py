@@ -14,7 +14,7 @@ import yaml
 
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
-from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, recall, states
+from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
 from cpsp_dist.tracking.mlflow import close_sweep, open_sweep, tracking_uri
 
@@ -49,12 +49,12 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
 def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
     """Two jobs that write one run's checkpoints would lose both."""
     wanted = {Path(run_.config.output).resolve() for run_ in runs}
-    earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in recall(file.parent)]
+    earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in load_jobs(file.parent)]
     same = [job for job in earlier if Path(job.output).resolve() in wanted]
     for job_id, state in states(same).items():
         if not state.ended and state.text != "UNKNOWN":
             raise UserError(
-                f"output={output} belongs to job {job_id}, which is {state.text.lower()} and goes on by itself where "
+                f"output={output} belongs to job {job_id}, which is {state.text.lower()} and resumes by itself where "
                 "it is interrupted; end that one first, or set another output=..."
             )
 
@@ -81,10 +81,10 @@ def write_snapshots(folder: Path, runs: Sequence[Planned], source: str) -> list[
 def end_sweep(jobs: Sequence[Job], ended: dict[str, State]) -> None:
     """Once every job has ended: end the MLflow run above them, where there is one."""
     if all(ended[job.id].ended for job in jobs):
-        well = all(ended[job.id].well for job in jobs)
+        succeeded = all(ended[job.id].succeeded for job in jobs)
         with contextlib.suppress(UserError):
             config = load_config(_snapshot(Path(jobs[0].folder), jobs[0].name))
-            close_sweep(config, "FINISHED" if well else "FAILED")
+            close_sweep(config, "FINISHED" if succeeded else "FAILED")
 
 
 def comparison(jobs: Sequence[Job]) -> str:

@@ -1,5 +1,5 @@
 """What runs inside a job, on each rank. submitit pickles this function's name and the paths it is called with, nothing
-else: a job that was requeued reads the same settings and goes on from the newest checkpoint."""
+else: a job that was requeued reads the same settings and resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(snapshot: str, source: str) -> None:
     """In the job, on each rank: the training command, on the settings of a launch.
 
     Args:
-        snapshot: YAML file of the resolved settings. source: the configuration file they come from, to be told.
+        snapshot: YAML file of the resolved settings. source: the configuration file they come from, for messages.
     """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
@@ -32,7 +32,7 @@ def run(snapshot: str, source: str) -> None:
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name may lead nowhere
     if here.global_rank == 0:
         print(f"{source}, as it was when this was launched: {snapshot}", flush=True)
-    sys.argv = ["cpsp_dist.train", "--config", snapshot]  # what MLflow is told as the command
+    sys.argv = ["cpsp_dist.train", "--config", snapshot]  # what MLflow records as the command
     from cpsp_dist import train
 
     code = 1

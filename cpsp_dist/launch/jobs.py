@@ -50,10 +50,10 @@ class Job:
 
 @dataclass(frozen=True)
 class State:
-    """`text`: Slurm's word for it; `why`: what it waits for; `code`: where it left one."""
+    """`text`: Slurm's word for it; `reason`: what it waits for; `code`: where it left one."""
 
     text: str
-    why: str = ""
+    reason: str = ""
     code: int | None = None
 
     @property
@@ -61,15 +61,15 @@ class State:
         return self.text in ENDED
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return self.text == "COMPLETED"
 
 
-def remember(folder: Path, jobs: Sequence[Job]) -> None:
+def save_jobs(folder: Path, jobs: Sequence[Job]) -> None:
     (folder / LAUNCH_FILE).write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
 
 
-def recall(folder: str | Path) -> list[Job]:
+def load_jobs(folder: str | Path) -> list[Job]:
     """The jobs of a launch: of the folder it named, or the newest in a run's output folder.
 
     Raises:
@@ -98,10 +98,12 @@ def states(jobs: Sequence[Job]) -> dict[str, State]:
     ask = [job.id for job in jobs if job.id not in known]
     if ask:
         mains = ",".join(sorted({job_id.partition("_")[0] for job_id in ask}))
-        told = _ask(["squeue", "--noheader", "--array", "--states=all", f"--jobs={mains}", "--format=%i|%T|%r"])
-        found = _read(told.stdout)
-        if told.returncode and "Invalid job id" not in told.stderr:
-            silent = State("UNKNOWN", "Slurm does not answer: " + (told.stderr.strip().splitlines() or ["squeue"])[-1])
+        answer = _ask(["squeue", "--noheader", "--array", "--states=all", f"--jobs={mains}", "--format=%i|%T|%r"])
+        found = _read(answer.stdout)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            silent = State(
+                "UNKNOWN", "Slurm does not answer: " + (answer.stderr.strip().splitlines() or ["squeue"])[-1]
+            )
             return {job_id: silent for job_id in ask} | known
         if {*ask} - {*found}:
             more = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={mains}", "--format=JobID,State"]
@@ -146,19 +148,23 @@ def describe(jobs: Sequence[Job], now: dict[str, State]) -> str:
         {
             "run": job.label,
             "job": job.id,
-            "state": now[job.id].text.lower() + (f" ({now[job.id].why})" if now[job.id].why else ""),
+            "state": now[job.id].text.lower() + (f" ({now[job.id].reason})" if now[job.id].reason else ""),
             "step": last_step(job),
             "log": str(job.log),
         }
         for job in jobs
     ]
-    failed = [f"{job.label}: {reason(job, now[job.id])}" for job in jobs if now[job.id].ended and not now[job.id].well]
+    failed = [
+        f"{job.label}: {reason(job, now[job.id])}" for job in jobs if now[job.id].ended and not now[job.id].succeeded
+    ]
     return "\n".join([format_table(rows), *failed])
 
 
 def reason(job: Job, state: State) -> str:
     """Why a job failed: its exit code, or Slurm's word, and the last line of the log."""
-    how = f"exit code {state.code}" if state.code else state.text.lower() + (f", {state.why}" if state.why else "")
+    how = (
+        f"exit code {state.code}" if state.code else state.text.lower() + (f", {state.reason}" if state.reason else "")
+    )
     for log in (
         job.log,
         *sorted(Path(job.folder).glob(f"{job.id}_*_log.out")),
@@ -170,9 +176,9 @@ def reason(job: Job, state: State) -> str:
 
 
 def last_step(job: Job) -> str:
-    """As rank 0 told last: `12/40`, or `-`."""
-    told = re.findall(r"^step (\d+/\d+) ", _tail(job.log), re.MULTILINE)
-    return told[-1] if told else "-"
+    """As rank 0 logged last: `12/40`, or `-`."""
+    steps = re.findall(r"^step (\d+/\d+) ", _tail(job.log), re.MULTILINE)
+    return steps[-1] if steps else "-"
 
 
 def _tail(file: Path, size: int = 65536) -> str:
@@ -185,7 +191,7 @@ def _tail(file: Path, size: int = 65536) -> str:
 
 
 class Logs:
-    """Prints what rank 0 of each job prints, whole lines, with the run's name where there are several."""
+    """Prints what rank 0 of each job prints, complete lines, with the run's name where there are several."""
 
     def __init__(self, jobs: Sequence[Job]):
         self.jobs, self._read = jobs, dict[str, int]()
@@ -209,17 +215,17 @@ def follow(jobs: Sequence[Job]) -> dict[str, State]:
 
     Says what it waits for, where a job waits, and again when that changes.
     """
-    logs, told = Logs(jobs), dict[str, State]()
+    logs, printed = Logs(jobs), dict[str, State]()
     known = {job.id: time.monotonic() for job in jobs}  # when somebody last knew it
     while True:
         asked, now = time.monotonic(), states(jobs)
         for job in jobs:
-            state, before = now[job.id], told.get(job.id)
+            state, before = now[job.id], printed.get(job.id)
             if state.text in ("PENDING", "UNKNOWN") and state != before:
-                why = f": {state.why}" if state.why else ""
+                why = f": {state.reason}" if state.reason else ""
                 print(f"{job.label}: job {job.id} is {state.text.lower()}{why}", flush=True)
-            told[job.id] = state
-            if state.why != FORGOTTEN:
+            printed[job.id] = state
+            if state.reason != FORGOTTEN:
                 known[job.id] = asked
             elif asked - known[job.id] > PATIENCE:
                 now[job.id] = State("FAILED", f"{FORGOTTEN}, and it left no exit code")
@@ -238,5 +244,5 @@ def follow(jobs: Sequence[Job]) -> dict[str, State]:
 
 def exit_code(ended: dict[str, State]) -> int:
     """Of a command that waited for jobs: 0 where all ended well, their own where they agree, else 1."""
-    codes = {state.code or 1 for state in ended.values() if not state.well}
+    codes = {state.code or 1 for state in ended.values() if not state.succeeded}
     return 0 if not codes else codes.pop() if len(codes) == 1 else 1

@@ -18,14 +18,14 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.launch.cluster import Resources
 from cpsp_dist.launch.files import prepared, write_snapshots
 from cpsp_dist.launch.job import run
-from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, remember, states
+from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, save_jobs, states
 from cpsp_dist.launch.sweep import Planned
 
 #: Seconds that ranks which were asked to stop may take to save.
 SAVING = 120
 
 
-def run_here(
+def run_local(
     runs: Sequence[Planned], output: str, source: str, resources: Resources
 ) -> tuple[list[Job], dict[str, State]]:
     """Train on this machine, `resources.parallel` runs at a time (1), printing what rank 0 of each prints.
@@ -49,15 +49,15 @@ def run_here(
     waiting, running = deque(zip(runs_, snapshots, strict=True)), dict[str, Any]()
     jobs: list[Job] = []
     logs = Logs(jobs)
-    with _StopHere() as stop:
+    with _LocalStop() as stop:
         while waiting or running:
             while waiting and len(running) < (resources.parallel or 1) and not stop.asked:
                 run_, snapshot = waiting.popleft()
-                with _deaf_to_interrupts():
+                with _ignore_sigint():
                     handle = executor.submit(run, snapshot, source)
                 job = Job(handle.job_id, run_.name, run_.config.output, str(folder), "local")
                 jobs.append(job)
-                remember(folder, jobs)
+                save_jobs(folder, jobs)
                 running[job.id] = handle
                 if run_.name:
                     print(f"{run_.name}: started, log {job.log}", flush=True)
@@ -94,8 +94,8 @@ def _local_code(folder: Path, job_id: str, ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """What is started inside ignores Ctrl-C, which reaches all processes of a terminal; ranks hear it by themselves."""
+def _ignore_sigint() -> Iterator[None]:
+    """What is started inside ignores Ctrl-C, which reaches all processes of a terminal; ranks receive it themselves."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -103,14 +103,14 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class _StopHere:
+class _LocalStop:
     """Ctrl-C and SIGTERM while local ranks run: they are asked to save and end; a second one ends them at once."""
 
     def __init__(self) -> None:
         self.asked, self.until = 0, 0.0
         self._passed = 0
 
-    def __enter__(self) -> _StopHere:
+    def __enter__(self) -> _LocalStop:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpsp_dist.config import Config, check_config
-from cpsp_dist.data.cache import without_secrets
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.
@@ -18,7 +18,7 @@ ITS_OWN = ("output", "tracking.run_name", "tracking.parent")
 
 @dataclass(frozen=True)
 class Planned:
-    """A run to be: its settings, and in a sweep the name that tells it from the others ('' where there is one run)."""
+    """A run to be: its settings, and in a sweep the name that distinguishes it ('' where there is one run)."""
 
     name: str
     config: Config
@@ -32,10 +32,10 @@ def plan(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[str] 
             name below the configuration's `output`. A value may be a YAML list: `train.milestones=[6,9],[4,8]`.
 
     Raises:
-        ConfigError: every mistake of every combination; one that all have is told once.
+        ConfigError: every mistake of every combination; one that all have is reported once.
     """
     values, mistakes = _parse(sweeps, overrides)
-    runs, told = [], dict[str, list[str]]()
+    runs, reported = [], dict[str, list[str]]()
     combinations = list(itertools.product(*values.values()))
     for combination in combinations:
         swept = dict(zip(values, combination, strict=True))
@@ -45,8 +45,8 @@ def plan(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[str] 
             found += _secrets(config)
             runs.append(Planned(name, config))
         for mistake in found:
-            told.setdefault(mistake, []).append(name)
-    for mistake, names in told.items():
+            reported.setdefault(mistake, []).append(name)
+    for mistake, names in reported.items():
         mistakes.append(mistake if len(names) == len(combinations) else f"{names[0]}: {mistake}")
     names = [run.name for run in runs]
     mistakes += sorted({f"two runs would both be named '{name}'" for name in names if names.count(name) > 1})
@@ -90,7 +90,7 @@ def _parse(sweeps: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str, l
 
 
 def _name(swept: dict[str, str]) -> str:
-    """`psa_v=0,seed=1`: last parts of the keys, where these tell them apart, the seed at the end; fit for a folder."""
+    """`psa_v=0,seed=1`: last parts of the keys, where these distinguish them, the seed at the end; fit for a folder."""
     last = [key.rpartition(".")[2] for key in swept]
     short = dict(zip(swept, last if len({*last}) == len(last) else swept, strict=True))
     order = sorted(swept, key=lambda key: key == "train.seed")

@@ -6,7 +6,7 @@
   are looked up in `Annotations.txt`.
 - `Annotations.txt` (`Category&VideoID&Quality&StartTime&EndTime`, with or without that header) names row 0, 1, …; a row
   beyond its last line has no id and is called `row000222`. Class names: `categories.txt`, else Annotations.
-- `mil_labels.h5` [N, K+1] tells the category of a video without any event; else Annotations does; else it is -1.
+- `mil_labels.h5` [N, K+1] gives the category of a video without any event; else Annotations does; else it is -1.
 
 A source with `mil_labels.h5` alone is refused: evaluation needs a label for each second also where training does not.
 The `*_noisy.h5` files (background-only clips that some weakly supervised work adds) are of no split and are not read.

@@ -24,16 +24,16 @@ class AvePickles(AveH5):
 
     def __init__(self, options: SourceOptions):
         super().__init__(options)
-        whole = []
+        complete = []
         for entry in self.entries:
             if not entry.names_a_file:
                 self.problems.append(f"{entry.name}: not a video id")
             elif not (path := self._path(entry)).is_file():
                 self.problems.append(f"{entry.name}: missing: {path}")
             else:
-                whole.append(entry)
-        self.entries = whole
-        uses = Counter(self._path(entry) for entry in whole)
+                complete.append(entry)
+        self.entries = complete
+        uses = Counter(self._path(entry) for entry in complete)
         if shared := sum(n for n in uses.values() if n > 1):
             self.notes.append(f"{shared} rows share their visual map with another row of the same video and split")
 

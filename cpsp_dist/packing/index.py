@@ -97,7 +97,7 @@ def index_shard(path: Path) -> IndexedShard:
         raise DataError(f"{path}: byte {fault.offset}: {fault}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    # Tars of others may lack what only names things: the key and the file's name tell it.
+    # Tars of others may lack what only names things: the key and the file's name give it.
     split, *others = sorted({info.get("split", path.name.split("-")[0]) for info in infos})
     if others:
         raise DataError(f"{path}: samples of several splits in one shard: {split}, {', '.join(others)}")

@@ -62,8 +62,8 @@ def pack(
     """Pack the videos of `source` into the folder `out`, which appears only when it is complete.
 
     The bytes depend on the source and `options` alone, not on `workers` (processes; None: by cores and size) or on
-    having been stopped in between. With `options.on_error` "skip", what cannot be packed is left out, told, and listed
-    in `skipped.txt`.
+    having been stopped in between. With `options.on_error` "skip", what cannot be packed is left out, reported, and
+    listed in `skipped.txt`.
 
     Raises:
         DataError: the problems of the source's videos, a line each; nothing is left behind.
@@ -245,7 +245,7 @@ def _stamp(source: Source, planned: ShardPlan) -> str:
     """Changes with the size or time of any file that the shard's videos are read from."""
     digest = hashlib.sha256()
     for path in sorted({path for entry in planned.entries for path in source.files(entry)}):
-        with contextlib.suppress(OSError):  # a missing file is told when it is read
+        with contextlib.suppress(OSError):  # a missing file is reported when it is read
             stat = path.stat()
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

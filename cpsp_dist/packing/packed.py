@@ -60,7 +60,7 @@ def read_field(manifest: Manifest, row: int, name: str) -> bytes:
     sample = manifest.samples[row]
     shard = manifest.shards[sample["shard"]]
     size = int(sample["json_size"]) if name == "json" else manifest.fields[name].nbytes
-    with manifest.at_hand(shard) as path, open(path, "rb") as file:
+    with manifest.local_file(shard) as path, open(path, "rb") as file:
         file.seek(int(sample[name]))
         data = file.read(size)
     if crc32c(data) != sample[f"{name}_crc"]:

@@ -100,7 +100,7 @@ def is_channels_first(shape: tuple[int, ...], order: str, where: str) -> bool:
     """Whether a visual map of `shape` is [T, C, 7, 7] rather than [T, 7, 7, C].
 
     Raises:
-        DataError: neither, both (C = 7: --visual-order has to tell), or not what `order` says.
+        DataError: neither, both (C = 7: --visual-order has to say which), or not what `order` says.
     """
     text = f"[{', '.join(map(str, shape))}]"
     last = len(shape) == 4 and shape[1:3] == (GRID, GRID)

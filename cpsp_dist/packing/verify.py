@@ -26,7 +26,7 @@ def verify(place: str | Path) -> Manifest:
     with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
         for number, shard in enumerate(manifest.shards):
             try:
-                with manifest.at_hand(shard) as path:
+                with manifest.local_file(shard) as path:
                     found += _shard_damage(manifest, number, shard, path)
             except DataError as error:  # it cannot be fetched
                 found.append(str(error))
@@ -47,7 +47,7 @@ def _shard_damage(manifest: Manifest, number: int, shard: Shard, path: Path) -> 
             return [] if np.array_equal(indexed.rows, rows) else [f"{path}: differs from its rows in the sample table"]
     except DataError as error:
         found.append(str(error))
-    # The hash tells that a byte changed, the samples' checksums tell where.
+    # The hash shows that a byte changed, the samples' checksums show where.
     with open(path, "rb") as file:
         for row in rows:
             for name in (*ARRAY_FIELDS, "json"):
@@ -56,4 +56,4 @@ def _shard_damage(manifest: Manifest, number: int, shard: Shard, path: Path) -> 
                 if crc32c(data) != row[f"{name}_crc"]:
                     place = f"bytes {row[name]} to {int(row[name]) + len(data) - 1}"
                     found.append(f"{path}: {place}: {name} of sample {row['key'].decode()} is damaged")
-    return found or [f"{path}: sha256 differs, yet every sample is whole: the tar headers between them changed"]
+    return found or [f"{path}: sha256 differs, yet every sample is intact: the tar headers between them changed"]

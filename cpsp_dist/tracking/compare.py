@@ -10,7 +10,7 @@ from typing import Any
 
 from cpsp_dist.tracking.mlflow import all_runs
 
-#: Settings that tell runs apart but are no reason for a column: the run's name says it.
+#: Settings that differ between runs but get no column: the run's name has them.
 UNTOLD = ("output", "tracking.run_name", "tracking.parent")
 
 
@@ -72,9 +72,9 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(run: dict[str, Any], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    told = {"run": run["name"], "state": run["status"].lower()}
-    told |= {_short(key): run["params"].get(key, "-") for key in settings}
-    return told | {name: run["metrics"].get(name) for name in metrics}
+    row = {"run": run["name"], "state": run["status"].lower()}
+    row |= {_short(key): run["params"].get(key, "-") for key in settings}
+    return row | {name: run["metrics"].get(name) for name in metrics}
 
 
 def _means(runs: Sequence[dict[str, Any]], settings: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -86,13 +86,13 @@ def _means(runs: Sequence[dict[str, Any]], settings: Sequence[str], metrics: Seq
     for values, group in groups.items():
         # As the demo and sweeps name them.
         name = re.sub(rf"[-,]?\bseed=?{group[0]['params'].get('train.seed')}$", "", group[0]["name"])
-        told: dict[str, Any] = {"runs": name or "all", "seeds": len(group)}
-        told |= {_short(key): value for key, value in zip(settings, values, strict=True)}
+        row: dict[str, Any] = {"runs": name or "all", "seeds": len(group)}
+        row |= {_short(key): value for key, value in zip(settings, values, strict=True)}
         for name in metrics:
             points = [run["metrics"][name] for run in group if name in run["metrics"]]
             deviation = f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
-            told[name] = f"{statistics.mean(points):.2f}{deviation}" if points else None
-        rows.append(told)
+            row[name] = f"{statistics.mean(points):.2f}{deviation}" if points else None
+        rows.append(row)
     return rows
 
 

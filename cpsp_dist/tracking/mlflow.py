@@ -26,8 +26,8 @@ from typing import Any
 
 from cpsp_dist import __version__
 from cpsp_dist.config import Config, flat
-from cpsp_dist.data.cache import without_secrets
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import Stopped, UserError
 
 SEND_EVERY_SECONDS = 15.0
@@ -46,8 +46,8 @@ def tracking_uri(output: str | Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(output).resolve().parent / 'mlflow.db'}"
 
 
-def take_back(file: Path, step: int) -> None:
-    """Remove the JSON lines of steps after `step`, and a line that was cut short; whole or not at all."""
+def truncate_after_step(file: Path, step: int) -> None:
+    """Remove the JSON lines of steps after `step`, and a line that was cut short; completely or not at all."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     if kept != lines:
@@ -57,12 +57,12 @@ def take_back(file: Path, step: int) -> None:
 
 
 class Tracker:
-    """One MLflow run, as a context: the run ends FINISHED, KILLED when it was stopped to go on later, FAILED else.
+    """One MLflow run, as a context: the run ends FINISHED, KILLED when it was stopped to resume later, FAILED else.
 
     Every point is a line of `metrics.jsonl` in the run's folder; a thread sends the lines that the server does not have
     yet, so that neither a dead nor a slow server holds up the training. What could not be sent is sent later: by the
-    thread, or when the command is given again. A run that goes on has each step in its history once, also when a killed
-    process had told of steps that are now done again. Where the disk is full, lines wait in memory.
+    thread, or when the command is given again. A resumed run has each step in its history once, also when a killed
+    process had logged steps that are now done again. Where the disk is full, lines wait in memory.
 
     Disabled (other ranks) it does nothing; with `tracking.enabled: false` there is the file alone.
     """
@@ -78,7 +78,7 @@ class Tracker:
         finished: bool,
         enabled: bool,
     ):
-        """finished: nothing is to come but what an earlier start could not tell or send."""
+        """finished: nothing is to come but what an earlier start could not write or send."""
         self.config, self.manifest, self.world = config, manifest, world
         self.folder, self.step = Path(config.output), step
         self.finished, self.enabled = finished, enabled
@@ -90,15 +90,15 @@ class Tracker:
         self._warned: set[str] = set()
         # Of the thread:
         self._sent_bytes = 0  # of the file, whose lines up to there the server has
-        self._has: dict[str, set[int]] | None = None  # what the server has of a run that goes on; None: ask it
+        self._has: dict[str, set[int]] | None = None  # what the server has of a resumed run; None: ask it
         self._opened = False
 
     def __enter__(self) -> Tracker:
         if self.enabled:
             try:
-                take_back(self.file, self.step)
+                truncate_after_step(self.file, self.step)
             except OSError as error:
-                self._warn("write", f"{self.file}: {error.strerror}; training goes on")
+                self._warn("write", f"{self.file}: {error.strerror}; training continues")
         if self.enabled and self.config.tracking.enabled:
             self.run_id = self.run_id or self._run_of_this_start()
             self.sender = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -127,7 +127,7 @@ class Tracker:
             self._write()
 
     def _holds(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether an earlier start has told this; it may have ended between its last step and the results."""
+        """Whether an earlier start has logged this; it may have ended between its last step and the results."""
         try:
             lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError):
@@ -148,7 +148,7 @@ class Tracker:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.unwritten.clear()
         except OSError as error:
-            self._warn("write", f"{self.file}: {error.strerror}; points wait in memory, training goes on")
+            self._warn("write", f"{self.file}: {error.strerror}; points wait in memory, training continues")
 
     def _run_of_this_start(self) -> str | None:
         """The MLflow run of a start that ended before its first checkpoint, if it was the same run."""
@@ -176,11 +176,11 @@ class Tracker:
                     if self.client.get_run(self.run_id).info.status != status:
                         self.client.set_terminated(self.run_id, status)
                     return
-            except Exception as error:  # whatever a client library or server throws: training goes on
+            except Exception as error:  # whatever a client library or server throws: training continues
                 self._has = None  # the server may have taken it all the same
                 first = str(error).strip().splitlines()
                 self._warn("send", f"MLflow: {first[0] if first else repr(error)}; points are in {self.file} and are "
-                           "sent later, training goes on")  # fmt: skip
+                           "sent later, training continues")  # fmt: skip
                 if status:
                     return
 
@@ -329,14 +329,14 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
         first = str(error).strip().splitlines() or [repr(error)]
         raise UserError(
             f"MLflow at {without_secrets(tracking_uri(config.output))}: {first[0]}; a sweep is one run there with its "
-            "runs below it: mend the store, or set tracking.enabled=false"
+            "runs below it: fix the store, or set tracking.enabled=false"
         ) from None
 
 
 def close_sweep(config: Config, status: str | None = None) -> None:
     """End the run above a sweep: with `status`, or, where all its runs have ended by what MLflow knows, with theirs.
 
-    Trouble is told and no more: nothing but a page hangs on it.
+    A failure is only reported: no run depends on it.
     """
     parent = config.tracking.parent
     if parent is None or not config.tracking.enabled:
@@ -374,7 +374,7 @@ def _client(uri: str) -> Any:
 
 
 def _make_store(file: Path) -> None:
-    """A new SQLite file appears whole: mlflow makes it table by table for seconds, and cannot go on with one whose
+    """A new SQLite file appears complete: mlflow makes it table by table for seconds, and cannot use one whose
     making a kill has ended, or where two runs begin at once."""
     if file.exists():
         return

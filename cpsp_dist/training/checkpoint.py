@@ -1,9 +1,9 @@
-"""Checkpoints of a run: whole tensors by name, so any world size, ZeRO stage or engine can continue from them.
+"""Checkpoints of a run: full tensors by name, so any world size, ZeRO stage or engine can continue from them.
 
 A checkpoint is a folder `step-00000123` that appears by one rename after everything in it is on disk; `commit.json`
-holds the hash of each of its files. `latest`, written last, names the newest for people and tools; loading does not
-trust it and looks for the newest that is whole. There is nothing to save of the random states: each step seeds itself
-from (seed, step, rank), and the order of samples is a function of (seed, position).
+holds the format's version and the hash of each of its files. `latest`, written last, names the newest for people and
+tools; loading does not trust it and looks for the newest that is complete. There is nothing to save of the random
+states: each step seeds itself from (seed, step, rank), and the order of samples is a function of (seed, position).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from cpsp_dist.config import Config
 from cpsp_dist.errors import DataError
 from cpsp_dist.training.engine import TrainingState
 
+#: Of the files of a checkpoint and what is in them; a checkpoint of another one is refused.
+FORMAT_VERSION = 1
 LATEST = "latest"
 COMMIT = "commit.json"
 WEIGHTS = "weights.safetensors"
@@ -33,8 +35,8 @@ PROGRESS = "progress.json"
 
 
 @dataclass
-class Progress:
-    """Where a run stands, beside its tensors.
+class TrainingProgress:
+    """Where a run stands, apart from its tensors.
 
     Attributes:
         step: optimizer steps done. position: samples delivered, over all ranks and epochs.
@@ -56,12 +58,12 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints below a run's output folder. Writing is for one process; anybody may read."""
+    """The checkpoints below a run's output folder. One process writes; any may read."""
 
     def __init__(self, output: str | Path):
         self.folder = Path(output) / "checkpoints"
 
-    def save(self, state: TrainingState, progress: Progress, keep: int) -> Path:
+    def save(self, state: TrainingState, progress: TrainingProgress, keep: int) -> Path:
         """Write a checkpoint and remove all but the `keep` newest and the best one.
 
         Raises:
@@ -99,8 +101,8 @@ class Checkpoints:
             else:
                 left.unlink(missing_ok=True)
 
-    def _write(self, part: Path, state: TrainingState, progress: Progress) -> None:
-        """Everything of a checkpoint, on disk, in a folder that nobody takes for one yet."""
+    def _write(self, part: Path, state: TrainingState, progress: TrainingProgress) -> None:
+        """Everything of a checkpoint, on disk, in a folder that does not count as one yet."""
         part.mkdir()
         save_file(state.weights, part / WEIGHTS)
         moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
@@ -108,7 +110,7 @@ class Checkpoints:
         described = asdict(progress) | {"updates": state.updates}
         (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-        commit = {"files": hashes, "own": _digest_of(hashes)}
+        commit = {"format": FORMAT_VERSION, "files": hashes, "own": _digest_of(hashes)}
         (part / COMMIT).write_text(json.dumps(commit, indent=1), encoding="utf-8")
         for path in part.iterdir():
             _sync(path)
@@ -130,20 +132,28 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def newest_valid(self) -> tuple[int | None, list[str]]:
-        """The newest step whose files are all as they were written, and a line about each newer one passed over."""
+        """The newest step whose files are all as they were written, and a line about each newer one passed over.
+
+        Raises:
+            DataError: one that it comes to has another format.
+        """
         passed_over: list[str] = []
         for step in reversed(self.steps()):
-            mistakes = list(self.verify(step))
-            if not mistakes:
+            problems = list(self.verify(step))
+            if not problems:
                 return step, passed_over
-            passed_over.append(f"{self.path(step)}: passed over: {'; '.join(mistakes)}")
+            passed_over.append(f"{self.path(step)}: passed over: {'; '.join(problems)}")
         return None, passed_over
 
     def verify(self, step: int) -> Iterable[str]:
-        """What is wrong with a checkpoint; nothing when every file is there and unchanged."""
+        """What is wrong with a checkpoint; nothing when every file is there and unchanged.
+
+        Raises:
+            DataError: it has another format.
+        """
         folder = self.path(step)
         try:
-            commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+            commit = _read_commit(folder)
             expected = commit["files"]
             if commit["own"] != _digest_of(expected):
                 raise ValueError("changed")
@@ -159,14 +169,15 @@ class Checkpoints:
             elif _sha256(folder / name) != expected.get(name):
                 yield f"{name} is damaged"
 
-    def load(self, step: int) -> tuple[TrainingState, Progress]:
+    def load(self, step: int) -> tuple[TrainingState, TrainingProgress]:
         """The state and progress of a checkpoint.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: it is missing or damaged, or has another format.
         """
         folder = self.path(step)
         try:
+            _read_commit(folder)
             weights = _read(folder / WEIGHTS)
             moments: dict[str, dict[str, Any]] = {}
             for key, tensor in _read(folder / OPTIMIZER).items():
@@ -175,7 +186,7 @@ class Checkpoints:
             described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
             updates = described.pop("updates")
             objectives = moments.pop("objectives", {})
-            return TrainingState(weights, moments, updates, objectives), Progress(**described)
+            return TrainingState(weights, moments, updates, objectives), TrainingProgress(**described)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
 
@@ -186,6 +197,20 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
         _sync(path.parent)
+
+
+def _read_commit(folder: Path) -> dict[str, Any]:
+    """`commit.json`; raises DataError where it is of another format, OSError or ValueError where it cannot be read."""
+    commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    if not isinstance(commit, dict):
+        raise ValueError("no object")
+    version = commit.get("format")
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}: checkpoint of format {version}, this program reads format {FORMAT_VERSION}; use the "
+            "program that wrote it, or train anew into another folder"
+        )
+    return commit
 
 
 def _read(path: Path) -> dict[str, Tensor]:

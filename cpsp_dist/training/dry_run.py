@@ -1,4 +1,4 @@
-"""`python -m cpsp_dist.train --dry-run`: what a run would be, told, and its first step made; nothing is written."""
+"""`python -m cpsp_dist.train --dry-run`: the plan of a run, and its first step; nothing is written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,42 +17,41 @@ import yaml
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import TrainStream
-from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
-from cpsp_dist.training.lr_schedule import Schedule
-from cpsp_dist.training.trainer import dropout_seed, new_model, open_stream
+from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
+from cpsp_dist.training.step import StepRunner
+from cpsp_dist.training.step_metrics import average_losses
 
 #: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).
 TABLES = 4
 
 
 def dry_run(config: Config, ranks: Ranks, world: int) -> None:
-    """Tell the plan for `world` ranks, on rank 0. All ranks, connected already, call it together.
+    """Print the plan for `world` ranks, on rank 0. All ranks, connected already, call it together.
 
     One process may plan for more: it then takes the step that rank 0 would, with its own share as the pool.
 
     Raises:
         UserError: what a training would raise before its first step.
     """
-    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    manifest = open_manifest(config)
     if ranks.device.type == "cpu":
         tune_cpu()
     planned = replace(ranks, world=world)
-    with open_stream(config, manifest, planned) as stream:
-        model = new_model(config, manifest)
+    with open_train_stream(config, manifest, planned) as stream:
+        model = initial_model(config, manifest)
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)
-        step = first_step(model, config, ranks, stream)
-        schedule = Schedule(config.train, stream.schedule.epoch_length)
+        schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
+        step = first_step(model, config, ranks, stream, schedule)
     if not ranks.first:
         return
-    memory = memory_of_a_rank(parameters, config, manifest, world, step["activations"], step["width"])
+    memory = memory_of_a_rank(parameters, config, manifest, world, step.activations, step.width)
     sections = {
         "Settings": _settings(config),
         "Data": _data_plan(config, manifest, schedule, world),
@@ -68,47 +66,66 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
     )
 
 
-def first_step(model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream) -> dict[str, Any]:
-    """The first optimizer step of a run: its loss and terms over all ranks, the gradient norm, seconds, and bytes that
-    a micro-batch keeps for the backward pass (activations), of this rank; width of the pool's rows."""
-    engine = build_engine(model, config, ranks)
-    objectives = Objectives(
-        config.objectives, pool=config.pool.scope, bank=config.pool.bank, supervision=config.model.supervision
-    )
+@dataclass(frozen=True)
+class FirstStep:
+    """The first optimizer step of a run.
+
+    Attributes:
+        losses: loss terms, means over all ranks. seconds: without the wait for data.
+        activations: bytes that a micro-batch of this rank keeps for the backward pass. width: of the pool's rows.
+        peak: most bytes of memory so far. received: bytes that the pool received from other ranks.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    seconds: float
+    activations: int
+    width: int
+    peak: int
+    received: int
+
+
+def first_step(
+    model: nn.Module, config: Config, ranks: Ranks, stream: TrainStream, schedule: TrainingSchedule
+) -> FirstStep:
+    """The first step, made by the same code as in a training, and measured; all ranks call it together."""
+    engine, objectives = build_engine(model, config, ranks), build_objectives(config)
     engine.module.train()
-    learning_rate = Schedule(config.train, 1).learning_rate(0)
-    sums: dict[str, Tensor] = {}
-    kept, width, norm, seconds = 0, 0, math.nan, 0.0
+    kept, widths = [0], [0]
+
+    @contextmanager
+    def measure() -> Iterator[None]:
+        with _activations(engine.module) as count:
+            yield
+        kept.append(count())
+
+    hook = engine.module.register_forward_hook(lambda _, __, output: widths.append(output.fusion.shape[-1]))
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    batches = stream.batches()
-    for part, weight in enumerate(stream.schedule.weights(0, config.train.accumulation)):
-        batch = next(batches).to(ranks.device)
-        began = time.perf_counter()  # without the wait for the first batch
-        torch.manual_seed(dropout_seed(config, 0, part, ranks))
-        with _activations(engine.module) as count:
-            output = engine(batch)
-            loss, terms = objectives(output, batch)
-        engine.backward(weight * loss)
-        norm = engine.step(learning_rate)
-        seconds += time.perf_counter() - began
-        kept, width = max(kept, count()), output.fusion.shape[-1]
-        sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
-    means = process_group.sum_over_ranks(torch.stack([*sums.values()])) / (config.train.accumulation * ranks.world)
+    began = time.perf_counter()
+    steps = StepRunner(config, ranks, stream, engine, objectives)
+    result = steps.run_micro_batches(stream.batches(), 0, 0, schedule.learning_rate(0), measure)
+    seconds = time.perf_counter() - began - stream.wait_seconds
+    hook.remove()
+    engine.close()
+    first, *rest = result.micro_losses
+    sums = {name: sum((losses[name] for losses in rest), value) for name, value in first.items()}
+    return FirstStep(
+        losses=average_losses(sums, len(result.micro_losses), ranks),
+        grad_norm=result.grad_norm,
+        seconds=seconds,
+        activations=max(kept),
+        width=max(widths),
+        peak=_peak_memory(ranks),
+        received=objectives.traffic.bytes,
+    )
+
+
+def _peak_memory(ranks: Ranks) -> int:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {
-        "terms": dict(zip(sums, means.tolist(), strict=True)),
-        "norm": norm,
-        "seconds": seconds,
-        "activations": kept,
-        "width": width,
-        "peak": peak,
-        "received": objectives.traffic.bytes,
-    }
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
@@ -134,26 +151,26 @@ def memory_of_a_rank(
     stage = 0
     if config.engine.kind == "deepspeed":
         stage = deepspeed_settings(config, world)["zero_optimization"]["stage"]
-    whole = PRECISIONS[config.train.precision].itemsize
+    weight = PRECISIONS[config.train.precision].itemsize
     state = 8 if config.train.precision == "fp64" else 4
     if config.engine.kind == "ddp":
-        whole = state  # bf16 by autocast: the weights stay float32
+        weight = state  # bf16 by autocast: the weights stay float32
     share = {at: 1 / world if stage >= at else 1 for at in (1, 2, 3)}
     slots = samples_of_a_rank(config, world)
     pool = slots * (world if config.pool.scope == "gather" else 1) + config.pool.bank
     ddp_buckets = config.engine.kind == "ddp" and world > 1
     batch = slots * sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
-    found = {
-        "weights": parameters * whole * share[3],
-        "gradients": parameters * whole * share[2] * (2 if ddp_buckets else 1),
+    memory = {
+        "weights": parameters * weight * share[3],
+        "gradients": parameters * weight * share[2] * (2 if ddp_buckets else 1),
         "float32 weights": parameters * 4 * share[1] if stage else 0,
         "Adam": parameters * 2 * state * share[1] if config.train.optimizer == "adam" else 0,
         "reader": (config.data.depth + 1) * batch,
         "activations": activations,
     }
     if config.objectives.psa_v:
-        found["pool"] = pool * width * 4 + TABLES * slots * pool * 4
-    return found
+        memory["pool"] = pool * width * 4 + TABLES * slots * pool * 4
+    return memory
 
 
 def samples_of_a_rank(config: Config, world: int) -> int:
@@ -166,7 +183,7 @@ def _settings(config: Config) -> list[str]:
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).splitlines()
 
 
-def _data_plan(config: Config, manifest: Manifest, schedule: Schedule, world: int) -> list[str]:
+def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, world: int) -> list[str]:
     train = config.train
     fields = ", ".join(f"{name} {np.dtype(f.dtype).name} {list(f.shape)}" for name, f in manifest.fields.items())
     lines = [f"{manifest.place}: {len(manifest.categories)} categories; {fields}"]
@@ -177,7 +194,7 @@ def _data_plan(config: Config, manifest: Manifest, schedule: Schedule, world: in
     sample = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
     each = samples_of_a_rank(config, world)
     text = f"global batch: {train.global_batch} samples, {each} at a time on each of {world} rank{'s' * (world > 1)}"
-    lines.append(text + (f", in {train.accumulation} parts one after the other" if train.accumulation > 1 else ""))
+    lines.append(text + (f", in {train.accumulation} micro-batches" if train.accumulation > 1 else ""))
     stop = f", stopped by train.steps={train.steps}" if schedule.steps == train.steps else ""
     lines.append(f"steps: {schedule.steps:,}, for {train.epochs} epochs of {schedule.length:,} samples{stop}")
     a_rank = each * train.accumulation * sample
@@ -194,7 +211,7 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
         "float32 weights": "ZeRO's own",
         "Adam": "two moments of each weight",
         "reader": f"data.depth + 1 = {config.data.depth + 1} batches (not on a GPU)",
-        "activations": "measured: kept for the backward pass of a part",
+        "activations": "measured: kept for the backward pass of a micro-batch",
         "pool": "gathered rows and distances" if config.pool.scope == "gather" else "distances",
     }
     if config.engine.kind == "deepspeed" and config.engine.zero:
@@ -203,33 +220,33 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
     lines = [
         f"{name:{width}}  {_size(size):>10}  {remarks.get(name, '')}".rstrip() for name, size in memory.items() if size
     ]
-    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  beside Python and its libraries"]
+    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  without Python and its libraries"]
 
 
 def _output(config: Config, one: int, most: int) -> list[str]:
     steps = Checkpoints(config.output).steps()
     state = "new"
     if steps:
-        state = f"holds checkpoints, the newest of step {steps[-1]}: a start goes on from there"
+        state = f"holds checkpoints, the newest of step {steps[-1]}: a start resumes from there"
     elif Path(config.output).exists():
         state = "exists, without a checkpoint"
     return [f"{config.output}: {state}", f"checkpoints of {_size(one)}, up to {_size(most)} at a time"]
 
 
-def _step(step: dict[str, Any], ranks: Ranks, world: int) -> list[str]:
-    terms = step["terms"]
+def _step(step: FirstStep, ranks: Ranks, world: int) -> list[str]:
+    total = step.losses["total"]
     alone = f" (of rank 0's share alone, of {world})" if world > ranks.world else ""
-    rest = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "total")
+    rest = ", ".join(f"{name} {value:.4g}" for name, value in step.losses.items() if name != "total")
     peak = "of this process, libraries included" if ranks.device.type == "cpu" else "on the GPU"
     lines = [
-        f"loss {terms['total']:.9g}{alone}: {rest}",
-        f"gradient norm {step['norm']:.6g}",
-        f"{step['seconds']:.2f} s (a first step is slower than the others)",
-        f"most memory so far: {_size(step['peak'])} {peak}",
+        f"loss {total:.9g}{alone}: {rest}",
+        f"gradient norm {step.grad_norm:.6g}",
+        f"{step.seconds:.2f} s (a first step is slower than the others)",
+        f"most memory so far: {_size(step.peak)} {peak}",
     ]
     if ranks.world > 1:
-        lines.append(f"the pool received {_size(step['received'])} from other ranks")
-    if not all(map(math.isfinite, (terms["total"], step["norm"]))):
+        lines.append(f"the pool received {_size(step.received)} from other ranks")
+    if not all(map(math.isfinite, (total, step.grad_norm))):
         lines.append("warning: not finite: look at the features, lower train.learning_rate, or train.precision=fp32")
     return lines
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpsp_dist import metrics
 from cpsp_dist.config import Config
-from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks, discover, sum_over_ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.models import model_for
-from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
+from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
+from cpsp_dist.training.step_metrics import say
 
 
 @torch.no_grad()
@@ -45,20 +47,7 @@ def evaluate(
     by_second = torch.zeros(seconds, 2, dtype=torch.int64)
     boundaries = torch.zeros(3, dtype=torch.int64)
     videos = torch.zeros(2, dtype=torch.int64)  # read, skipped
-    with EvalStream(
-        manifest,
-        split,
-        batch=config.evaluation.batch,
-        rank=ranks.rank,
-        world=ranks.world,
-        threads=config.data.threads,
-        depth=config.data.depth,
-        check_crc=config.data.check_crc,
-        on_error=config.data.on_error,
-        skip_budget=config.data.skip_budget,
-        pin=ranks.device.type == "cuda",
-        access=config.data.access,
-    ) as stream:
+    with open_eval_stream(config, manifest, split, ranks) as stream:
         for cpu_batch in stream:
             if signals.received:
                 break
@@ -70,7 +59,7 @@ def evaluate(
             videos[0] += batch.valid.sum().cpu()
         videos[1] = stream.skipped
     model.module.train(was_training)
-    process_group.stop_if_asked(signals, ranks.device, "trained and saved, not yet evaluated")
+    process_group.raise_if_stop_requested(signals, ranks.device, "trained and saved, not yet evaluated")
     tables = (confusion, by_second, boundaries, videos)
     totals = sum_over_ranks(torch.cat([table.flatten() for table in tables]).to(ranks.device)).cpu()
     confusion, by_second, boundaries, videos = (
@@ -78,8 +67,35 @@ def evaluate(
     )
     read, skipped = videos.tolist()
     assert read + skipped == len(manifest.rows(split)), (split, read, skipped)
-    found = metrics.breakdown(confusion, by_second, boundaries, manifest.categories)
-    return found | {"split": split, "videos": read, "skipped": skipped}
+    results = metrics.breakdown(confusion, by_second, boundaries, manifest.categories)
+    return results | {"split": split, "videos": read, "skipped": skipped}
+
+
+def evaluate_best(
+    config: Config, manifest: Manifest, ranks: Ranks, progress: TrainingProgress, signals: StopSignals
+) -> dict[str, float]:
+    """Percentages of the weights that were best on val (the last ones without a val split), on val and test.
+
+    The details go to `evaluation_val.json` and `evaluation_test.json` in the run's folder.
+    """
+    state, _ = Checkpoints(config.output).load(progress.best_step or progress.step)
+    model = PlainModel(model_for(config.model, manifest), state.weights, ranks.device)
+    results: dict[str, float] = {}
+    for split, name in (("val", "best_val"), ("test", "test")):
+        if split in manifest.splits:
+            details = evaluate(model, manifest, split, config, ranks, signals)
+            results |= {f"{key}/{name}": 100 * details[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
+            if ranks.first:
+                write_json(config, f"evaluation_{split}.json", details)
+    return results
+
+
+def write_json(config: Config, name: str, content: Any) -> None:
+    """Results are printed and tracked too: a full disk does not cost a finished run its end."""
+    try:
+        (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        say(f"warning: {config.output}/{name} could not be written: {error.strerror}")
 
 
 def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str, Any]:
@@ -88,19 +104,12 @@ def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str
     Raises:
         UserError: no checkpoint there, no such split, or shards of other categories or sizes than it was trained on.
     """
-    checkpoints = Checkpoints(output)
-    newest, _ = checkpoints.newest_valid()
-    if newest is None:
-        raise UserError(f"{output}: no whole checkpoint here; give the output folder of a training run")
-    progress = checkpoints.load(newest)[1]
-    state, _ = checkpoints.load(progress.best_step or newest)
-    config = Config.model_validate(progress.config, strict=False)
-    manifest = Manifest.load(shards or config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    run = load_run(output)
+    manifest = open_manifest(run.config, shards)
     manifest.rows(split)
-    model = model_for(config.model, manifest)
     try:
-        plain = PlainModel(model, state.weights, discover().device)
+        model = PlainModel(model_for(run.config.model, manifest), run.state.weights, discover().device)
     except RuntimeError as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{manifest.place}: these shards do not fit the weights of {output}: {told}") from None
-    return evaluate(plain, manifest, split, config, discover()) | {"step": progress.best_step or newest}
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{manifest.place}: these shards do not fit the weights of {output}: {reason}") from None
+    return evaluate(model, manifest, split, run.config, discover()) | {"step": run.step}

@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage: seldom while the training command starts, as usual once it trains.
+"""Python's collector of cyclic garbage: rarely while the training command starts, as usual once it trains.
 
 What the imports make, a million objects, stays; looking through it again and again takes a tenth of a start's time.
 """
@@ -7,23 +7,25 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-USUAL = gc.get_threshold()
-SELDOM = 100_000
+DEFAULT_THRESHOLDS = gc.get_threshold()
+#: Allocations between two collections during the start.
+REDUCED_THRESHOLD = 100_000
 
 
 @contextmanager
-def collected_seldom() -> Iterator[None]:
-    """For as long as the command runs, or until it says `collect_as_usual`."""
-    gc.set_threshold(SELDOM, *USUAL[1:])
+def reduced_gc() -> Iterator[None]:
+    """For as long as the command runs, or until it calls `restore_gc`."""
+    gc.set_threshold(REDUCED_THRESHOLD, *DEFAULT_THRESHOLDS[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*USUAL)
+        gc.set_threshold(*DEFAULT_THRESHOLDS)
 
 
-def collect_as_usual() -> None:
-    """A cycle can hold a batch's tensors. What the start made is never looked through again; elsewhere than in a start
-    nothing changes: what an earlier training of the process left has to be collected."""
-    if gc.get_threshold()[0] == SELDOM:
+def restore_gc() -> None:
+    """Collect as usual again, since a cycle can hold a batch's tensors. Objects of the start are never looked through.
+
+    Outside of `reduced_gc` nothing changes: what an earlier training of the process left has to be collected."""
+    if gc.get_threshold()[0] == REDUCED_THRESHOLD:
         gc.freeze()
-        gc.set_threshold(*USUAL)
+        gc.set_threshold(*DEFAULT_THRESHOLDS)

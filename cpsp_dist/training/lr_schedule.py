@@ -9,11 +9,11 @@ from cpsp_dist.config import TrainSettings
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSchedule:
     """Which steps there are: a step takes `global_batch` positions of the endless order, `length` of them an epoch.
 
     `length` is `stream.schedule.epoch_length`: what `data.epoch_end` makes of the samples there are, and the same for
-    any number of ranks and parts.
+    any number of ranks and micro-batches.
     """
 
     settings: TrainSettings
@@ -25,8 +25,8 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        whole = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
-        return min(whole, self.settings.steps or whole)
+        steps = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
+        return min(steps, self.settings.steps or steps)
 
     def learning_rate(self, step: int) -> float:
         passed = sum(self.epoch(step) >= milestone for milestone in self.settings.milestones)

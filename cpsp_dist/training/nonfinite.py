@@ -20,7 +20,7 @@ NAMED = 5
 
 
 @dataclass
-class _Part:
+class _MicroBatch:
     """One micro-batch: rows of the sample table (-1: an empty slot), outputs, what came back to them, loss terms."""
 
     index: Tensor
@@ -42,68 +42,71 @@ class Replay:
     run: Callable[[int, Batch], Output]
 
 
-class Witness:
-    """What is to be kept of one step of this rank, in case it has to be explained: references, nothing is computed."""
+class NonFiniteDiagnostics:
+    """What is kept of one step of this rank, in case its cause is asked for: references, nothing is computed."""
 
     def __init__(self) -> None:
-        self._parts: list[_Part] = []
+        self._micro_batches: list[_MicroBatch] = []
 
-    def see(self, output: Output, batch: Batch) -> Output:
+    def record_outputs(self, output: Output, batch: Batch) -> Output:
         """A micro-batch's outputs, for the objectives: views, so that what comes back is seen before the network adds
         to it."""
         views = Output(*[None if x is None else x.view_as(x) for x in output])  # type: ignore[arg-type]
         seen = {name: x for name, x in views._asdict().items() if x is not None}
         index = torch.where(batch.valid, batch.index, -1).clone()  # the batch's own memory is used again
-        part = _Part(index.cpu(), {name: x.detach() for name, x in seen.items()})
+        micro_batch = _MicroBatch(index.cpu(), {name: x.detach() for name, x in seen.items()})
         for name, x in seen.items():
             if x.requires_grad:
-                x.register_hook(partial(_keep, part.gradients, name))
-        self._parts.append(part)
+                x.register_hook(partial(_keep, micro_batch.gradients, name))
+        self._micro_batches.append(micro_batch)
         return views
 
-    def hear(self, terms: dict[str, Tensor]) -> None:
+    def record_losses(self, terms: dict[str, Tensor]) -> None:
         """The loss terms of the micro-batch that was seen last."""
-        self._parts[-1].terms = terms
+        self._micro_batches[-1].terms = terms
 
-    def explain(self, video: Callable[[int], str]) -> str:
+    def diagnose_loss(self, video: Callable[[int], str]) -> str:
         """`rank 1: loss terms event, total; outputs event_logits of video abc`; empty where all of these are finite.
         All ranks call it together, and get the same text. `video` names the video of a row of the sample table."""
         terms: set[str] = set()
         outputs: set[str] = set()
         gradients: set[str] = set()  # terms whose gradient is not
         rows: dict[str, set[int]] = {"outputs": set(), "gradients": set()}
-        for part in self._parts:
-            terms |= {name for name, value in part.terms.items() if not torch.isfinite(value)}
-            for tensors, names, of in ((part.outputs, outputs, "outputs"), (part.gradients, gradients, "gradients")):
+        for micro_batch in self._micro_batches:
+            terms |= {name for name, value in micro_batch.terms.items() if not torch.isfinite(value)}
+            for tensors, names, of in (
+                (micro_batch.outputs, outputs, "outputs"),
+                (micro_batch.gradients, gradients, "gradients"),
+            ):
                 for name, x in tensors.items():
-                    bad = ~torch.isfinite(x).flatten(1).all(1).cpu() & (part.index >= 0)
+                    bad = ~torch.isfinite(x).flatten(1).all(1).cpu() & (micro_batch.index >= 0)
                     if bad.any():
-                        names |= {name} if of == "outputs" else {*_behind([name], part.terms)}
-                        rows[of] |= {*part.index[bad].tolist()}
+                        names |= {name} if of == "outputs" else {*_behind([name], micro_batch.terms)}
+                        rows[of] |= {*micro_batch.index[bad].tolist()}
         videos = {of: [video(row) for row in sorted(numbers)] for of, numbers in rows.items()}
         found: list[Any] = gather((sorted(terms), sorted(outputs), sorted(gradients), videos))
         # A loss that is not finite reaches the gradients of every video, and through the shared pool every rank: where
         # an output of the network was bad already, that is behind it.
         of = "outputs" if any(names for _, names, *_ in found) else "gradients"
-        told = [_describe(rank, t, o, g, rows[of]) for rank, (t, o, g, rows) in enumerate(found) if rows[of]]
-        return "; ".join(told)
+        causes = [_describe(rank, t, o, g, rows[of]) for rank, (t, o, g, rows) in enumerate(found) if rows[of]]
+        return "; ".join(causes)
 
-    def explain_inside(self, replay: Replay, video: Callable[[int], str]) -> str:
-        """The same where all that `explain` looks at is finite: the gradient of some parameter is not.
+    def diagnose_backward(self, replay: Replay, video: Callable[[int], str]) -> str:
+        """The same where all that `diagnose_loss` looks at is finite: the gradient of some parameter is not.
 
         Each rank takes its own micro-batches through the network and back once more, then halves of them, down to the
         videos whose own gradient is not finite.
         """
-        told = [
-            _Backward(replay, number, part).explain(video)
-            for number, part in enumerate(self._parts)
-            if (part.index >= 0).any()
+        causes = [
+            _Backward(replay, number, micro_batch).explain(video)
+            for number, micro_batch in enumerate(self._micro_batches)
+            if (micro_batch.index >= 0).any()
         ]
-        found: list[list[str]] = gather([text for text in told if text])
-        texts = [f"rank {rank}: {text}" for rank, texts in enumerate(found) for text in texts]
+        by_rank: list[list[str]] = gather([text for text in causes if text])
+        texts = [f"rank {rank}: {text}" for rank, texts in enumerate(by_rank) for text in texts]
         if texts:
             return "; ".join(texts)
-        rows = [row for part in self._parts for row in part.index.tolist() if row >= 0]
+        rows = [row for micro_batch in self._micro_batches for row in micro_batch.index.tolist() if row >= 0]
         batches = gather([video(row) for row in rows])
         return "the gradients of each rank are finite, their sum is not: " + "; ".join(
             f"rank {rank}: {_videos(videos)}" for rank, videos in enumerate(batches) if videos
@@ -113,24 +116,24 @@ class Witness:
 class _Backward:
     """The way back through the network of one micro-batch, for some of its videos."""
 
-    def __init__(self, replay: Replay, number: int, part: _Part):
-        self.replay, self.number, self.part = replay, number, part
-        self.batch = replay.read(part.index)
+    def __init__(self, replay: Replay, number: int, micro_batch: _MicroBatch):
+        self.replay, self.number, self.micro_batch = replay, number, micro_batch
+        self.batch = replay.read(micro_batch.index)
         self.parameters = dict(replay.network.named_parameters())
 
     def explain(self, video: Callable[[int], str]) -> str:
         """`gradient of loss term event inside the network (…), video abc`; empty where it is finite."""
-        slots = (self.part.index >= 0).nonzero().flatten().tolist()
-        outputs = [*self.part.gradients]
+        slots = (self.micro_batch.index >= 0).nonzero().flatten().tolist()
+        outputs = [*self.micro_batch.gradients]
         parameters = self.bad(slots, outputs)
         if not parameters:
             return ""
-        alone = self.culprits(slots, outputs)
-        guilty = alone or slots
-        through = [name for name in outputs if self.bad(guilty, [name])] or outputs
+        alone = self.find_slots(slots, outputs)
+        slots_at_fault = alone or slots
+        through = [name for name in outputs if self.bad(slots_at_fault, [name])] or outputs
         where = f"{parameters[-1]}{f' and {len(parameters) - 1} more' if len(parameters) > 1 else ''}"
-        videos = _videos([video(int(row)) for row in self.part.index[guilty].tolist()])
-        of = _gradient(_behind(through, self.part.terms))
+        videos = _videos([video(int(row)) for row in self.micro_batch.index[slots_at_fault].tolist()])
+        of = _gradient(_behind(through, self.micro_batch.terms))
         return f"{of} inside the network ({where}), {'' if alone else 'of no single video: the sum over '}{videos}"
 
     def bad(self, slots: list[int], outputs: list[str]) -> list[str]:
@@ -145,7 +148,7 @@ class _Backward:
         heads, back = [], []
         for name in outputs:
             kept = torch.zeros_like(found[name])
-            kept[slots] = self.part.gradients[name][slots].to(kept)
+            kept[slots] = self.micro_batch.gradients[name][slots].to(kept)
             heads.append(found[name])
             back.append(kept)
         gradients = torch.autograd.grad(heads, [*self.parameters.values()], back, allow_unused=True)
@@ -155,7 +158,7 @@ class _Backward:
             if gradient is not None and not gradient.isfinite().all()
         ]
 
-    def culprits(self, slots: list[int], outputs: list[str]) -> list[int]:
+    def find_slots(self, slots: list[int], outputs: list[str]) -> list[int]:
         """Those of `slots`, whose gradient together is not finite, that have none by themselves."""
         if len(slots) == 1:
             return slots
@@ -164,7 +167,7 @@ class _Backward:
             slot
             for part in (slots[:half], slots[half:])
             if self.bad(part, outputs)
-            for slot in self.culprits(part, outputs)
+            for slot in self.find_slots(part, outputs)
         ]
 
 

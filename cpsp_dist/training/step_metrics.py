@@ -1,10 +1,12 @@
-"""What a run tells of its steps while it trains: loss terms, rate and time left, and which samples each step saw."""
+"""What a run reports of its steps while it trains: loss terms, rate, time left, and which samples each step used."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,45 +18,44 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.tracking.mlflow import take_back
-from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.tracking.mlflow import truncate_after_step
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 
 
 class Meter:
     """Means of the loss terms, the rate and the time left, over the steps since it was last read."""
 
-    def __init__(self, config: Config, schedule: Schedule, ranks: Ranks, stream: TrainStream, step: int):
+    def __init__(self, config: Config, schedule: TrainingSchedule, ranks: Ranks, stream: TrainStream, step: int):
         self.config, self.schedule, self.ranks, self.stream = config, schedule, ranks, stream
         self._start(step)
 
     def _start(self, step: int) -> None:
         self.terms: dict[str, Tensor] = {}
-        self.parts, self.first_step = 0, step
+        self.micro_batches, self.first_step = 0, step
         self.began, self.waited = time.monotonic(), self.stream.wait_seconds
 
-    def pause(self) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Evaluations and checkpoints are not part of the rate."""
-        self.paused = time.monotonic()
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
 
-    def resume(self) -> None:
-        self.began += time.monotonic() - self.paused
-
-    def add(self, parts: list[dict[str, Tensor]]) -> None:
+    def add(self, micro_losses: list[dict[str, Tensor]]) -> None:
         """The loss terms of a step's micro-batches."""
-        self.parts += len(parts)
-        for terms in parts:
+        self.micro_batches += len(micro_losses)
+        for terms in micro_losses:
             for name, value in terms.items():
                 self.terms[name] = self.terms.get(name, 0) + value
 
     def read(self, step: int, norm: float, learning_rate: float) -> dict[str, float]:
         """Metrics after `step`, the loss terms averaged over ranks (all ranks call it); also a line to read."""
-        sums = torch.stack(list(self.terms.values())) if self.terms else torch.zeros(0, device=self.ranks.device)
-        means = process_group.sum_over_ranks(sums) / (max(self.parts, 1) * self.ranks.world)
+        means = average_losses(self.terms, self.micro_batches, self.ranks)
         seconds = max(time.monotonic() - self.began, 1e-9)
         done = step + 1 - self.first_step
         rate = done * self.config.train.global_batch / seconds
         wait = (self.stream.wait_seconds - self.waited) / seconds
-        metrics = {f"loss/{name}": value for name, value in zip(self.terms, means.tolist(), strict=True)}
+        metrics = {f"loss/{name}": value for name, value in means.items()}
         if self.ranks.first and (step + 1) % self.config.tracking.every_steps == 0:
             loss = metrics.get("loss/total", math.nan)
             left = (self.schedule.steps - step - 1) * seconds / done
@@ -73,11 +74,18 @@ class Meter:
         }
 
 
+def average_losses(sums: dict[str, Tensor], micro_batches: int, ranks: Ranks) -> dict[str, float]:
+    """Means over all ranks of loss terms that were summed over `micro_batches`; all ranks call it together."""
+    stacked = torch.stack([*sums.values()]) if sums else torch.zeros(0, device=ranks.device)
+    means = process_group.sum_over_ranks(stacked) / (max(micro_batches, 1) * ranks.world)
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
 class Audit:
     """`audit/rank*.jsonl`: the keys of the samples that each rank trained on, a line for each step."""
 
     def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
-        """Going on after `step`: what comes behind it in files there are, of any number of ranks, is taken back."""
+        """Resume after `step`: later lines of existing files, of any number of ranks, are removed."""
         self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.audit else None
         self.samples, self.rows = manifest.samples, list[int]()
         if self.file is None:
@@ -85,12 +93,17 @@ class Audit:
         if ranks.first:
             self.file.parent.mkdir(exist_ok=True)
             for file in self.file.parent.glob("rank*.jsonl"):
-                take_back(file, step)
+                truncate_after_step(file, step)
         process_group.barrier()
 
-    def see(self, batch: Batch) -> None:
-        if self.file is not None:
+    def recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; their samples are noted where `data.audit` asks for it."""
+        return batches if self.file is None else self._record(batches)
+
+    def _record(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
             self.rows += batch.index[batch.valid].tolist()
+            yield batch
 
     def close_step(self, step: int) -> None:
         if self.file is not None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
-from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, TrainStream
 from cpsp_dist.distributed import process_group
@@ -23,27 +19,25 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
-from cpsp_dist.models import Output, load_weights, model_for
+from cpsp_dist.models import Output, model_for
 from cpsp_dist.tracking.mlflow import Tracker, tracking_uri
 from cpsp_dist.training import gc_control
-from cpsp_dist.training.checkpoint import Checkpoints, Progress, make_folder
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, make_folder
 from cpsp_dist.training.engine import (
     PRECISIONS,
     Engine,
     PlainModel,
-    TrainingState,
     build_engine,
     deepspeed_settings,
     tune_cpu,
 )
-from cpsp_dist.training.evaluate import evaluate
-from cpsp_dist.training.lr_schedule import Schedule
-from cpsp_dist.training.nonfinite import Replay, Witness
-from cpsp_dist.training.resume import find_state
+from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
+from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.training.nonfinite import Replay
+from cpsp_dist.training.resume import load_latest_checkpoint
+from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
+from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter, say
-
-#: Training videos whose features tell the scale that an encoder's features have.
-CALIBRATION_VIDEOS = 64
 
 
 def train(
@@ -54,7 +48,7 @@ def train(
     fresh: bool = False,
     allow_config_change: bool = False,
 ) -> dict[str, float]:
-    """Train as configured, or go on with the run in `config.output`; the results, also in its `results.json`.
+    """Train as configured, or resume the run in `config.output`; the results, also in its `results.json`.
 
     All ranks, connected already, call it together. signals: an entered context, where this process listens.
 
@@ -63,21 +57,20 @@ def train(
         Stopped: a signal asked for it; all is saved.
     """
     signals = signals or StopSignals()
-    process_group.stop_if_asked(signals, ranks.device, "before anything was begun")
-    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    process_group.raise_if_stop_requested(signals, ranks.device, "before anything was begun")
+    manifest = open_manifest(config)
     checkpoints = Checkpoints(config.output)
     if fresh and checkpoints.steps():
         raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
     if ranks.device.type == "cpu":
         tune_cpu()
     with ExitStack() as stack:
-        stream = stack.enter_context(open_stream(config, manifest, ranks))
-        schedule = Schedule(config.train, stream.schedule.epoch_length)
-        # Both read files that the user names; a mistake there is told before anything is made.
+        stream = stack.enter_context(open_train_stream(config, manifest, ranks))
+        # Both read files that the user names; a mistake there is reported before anything is made.
         deepspeed_settings(config, ranks.world)
-        model = new_model(config, manifest)
+        model = initial_model(config, manifest)
         _make_folder(config.output)
-        state, progress = find_state(checkpoints, config, manifest, ranks, allow_config_change)
+        state, progress = load_latest_checkpoint(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
             Tracker(
                 config,
@@ -90,173 +83,178 @@ def train(
             )
         )
         if not progress.finished:
-            run = Run(config, schedule, manifest, ranks, stream, checkpoints, tracker, signals)
-            progress = run.train(model, state, progress)
-        signals.release()
-        results = _final_results(config, manifest, ranks, checkpoints, progress, signals)
+            engine, objectives = build_engine(model, config, ranks, state), build_objectives(config, state)
+            progress = Trainer(config, manifest, ranks, stream, engine, objectives, tracker, signals).train(progress)
+        signals.allow_exit()
+        results = evaluate_best(config, manifest, ranks, progress, signals)
         tracker.log(progress.step, results)
     if ranks.first:
-        _write_json(config, "results.json", results)
+        write_json(config, "results.json", results)
         say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
         say(f"results in {config.output}/results.json; runs in {tracking_uri(config.output)}")
     return results
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the training of a run works with."""
+class Trainer:
+    """The loop over the steps of one run. Every method below is called by all ranks together."""
 
-    config: Config
-    schedule: Schedule
-    manifest: Manifest
-    ranks: Ranks
-    stream: TrainStream
-    checkpoints: Checkpoints
-    tracker: Tracker
-    signals: StopSignals
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        ranks: Ranks,
+        stream: TrainStream,
+        engine: Engine,
+        objectives: Objectives,
+        tracker: Tracker,
+        signals: StopSignals,
+    ):
+        self.config, self.manifest, self.ranks, self.stream = config, manifest, ranks, stream
+        self.engine, self.objectives, self.tracker, self.signals = engine, objectives, tracker, signals
+        self.checkpoints = Checkpoints(config.output)
+        self.schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
+        self.steps = StepRunner(config, ranks, stream, engine, objectives)
 
-    def train(self, model: nn.Module, state: TrainingState | None, progress: Progress) -> Progress:
-        """Train `model`, with the weights of `state` where there is one, from `progress` to the end.
+    def train(self, progress: TrainingProgress) -> TrainingProgress:
+        """Train from `progress` to the end.
 
         Raises:
             Stopped: a signal asked for it; all is saved.
             UserError: too many steps were not finite, or a checkpoint could not be written.
         """
-        config, schedule, ranks, tracker = self.config, self.schedule, self.ranks, self.tracker
-        engine = build_engine(model, config, ranks, state)
-        objectives = Objectives(
-            config.objectives,
-            pool=config.pool.scope,
-            bank=config.pool.bank,
-            supervision=config.model.supervision,
+        self.begin(progress)
+        for step in range(progress.step, self.schedule.steps):
+            result = self.run_micro_batches(step)
+            self.count_step(step, result)
+            self.log_step(step, result)
+            with self.meter.paused():
+                self.validate(step)
+                # One tiny collective: whichever rank a signal reached, all stop after the same step.
+                stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
+                self.save_if_due(step, stop_signal)
+                self.stop_if_requested(stop_signal)
+        self.engine.close()
+        return self.progress
+
+    def begin(self, progress: TrainingProgress) -> None:
+        """Make ready for the first step; the last point at which a signal costs nothing."""
+        self.progress = progress
+        self.meter = Meter(self.config, self.schedule, self.ranks, self.stream, progress.step)
+        self.audit = Audit(self.config, self.manifest, self.ranks, progress.step)
+        self.batches = self.audit.recorded(self.stream.batches(progress.position))
+        self.engine.module.train()
+        saved = f"{progress.step} of {self.schedule.steps} steps are saved in {self.config.output}"
+        process_group.raise_if_stop_requested(
+            self.signals, self.ranks.device, saved if progress.step else "before the first step"
         )
-        if state is not None:
-            objectives.load(state.objectives)
-        batches = self.stream.batches(progress.position)
-        meter = Meter(config, schedule, ranks, self.stream, progress.step)
-        audit = Audit(config, self.manifest, ranks, progress.step)
-        engine.module.train()
-        begun = f"{progress.step} of {schedule.steps} steps are saved in {config.output}"
-        process_group.stop_if_asked(self.signals, ranks.device, begun if progress.step else "before the first step")
-        self.signals.hold()
-        gc_control.collect_as_usual()
-        for step in range(progress.step, schedule.steps):
-            learning_rate = schedule.learning_rate(step)
-            norm, witness, parts = math.nan, Witness(), []
-            weights = self.stream.schedule.weights(progress.position, config.train.accumulation)
-            for part, weight in enumerate(weights):
-                batch = next(batches).to(ranks.device)
-                audit.see(batch)
-                torch.manual_seed(dropout_seed(config, step, part, ranks))
-                output = witness.see(engine(batch), batch)
-                loss, terms = objectives(output, batch)
-                witness.hear(terms)
-                engine.backward(weight * loss)
-                norm = engine.step(learning_rate)
-                parts.append({name: weight * value for name, value in terms.items()})
-            progress = replace(progress, step=step + 1, position=progress.position + config.train.global_batch)
-            if not math.isfinite(norm):
-                progress = replace(progress, nonfinite=progress.nonfinite + 1)
-                self._tell_nonfinite(witness, engine, progress)
-            else:
-                meter.add(parts)
-            audit.close_step(progress.step)
+        self.signals.require_checkpoint()
+        gc_control.restore_gc()
 
-            if progress.step % config.tracking.every_steps == 0 or schedule.ends_epoch(step):
-                metrics = meter.read(step, norm, learning_rate) | objectives.health()
-                tracker.log(progress.step, metrics | {"nonfinite_steps": float(progress.nonfinite)})
-            meter.pause()
-            if schedule.ends_epoch(step) and _evaluates(config, schedule, step) and "val" in self.manifest.splits:
-                accuracy = 100 * evaluate(engine, self.manifest, "val", config, ranks)["accuracy"]
-                tracker.log(progress.step, {"accuracy/val": accuracy})
-                if progress.best_accuracy is None or accuracy > progress.best_accuracy:
-                    progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
-                if ranks.first:
-                    say(f"epoch {schedule.epoch(step) + 1}/{config.train.epochs}: val accuracy {accuracy:.2f} %")
-            progress = replace(progress, finished=progress.step == schedule.steps)
-            every = config.checkpoint.every_steps
-            # One tiny collective: whichever rank a signal reached, all stop after the same step.
-            asked = process_group.agree(self.signals.received or 0, ranks.device)
-            if asked or schedule.ends_epoch(step) or (every and progress.step % every == 0):
-                self._save(engine, objectives, progress)
-                tracker.send()
-            if asked and not progress.finished:
-                self.signals.release()
-                raise process_group.stopped(asked, f"saved step {progress.step} of {schedule.steps} in {config.output}")
-            meter.resume()
-        return progress
+    def run_micro_batches(self, step: int) -> StepResult:
+        """Forward, backward and update of step `step` (from 0)."""
+        learning_rate = self.schedule.learning_rate(step)
+        return self.steps.run_micro_batches(self.batches, step, self.progress.position, learning_rate)
 
-    def _tell_nonfinite(self, witness: Witness, engine: Engine, progress: Progress) -> None:
-        samples, budget = self.manifest.samples, self.config.train.nonfinite_budget
+    def count_step(self, step: int, result: StepResult) -> None:
+        """Count the step as done, or as left out because it was not finite."""
+        position = self.progress.position + self.config.train.global_batch
+        finished = step + 1 == self.schedule.steps
+        self.progress = replace(self.progress, step=step + 1, position=position, finished=finished)
+        if result.finite:
+            self.meter.add(result.micro_losses)
+        else:
+            self.progress = replace(self.progress, nonfinite=self.progress.nonfinite + 1)
+            self._handle_nonfinite_step(result)
+        self.audit.close_step(self.progress.step)
+
+    def log_step(self, step: int, result: StepResult) -> None:
+        """Every `tracking.every_steps` and at the end of an epoch: means since the last time, to metrics and MLflow."""
+        if self.progress.step % self.config.tracking.every_steps and not self.schedule.ends_epoch(step):
+            return
+        metrics = self.meter.read(step, result.grad_norm, result.learning_rate) | self.objectives.health()
+        self.tracker.log(self.progress.step, metrics | {"nonfinite_steps": float(self.progress.nonfinite)})
+
+    def validate(self, step: int) -> None:
+        """Every `evaluation.every_epochs` and at the end: accuracy on val, and whether it is the best so far."""
+        epoch = self.schedule.epoch(step) + 1
+        due = self.schedule.ends_epoch(step) and (
+            epoch % self.config.evaluation.every_epochs == 0 or step + 1 == self.schedule.steps
+        )
+        if not due or "val" not in self.manifest.splits:
+            return
+        accuracy = 100 * evaluate(self.engine, self.manifest, "val", self.config, self.ranks)["accuracy"]
+        self.tracker.log(self.progress.step, {"accuracy/val": accuracy})
+        if self.progress.best_accuracy is None or accuracy > self.progress.best_accuracy:
+            self.progress = replace(self.progress, best_accuracy=accuracy, best_step=self.progress.step)
+        if self.ranks.first:
+            say(f"epoch {epoch}/{self.config.train.epochs}: val accuracy {accuracy:.2f} %")
+
+    def save_if_due(self, step: int, stop_signal: int) -> None:
+        """A checkpoint every `checkpoint.every_steps`, at the end of an epoch, and before the run stops."""
+        every = self.config.checkpoint.every_steps
+        if stop_signal or self.schedule.ends_epoch(step) or (every and self.progress.step % every == 0):
+            self._save()
+            self.tracker.send()
+
+    def stop_if_requested(self, stop_signal: int) -> None:
+        """Raises Stopped where a signal asked for it, and there is anything left to do."""
+        if stop_signal and not self.progress.finished:
+            self.signals.allow_exit()
+            saved = f"saved step {self.progress.step} of {self.schedule.steps} in {self.config.output}"
+            raise process_group.stopped(stop_signal, saved)
+
+    def _save(self) -> None:
+        state = replace(self.engine.capture(), objectives=self.objectives.state())
+        problem = ""
+        if self.ranks.first:
+            try:
+                progress = replace(self.progress, run_id=self.tracker.run_id)
+                self.checkpoints.save(state, progress, self.config.checkpoint.keep)
+            except (OSError, SafetensorError) as error:
+                problem = " ".join(str(error).split()) or repr(error)
+        # All ranks wait for it, and stop together where it failed.
+        if process_group.all_reduce_max(bool(problem), self.ranks.device):
+            raise UserError(
+                f"{self.checkpoints.folder}: cannot write the checkpoint of step {self.progress.step}"
+                + (f": {problem}" if problem else "")
+                + "; the ones before are complete: free some space, then give the same command again"
+            )
+
+    def _handle_nonfinite_step(self, result: StepResult) -> None:
+        """Name the cause. Raises UserError where there were more such steps than `train.nonfinite_budget`."""
+        samples, budget, step = self.manifest.samples, self.config.train.nonfinite_budget, self.progress.step
 
         def key(row: int) -> str:
             return samples[row]["key"].decode()
 
-        told = witness.explain(key) or witness.explain_inside(self._replay(engine, progress.step - 1), key)
-        text = f"step {progress.step}: the loss or its gradient is not finite: {told}"
-        if progress.nonfinite > budget:
+        diagnostics = result.diagnostics
+        cause = diagnostics.diagnose_loss(key) or diagnostics.diagnose_backward(self._replay(step - 1), key)
+        text = f"step {step}: the loss or its gradient is not finite: {cause}"
+        if self.progress.nonfinite > budget:
             raise UserError(
-                f"{text}; this is step {progress.nonfinite} of that kind, and train.nonfinite_budget is {budget}; look "
-                "at these videos, lower train.learning_rate, or use train.precision=fp32"
+                f"{text}; this is step {self.progress.nonfinite} of that kind, and train.nonfinite_budget is {budget}; "
+                "look at these videos, lower train.learning_rate, or use train.precision=fp32"
             )
         if self.ranks.first:
-            say(f"warning: {text}; step left out ({progress.nonfinite} of at most {budget})")
+            say(f"warning: {text}; step left out ({self.progress.nonfinite} of at most {budget})")
 
-    def _replay(self, engine: Engine, step: int) -> Replay:
-        """The network of step `step`, a copy on each rank that needs no other one; all ranks call it together."""
+    def _replay(self, step: int) -> Replay:
+        """The network of step `step`, a copy on each rank that needs no other one."""
         config, ranks = self.config, self.ranks
-        dtype = PRECISIONS[config.train.precision]
-        weights = engine.capture().weights
-        network = PlainModel(model_for(config.model, self.manifest), weights, ranks.device, dtype)
+        weights = self.engine.capture().weights
+        model = model_for(config.model, self.manifest)
+        network = PlainModel(model, weights, ranks.device, PRECISIONS[config.train.precision])
 
         def read(rows: Tensor) -> Batch:
-            # Not kept since: the reader fills a batch's memory anew, and a GPU has none to spare.
+            # Read again: the reader fills a batch's memory anew, and a GPU has no memory to spare for copies.
             with EvalStream(self.manifest, "train", batch=len(rows)) as stream:
                 return stream.read(rows.numpy())
 
-        def run(part: int, batch: Batch) -> Output:
-            torch.manual_seed(dropout_seed(config, step, part, ranks))
+        def run(micro_batch: int, batch: Batch) -> Output:
+            torch.manual_seed(dropout_seed(config, step, micro_batch, ranks))
             return network(batch)
 
         return Replay(network.module, read, run)
-
-    def _save(self, engine: Engine, objectives: Objectives, progress: Progress) -> None:
-        state = replace(engine.capture(), objectives=objectives.state())
-        mistake = ""
-        if self.ranks.first:
-            try:
-                progress = replace(progress, run_id=self.tracker.run_id)
-                self.checkpoints.save(state, progress, self.config.checkpoint.keep)
-            except (OSError, SafetensorError) as error:
-                mistake = " ".join(str(error).split()) or repr(error)
-        # All ranks wait for it, and stop together where it failed.
-        if process_group.agree(bool(mistake), self.ranks.device):
-            raise UserError(
-                f"{self.checkpoints.folder}: cannot write the checkpoint of step {progress.step}"
-                + (f": {mistake}" if mistake else "")
-                + "; the ones before are whole: make room, then give the same command again"
-            )
-
-
-def open_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
-    return TrainStream(
-        manifest,
-        "train",
-        global_batch=config.train.global_batch,
-        seed=config.train.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        accumulation=config.train.accumulation,
-        order=config.data.order,
-        epoch_end=config.data.epoch_end,
-        threads=config.data.threads,
-        depth=config.data.depth,
-        check_crc=config.data.check_crc,
-        on_error=config.data.on_error,
-        skip_budget=config.data.skip_budget,
-        pin=ranks.device.type == "cuda",
-        access=config.data.access,
-    )
 
 
 def _make_folder(output: str) -> None:
@@ -264,58 +262,3 @@ def _make_folder(output: str) -> None:
         make_folder(Path(output))
     except OSError as error:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
-
-
-def new_model(config: Config, manifest: Manifest) -> nn.Module:
-    """The network as every rank begins with it: from the seed and the scale of the features, or `model.weights`."""
-    torch.manual_seed(config.train.seed)
-    model = model_for(config.model, manifest)
-    if config.model.weights is not None:
-        load_weights(config.model.weights, model)
-        return model
-    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, access=config.data.access) as stream:
-        batch = next(iter(stream))
-        model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
-    return model
-
-
-def dropout_seed(config: Config, step: int, part: int, ranks: Ranks) -> int:
-    """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
-    seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
-    return (seed + part * 0x9E37_79B9_7F4A_7C15) % 2**63
-
-
-def _evaluates(config: Config, schedule: Schedule, step: int) -> bool:
-    return (schedule.epoch(step) + 1) % config.evaluation.every_epochs == 0 or step + 1 == schedule.steps
-
-
-def _final_results(
-    config: Config,
-    manifest: Manifest,
-    ranks: Ranks,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    signals: StopSignals,
-) -> dict[str, float]:
-    """Percentages of the weights that were best on val (the last ones without a val split), on val and test.
-
-    What lies behind them goes to `evaluation_val.json` and `evaluation_test.json` in the run's folder.
-    """
-    state, _ = checkpoints.load(progress.best_step or progress.step)
-    model = PlainModel(model_for(config.model, manifest), state.weights, ranks.device)
-    results: dict[str, float] = {}
-    for split, name in (("val", "best_val"), ("test", "test")):
-        if split in manifest.splits:
-            found = evaluate(model, manifest, split, config, ranks, signals)
-            results |= {f"{key}/{name}": 100 * found[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
-            if ranks.first:
-                _write_json(config, f"evaluation_{split}.json", found)
-    return results
-
-
-def _write_json(config: Config, name: str, content: Any) -> None:
-    """Results are printed and tracked too: a full disk does not cost a finished run its end."""
-    try:
-        (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        say(f"warning: {config.output}/{name} could not be written: {error.strerror}")

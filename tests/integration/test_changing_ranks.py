@@ -52,7 +52,7 @@ def test_a_run_that_changes_its_ranks(
         assert launch.until_step(step)
         launch.ranks[-1].signal(signal.SIGUSR2)
         assert launch.wait() == [EXIT_REQUEUE] * world, launch.outputs()
-    assert "going on from" in prefork.start(run, last).finish(240)
+    assert "resuming from" in prefork.start(run, last).finish(240)
 
     one = throughout(before[0][0], steps)
     expected, found = audited(one), audited(tmp_path / "moved")

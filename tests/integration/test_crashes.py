@@ -51,7 +51,7 @@ def test_killed_at_random_moments(
     whole = time.monotonic() - began
     killed = arguments(keypad_shards, tmp_path / "killed", *more)
     checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
-    hold = ["cpsp_dist.training.trainer", "_final_results", 0, str(tmp_path / "never")]
+    hold = ["cpsp_dist.training.trainer", "evaluate_best", 0, str(tmp_path / "never")]
     for _ in range(kills):
         launch = prefork.start(killed, 2, patch="tests.integration.test_signals:wait_inside", patch_args=hold)
         saved = max([0, *checkpoints.steps()])
@@ -69,7 +69,7 @@ def test_killed_at_random_moments(
         assert set(launch.wait()) == {-signal.SIGKILL}, launch.outputs()
         assert checkpoints.newest_valid()[0] == max(checkpoints.steps(), default=None), "never a half one"
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert "going on from" in prefork.start(killed, 2).finish()
+    assert "resuming from" in prefork.start(killed, 2).finish()
     print(where)
     expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
     assert expected.keys() == found.keys()
@@ -151,11 +151,13 @@ def save_stages(folder: Path) -> int:
 
 
 def save_some(output: Path, step: int, value: float | None = None) -> None:
-    from cpsp_dist.training.checkpoint import Progress
+    from cpsp_dist.training.checkpoint import TrainingProgress
     from cpsp_dist.training.engine import TrainingState
 
     tensor = torch.full((100,), float(step) if value is None else value)
-    Checkpoints(output).save(TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), Progress(step=step), 2)
+    Checkpoints(output).save(
+        TrainingState({"w": tensor}, {"exp_avg": {"w": tensor}}, step), TrainingProgress(step=step), 2
+    )
 
 
 def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:

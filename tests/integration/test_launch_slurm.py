@@ -89,7 +89,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
     }
     # What was disturbed ends as what was not, each step told once.
     for name, more in (("psa_v=0,seed=1", "objectives.psa_v=0"), ("psa_v=1,seed=1", "objectives.psa_v=1")):
-        assert any(line.startswith(f"{name}: going on from ") for line in lines)
+        assert any(line.startswith(f"{name}: resuming from ") for line in lines)
         alone = tmp_path / f"alone-{more}"
         run = overrides(keypad_shards, alone, *LIGHT, "train.steps=24", "tracking.enabled=false")
         prefork.start(["--config", str(KEYPAD), *run, more], 1).finish()

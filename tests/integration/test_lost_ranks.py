@@ -35,7 +35,9 @@ def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
     assert time.monotonic() - began < 30
     told = last_lines(launch, victim)
     assert told
-    assert all(line.startswith(f"error: rank {victim}: ended without a word") for line in told), launch.outputs()
+    assert all(line.startswith(f"error: rank {victim}: exited without an error message") for line in told), (
+        launch.outputs()
+    )
 
 
 def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
         assert prefork.wait(other.pid, 60) == EXIT_LOST_RANK
         launch.ranks[victim].kill()
         assert prefork.wait(launch.ranks[victim].pid, 60) == -signal.SIGKILL
-        assert other.output.strip().splitlines()[-1] == f"error: rank {victim}: was not heard of for 5 s"
+        assert other.output.strip().splitlines()[-1] == f"error: rank {victim}: sent no heartbeat for 5 s"
 
 
 def test_an_error_of_one_rank_is_told_by_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
@@ -82,16 +84,16 @@ def test_an_error_of_one_rank_is_told_by_the_others(prefork: Any, keypad_shards:
 
 def fail_at_step(rank: int, step: int, failing: int) -> None:
     """A mistake of ours on one rank."""
-    from cpsp_dist.training.lr_schedule import Schedule
+    from cpsp_dist.training.lr_schedule import TrainingSchedule
 
-    learning_rate = Schedule.learning_rate
+    learning_rate = TrainingSchedule.learning_rate
 
-    def broken(self: Schedule, number: int) -> float:
+    def broken(self: TrainingSchedule, number: int) -> float:
         if rank == failing and number == step:
             return json.loads("{broken")
         return learning_rate(self, number)
 
-    Schedule.learning_rate = broken  # type: ignore[method-assign]
+    TrainingSchedule.learning_rate = broken  # type: ignore[method-assign]
 
 
 def test_a_bug_on_one_rank_is_one_line_on_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:

@@ -38,24 +38,24 @@ def test_each_signal_saves_and_asks_for_a_new_start(prefork: Any, keypad_shards:
         assert lines[-1].startswith(f"{number.name}: saved step {step} of 20")
         assert not any(line.startswith(f"step {step + 1}/") for line in lines), "no step after the one that is saved"
         before = step
-    assert f"going on from {Checkpoints(tmp_path / 'stopped').path(before)}" in prefork.start(stopped, 2).finish()
+    assert f"resuming from {Checkpoints(tmp_path / 'stopped').path(before)}" in prefork.start(stopped, 2).finish()
     expected, found = newest_state(tmp_path / "alone"), newest_state(tmp_path / "stopped")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def sleep_before_step(rank: int, step: int, sleeper: int) -> None:
     """A rank that takes a minute over one step, so that the others wait for it in a collective."""
-    from cpsp_dist.training.lr_schedule import Schedule
+    from cpsp_dist.training.lr_schedule import TrainingSchedule
 
-    learning_rate = Schedule.learning_rate
+    learning_rate = TrainingSchedule.learning_rate
 
-    def slow(self: Schedule, number: int) -> float:
+    def slow(self: TrainingSchedule, number: int) -> float:
         if rank == sleeper and number == step:
             print("sleeping", flush=True)
             time.sleep(60)
         return learning_rate(self, number)
 
-    Schedule.learning_rate = slow  # type: ignore[method-assign]
+    TrainingSchedule.learning_rate = slow  # type: ignore[method-assign]
 
 
 def test_a_second_signal_ends_at_once(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
         _, told = process.communicate(timeout=120)
     assert "libtorch" not in mapped
     assert process.returncode == EXIT_REQUEUE
-    assert told == f"SIGUSR1: before anything was begun; give the same command again to go on (exit code {75})\n"
+    assert told == f"SIGUSR1: before anything was begun; run the same command again to resume (exit code {75})\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -133,7 +133,7 @@ def wait_inside(rank: int, module: str, function: str, waiter: int, go: str, pat
     """Rank `waiter` says so when it comes to a function, and waits there for the file `go`."""
     from cpsp_dist.distributed import signals
 
-    signals.PATIENCE = patience
+    signals.SAFE_POINT_TIMEOUT = patience
     owner = importlib.import_module(module)
     original = getattr(owner, function)
 
@@ -166,8 +166,11 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
 
 @pytest.mark.parametrize(
     "function",
-    ["loop:find_state"]
-    + [pytest.param(name, marks=pytest.mark.long) for name in ("distributed:connect", "loop:build_engine")],
+    ["training.trainer:load_latest_checkpoint"]
+    + [
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("distributed.process_group:connect", "training.trainer:build_engine")
+    ],
 )
 def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""
@@ -179,15 +182,22 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
     (tmp_path / "go").touch()
     assert launch.wait() == [EXIT_REQUEUE] * 2, launch.outputs()
     last = launch.ranks[0].output.splitlines()[-1]
-    told = "before anything was begun" if function == "distributed:connect" else "of 1000 steps are saved in "
+    told = (
+        "before anything was begun"
+        if function == "distributed.process_group:connect"
+        else "of 1000 steps are saved in "
+    )
     assert last.startswith("SIGTERM: ")
     assert told in last
-    assert last.endswith("give the same command again to go on (exit code 75)")
+    assert last.endswith("run the same command again to resume (exit code 75)")
     assert "\nstep " not in launch.outputs()
     assert checkpoint_files(stopped) == before
 
 
-@pytest.mark.parametrize(("function", "others"), [("distributed:connect", None), ("loop:build_engine", EXIT_REQUEUE)])
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [("distributed.process_group:connect", None), ("training.trainer:build_engine", EXIT_REQUEUE)],
+)
 def test_signal_to_a_rank_that_waits_for_others(
     prefork: Any, stopped: list[str], tmp_path: Path, function: str, others: int | None
 ) -> None:
@@ -202,20 +212,20 @@ def test_signal_to_a_rank_that_waits_for_others(
     signalled.signal(signal.SIGTERM)
     assert prefork.wait(signalled.pid, 30) == EXIT_REQUEUE
     assert signalled.output.splitlines()[-1] == (
-        "SIGTERM: nothing was unsaved; give the same command again to go on (exit code 75)"
+        "SIGTERM: all progress is saved; run the same command again to resume (exit code 75)"
     )
     if others is None:
         launch.ranks[1].kill()
     else:
         assert prefork.wait(launch.ranks[0].pid, 30) == others
-        assert launch.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: nothing was unsaved")
+        assert launch.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: all progress is saved")
     launch.wait()
     assert checkpoint_files(stopped) == before
 
 
 def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """As when a launcher ends the ranks that are left: it does not replace the code that asks for a new start."""
-    where = ["cpsp_dist.distributed.process_group", "_part", 1, str(tmp_path / "go")]
+    where = ["cpsp_dist.distributed.process_group", "_disconnect", 1, str(tmp_path / "go")]
     run = arguments(keypad_shards, tmp_path / "run")
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
     assert launch.until_step(1)
@@ -237,7 +247,7 @@ def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tm
     output = tmp_path / "run"
     more = ["train.steps=2", "evaluation.batch=4", "tracking.enabled=true"]
     run = arguments(keypad_shards, output, *more)
-    where = ["cpsp_dist.training.trainer", "_final_results", 1, str(tmp_path / "go")]
+    where = ["cpsp_dist.training.trainer", "evaluate_best", 1, str(tmp_path / "go")]
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
     assert launch.until(lambda: "waiting" in launch.ranks[1].output)
     launch.ranks[0].signal(signal.SIGUSR1)

@@ -191,7 +191,7 @@ def test_disturbed_in_every_way(slurm: Any, prefork: Any, keypad_shards: Path, t
     slurm.boot(node)
     shown = job.wait()
     assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), job.output[-3000:]
-    assert job.output.count("going on from") == 5
+    assert job.output.count("resuming from") == 5
 
     expected, found = newest_state(tmp_path / "alone"), newest_state(tmp_path / "disturbed")
     assert expected.keys() == found.keys()
@@ -221,7 +221,7 @@ def test_goes_on_on_another_number_of_nodes(slurm: Any, prefork: Any, keypad_sha
     assert "cannot requeue this job: give the same sbatch command again" in first.output.splitlines()[-1]
     second = Job(slurm, tmp_path, "train_100k.sh", NODES, run)
     assert second.wait()["ExitCode"] == "0:0", second.output
-    assert "going on from" in second.output
+    assert "resuming from" in second.output
     expected, found = audited(tmp_path / "alone"), audited(tmp_path / "moved")
     assert {step: sorted(keys) for step, keys in found.items()} == {s: sorted(k) for s, k in expected.items()}
     assert len(found) == 30

@@ -23,7 +23,8 @@ from cpsp_dist.tracking.mlflow import RUN_FILE, all_runs
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.evaluate import evaluate_run
-from cpsp_dist.training.trainer import new_model, train
+from cpsp_dist.training.setup import initial_model
+from cpsp_dist.training.trainer import train
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, loss_history, newest_weights, overrides
 from tests.support.runs import plain_arguments as arguments
@@ -75,7 +76,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
             timeout=400,
         )
     config = load_config(KEYPAD, overrides(keypad_shards, tmp_path))
-    initial = new_model(config, Manifest.load(keypad_shards)).state_dict()
+    initial = initial_model(config, Manifest.load(keypad_shards)).state_dict()
     for name in engines:
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
@@ -131,7 +132,7 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
         assert launch.until(lambda: (tmp_path / "killed" / RUN_FILE).exists())
         launch.kill()
         launch.wait()
-    assert "going on from" in prefork.start(run, 2).finish()
+    assert "resuming from" in prefork.start(run, 2).finish()
     runs = all_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", "cpsp")
     assert [run["status"] for run in runs] == ["FINISHED"]
     assert logged_steps(tmp_path / "mlflow.db") == list(range(1, 21))
@@ -169,7 +170,7 @@ def test_another_world_size_and_engine_goes_on(prefork, keypad_shards, tmp_path,
     assert launch.until_step(13)
     launch.kill()
     launch.wait()
-    assert "going on from" in prefork.start(arguments(keypad_shards, tmp_path / "moved", *more, *after), 2).finish()
+    assert "resuming from" in prefork.start(arguments(keypad_shards, tmp_path / "moved", *more, *after), 2).finish()
     expected, found = newest_weights(tmp_path / "one"), newest_weights(tmp_path / "moved")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance)
@@ -185,9 +186,9 @@ def user_error(prefork: Any, arguments: list[str], world: int = 1, **more: Any) 
 
 def print_gc_thresholds(rank: int) -> None:
     from cpsp_dist.distributed import process_group
-    from cpsp_dist.training.lr_schedule import Schedule
+    from cpsp_dist.training.lr_schedule import TrainingSchedule
 
-    for owner, name in ((process_group, "discover"), (Schedule, "learning_rate")):
+    for owner, name in ((process_group, "discover"), (TrainingSchedule, "learning_rate")):
         original = getattr(owner, name)
 
         def tells(*args, name=name, original=original):
@@ -203,7 +204,7 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork
     output = prefork.start(run, 1, patch="tests.integration.test_training:print_gc_thresholds").finish()
     told = [line.split() for line in output.splitlines() if line.startswith(("discover ", "learning_rate "))]
     starts, trains, _ = [(name, int(every)) for name, every, _ in told]
-    assert starts == ("discover", gc_control.SELDOM)
+    assert starts == ("discover", gc_control.REDUCED_THRESHOLD)
     assert trains == ("learning_rate", gc.get_threshold()[0])
     frozen = [int(count) for _, _, count in told]
     assert frozen[1] > frozen[0], "what the start made"
@@ -211,9 +212,9 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork
 
 def test_garbage_of_a_training_inside_a_program_is_collected():
     before = gc.get_freeze_count(), gc.get_threshold()
-    gc_control.collect_as_usual()
-    with gc_control.collected_seldom():
-        assert gc.get_threshold()[0] == gc_control.SELDOM
+    gc_control.restore_gc()
+    with gc_control.reduced_gc():
+        assert gc.get_threshold()[0] == gc_control.REDUCED_THRESHOLD
     assert (gc.get_freeze_count(), gc.get_threshold()) == before
 
 
@@ -280,7 +281,7 @@ def two_gpus(rank: int) -> None:
 
 
 def test_more_ranks_than_gpus_are_told_by_the_first_of_them(prefork, keypad_shards, tmp_path):
-    """Which is not rank 0, who has its GPU; the others end without a word."""
+    """Which is not rank 0, who has its GPU; the others exit without an error message."""
     for local, told in ((2, ["local rank 2, but this machine shows 2 GPU(s)"]), (3, [])):
         launch = prefork.start(
             arguments(keypad_shards, tmp_path / "run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,8 @@ def test_mistakes_of_evaluate_are_one_line(trained: Path, tmp_path: Path, capsys
     assert main([*pack, "--out", str(tmp_path / "other")]) == 0
     run = str(trained / "psp")
     for given, told in (
-        ([str(tmp_path / "none")], f"{tmp_path / 'none'}: no whole checkpoint here; give the output folder of a"),
-        ([str(trained)], "no whole checkpoint here"),
+        ([str(tmp_path / "none")], f"{tmp_path / 'none'}: no complete checkpoint here; give the output folder of a"),
+        ([str(trained)], "no complete checkpoint here"),
         ([run, "--split", "tset"], "no split 'tset' in these shards; there are: train, val, test"),
         ([run, "--shards", str(tmp_path / "nothing")], f"{tmp_path / 'nothing'}: no such folder"),
         ([run, "--shards", str(tmp_path / "other")], "other: these shards do not fit the weights of"),
@@ -146,12 +147,28 @@ def test_the_folder_tells_what_it_is(trained: Path, keypad_shards: Path, tmp_pat
         assert text in card
 
 
+def test_shards_at_a_url_go_through_the_cache_of_the_run(
+    prefork: Any, keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sample table is fetched to `data.cache` of the run, not to the default cache of this user."""
+    cache = tmp_path / "cache"
+    settings = ["train.steps=1", f"data.shards=file://{keypad_shards}", f"data.cache={cache}"]
+    prefork.start(arguments(keypad_shards, tmp_path / "run", *settings), 1).finish()
+    shutil.rmtree(cache)
+    monkeypatch.setenv("CPSP_CACHE", str(tmp_path / "default"))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert list(cache.iterdir()), "the table"
+    assert not (tmp_path / "default").exists()
+    manifest = Manifest.load(keypad_shards)
+    assert (tmp_path / "out" / "categories.txt").read_text().splitlines() == manifest.categories
+
+
 def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     assert main(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert main(["export", str(trained / "psp"), "--out", str(tmp_path / "there")]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "no whole checkpoint here" in first
+    assert "no complete checkpoint here" in first
     assert "exists already" in second
     with pytest.raises(DataError, match="not a model of `cpsp-dist export`"):
         load_model(tmp_path / "there")

@@ -101,8 +101,8 @@ class ShardFiles:
         self._most = max(1, _allow_files(each * len(manifest.shards)) // each)
 
     @property
-    def moved(self) -> int:
-        """Bytes that came over a network so far: a sign of life to those that wait."""
+    def bytes_received(self) -> int:
+        """Bytes that arrived over a network so far: while it grows, a waiting reader does not time out."""
         return 0
 
     def __getitem__(self, number: int) -> ShardFile:
@@ -118,14 +118,14 @@ class ShardFiles:
                     self._keep(number, file)
         return file
 
-    def at_hand(self, number: int) -> ShardFile | None:
-        """The shard, if it can be had without waiting for a network; raises DataError as `self[number]`."""
+    def get_if_open(self, number: int) -> ShardFile | None:
+        """The shard, if no network has to be waited for; raises DataError as `self[number]`."""
         return self[number]
 
-    def follow(self, plans: Iterator[np.ndarray], keep: int) -> tuple[Iterator[np.ndarray], Callable[[], None]]:
-        """`plans` (rows of the sample table) that a reader is about to follow, and what to call once it no longer does.
+    def prefetch(self, plans: Iterator[np.ndarray], window: int) -> tuple[Iterator[np.ndarray], Callable[[], None]]:
+        """`plans` (rows of the sample table) for a reader to draw, their shards fetched ahead; and what ends that.
 
-        The reader is done with a plan when it has drawn `keep` more.
+        The reader has finished a plan when it has drawn `window` more.
         """
         return plans, lambda: None
 
@@ -161,7 +161,7 @@ class LookAhead:
         before = _blocks_read()
         for shard, start, end in sample_ranges(table, self._fields):
             try:
-                if (file := self._files.at_hand(shard)) is not None:
+                if (file := self._files.get_if_open(shard)) is not None:
                     file.advise(start, end)
             except (DataError, OSError):
                 continue

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (sizes, seed, epoch), and each rank's share of it.
 
 Nothing is stored and no library's random generator is used, so an order survives upgrades and starts anywhere at once.
-`Full` mixes a whole split: the best order, where any sample can be read at any time. `Lanes` reads shards from front to
-back, many at a time: the order for shards that have to be fetched first.
+`Full` mixes a split completely: the best order, if any sample can be read at any time. `Lanes` reads shards from front
+to back, many at a time: the order for shards that have to be fetched first.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def permutation(n: int, seed: int, epoch: int) -> Full:
     return Full(n, seed, epoch)
 
 
-def share(first: int, count: int, rank: int, world: int) -> range:
+def rank_slice(first: int, count: int, rank: int, world: int) -> range:
     """Rank `rank`'s part of positions [first, first + count).
 
-    Contiguous; the parts of all ranks, one after the other, are the whole; their sizes differ by at most one.
+    Contiguous; the parts of all ranks, one after the other, are all of them; their sizes differ by at most one.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}")

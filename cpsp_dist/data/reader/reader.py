@@ -1,8 +1,8 @@
 """The streaming reader: threads fill a ring of reused batches from memory-mapped shards, in a fixed order.
 
 `TrainStream` is endless and delivers each sample exactly once an epoch; `EvalStream` delivers each sample of a split
-once over all ranks, in the same number of steps on every rank. What a rank has delivered is told by one number, the
-position: samples delivered so far over all ranks. So any number of ranks goes on from it with the same global batches.
+once over all ranks, in the same number of steps on every rank. What a rank has delivered is one number, the position:
+samples delivered so far over all ranks. So any number of ranks resumes from it with the same global batches.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
-from cpsp_dist.data.reader.files import Access, LookAhead
-from cpsp_dist.data.reader.order import share
+from cpsp_dist.data.reader.files import LookAhead
+from cpsp_dist.data.reader.options import ReaderOptions
+from cpsp_dist.data.reader.order import rank_slice
 from cpsp_dist.data.reader.remote import shard_files
-from cpsp_dist.data.reader.ring import AHEAD, Job, Ring, Slot
-from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, Schedule
+from cpsp_dist.data.reader.ring import AHEAD, PendingBatch, Ring, Slot
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -42,30 +43,19 @@ class _Stream:
         slots: int,
         rank: int,
         world: int,
-        threads: int,
-        depth: int,
-        check_crc: bool,
-        on_error: Literal["raise", "skip"],
-        skip_budget: int,
-        pin: bool,
-        access: Access,
+        options: ReaderOptions,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
-        if min(threads, depth) < 1:
-            raise ValueError(f"threads={threads}, depth={depth}: at least 1 of each")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r}: 'raise' or 'skip'")
         _check_schema(manifest)
         self.rows = manifest.rows(split)
         self.samples = len(self.rows)
         self.skipped = 0
         self.wait_seconds = 0.0
         self.manifest, self.split, self.rank, self.world = manifest, split, rank, world
-        self._threads, self._depth, self._slot_size = threads, depth, slots
-        self._check_crc, self._skip, self._budget = check_crc, on_error == "skip", skip_budget
-        self._pin = pin and torch.cuda.is_available()
-        self._files = shard_files(manifest, access)
+        self._options, self._slot_size = options, slots
+        self._pin = options.pin and torch.cuda.is_available()
+        self._files = shard_files(manifest, options.access)
         self._look_ahead = LookAhead(self._files, manifest.fields)  # keeps what it found over many passes
         self._slots: list[Slot] = []
         self._ring: Ring | None = None
@@ -90,9 +80,16 @@ class _Stream:
             self._slots = []  # a thread that would not end may still write to these
         if not self._slots:
             # One is in the consumer's hands while `depth` are read ahead.
-            self._slots = [Slot(self.manifest.fields, self._slot_size, self._pin) for _ in range(self._depth + 1)]
+            count = self._options.depth + 1
+            self._slots = [Slot(self.manifest.fields, self._slot_size, self._pin) for _ in range(count)]
         ring = self._ring = Ring(
-            self.manifest, self._files, self._look_ahead, self._slots, plans, self._threads, self._check_crc
+            self.manifest,
+            self._files,
+            self._look_ahead,
+            self._slots,
+            plans,
+            self._options.threads,
+            self._options.check_crc,
         )
         try:
             while True:
@@ -106,34 +103,24 @@ class _Stream:
         finally:
             ring.stop()
 
-    def _account(self, job: Job) -> None:
+    def _account(self, job: PendingBatch) -> None:
         """Raise or count what went wrong in a batch. Counted at delivery, so reading ahead changes nothing."""
         for position, error in sorted(job.failures, key=lambda failure: failure[0]):
-            if not self._skip or not isinstance(error, DataError):
+            if self._options.on_error == "raise" or not isinstance(error, DataError):
                 raise error
             self.skipped += 1
-            if self.skipped > self._budget:
-                raise DataError(f"{error}; this is damaged sample {self.skipped}, and skip_budget is {self._budget}")
-            logger.warning("skipped (%d of at most %d): %s", self.skipped, self._budget, error)
+            budget = self._options.skip_budget
+            if self.skipped > budget:
+                raise DataError(f"{error}; this is damaged sample {self.skipped}, and skip_budget is {budget}")
+            logger.warning("skipped (%d of at most %d): %s", self.skipped, budget, error)
             job.slot.blank(position)
 
 
 class TrainStream(_Stream):
     """A split without end, each sample exactly once an epoch.
 
-    `Schedule` says which sample comes when; by default batches straddle epochs, so that none is short. Every rank gets
-    ceil(global_batch / accumulation / world) slots a micro-batch, with one of them invalid where shares are uneven.
-
-    Args:
-        order: "full", every sample anywhere; "lanes", few shards at a time; None, the one for a folder, the other for a
-            URL. A position means what it did only in the order it was reached in.
-        epoch_end: "carry", batches straddle epochs; "drop", an epoch's last, short global batch is left out; "pad", it
-            is filled up with invalid slots. The last two tie positions to `global_batch`: keep it over a resume.
-        threads, depth: reader threads, and batches they read ahead.
-        check_crc: compare each array with its crc32c.
-        on_error: a damaged sample ends the reading, or ("skip") leaves its slot invalid and zero, up to `skip_budget`.
-        pin: page-locked memory, where there is a GPU.
-        access: see `files.Access`.
+    `ReadSchedule` says which sample comes when; by default batches straddle epochs, so that none is short. Every rank
+    gets ceil(global_batch / accumulation / world) slots a micro-batch, one of them invalid where shares are uneven.
 
     Attributes:
         samples: number of samples of the split.
@@ -155,40 +142,20 @@ class TrainStream(_Stream):
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
-        order: OrderName | None = None,
-        epoch_end: EpochEnd = "carry",
-        threads: int = 2,
-        depth: int = 3,
-        check_crc: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
-        skip_budget: int = 100,
-        pin: bool = False,
-        access: Access = "auto",
+        options: ReaderOptions = ReaderOptions(),  # noqa: B008  # frozen
     ) -> None:
-        self.schedule = Schedule(
+        self.schedule = ReadSchedule(
             [shard.nsamples for shard in manifest.shards if shard.split == split],
             global_batch=global_batch,
             seed=seed,
             world=world,
             accumulation=accumulation,
-            order=order or ("full" if manifest.remote is None else "lanes"),
-            epoch_end=epoch_end,
+            order=options.order or ("full" if manifest.remote is None else "lanes"),
+            epoch_end=options.epoch_end,
         )
-        super().__init__(
-            manifest,
-            split,
-            slots=-(-self.schedule.micro // world),
-            rank=rank,
-            world=world,
-            threads=threads,
-            depth=depth,
-            check_crc=check_crc,
-            on_error=on_error,
-            skip_budget=skip_budget,
-            pin=pin,
-            access=access,
-        )
-        if self.samples < global_batch and epoch_end != "pad":
+        slots = -(-self.schedule.micro // world)
+        super().__init__(manifest, split, slots=slots, rank=rank, world=world, options=options)
+        if self.samples < global_batch and options.epoch_end != "pad":
             raise DataError(
                 f"{manifest.place}: split '{split}' has {self.samples} samples, too few for one global batch of"
                 f" {global_batch}; set train.global_batch to at most {self.samples // accumulation * accumulation}"
@@ -228,30 +195,11 @@ class EvalStream(_Stream):
         batch: int,
         rank: int = 0,
         world: int = 1,
-        threads: int = 2,
-        depth: int = 3,
-        check_crc: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
-        skip_budget: int = 100,
-        pin: bool = False,
-        access: Access = "auto",
+        options: ReaderOptions = ReaderOptions(),  # noqa: B008  # frozen
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch}")
-        super().__init__(
-            manifest,
-            split,
-            slots=-(-batch // world),
-            rank=rank,
-            world=world,
-            threads=threads,
-            depth=depth,
-            check_crc=check_crc,
-            on_error=on_error,
-            skip_budget=skip_budget,
-            pin=pin,
-            access=access,
-        )
+        super().__init__(manifest, split, slots=-(-batch // world), rank=rank, world=world, options=options)
         self._batch = batch
 
     def __len__(self) -> int:
@@ -269,7 +217,7 @@ class EvalStream(_Stream):
     def _plans(self) -> Iterator[np.ndarray]:
         for first in range(0, self.samples, self._batch):
             count = min(self._batch, self.samples - first)
-            yield np.asarray(share(first, count, self.rank, self.world), dtype=np.int64) + self.rows.start
+            yield np.asarray(rank_slice(first, count, self.rank, self.world), dtype=np.int64) + self.rows.start
 
 
 def _check_schema(manifest: Manifest) -> None:

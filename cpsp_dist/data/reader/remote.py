@@ -1,8 +1,8 @@
-"""Shards at a URL: fetched into the cache by threads, ahead of the reader, in the order of first need.
+"""Shards at a URL: fetched into the cache by threads, ahead of the reader, in the order of first use.
 
-What comes is known exactly: the reader's plans are a pure function. So they are drawn well before the reader asks for
-them, the shards they name are fetched, and a shard that no plan near the reader names is let go of, for the cache to
-delete when it needs room.
+The reader's plans are a pure function, known in advance. So they are drawn well before the reader asks for them, the
+shards they name are fetched, and a shard that no plan near the reader names is closed, so that the cache may delete
+it.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cpsp_dist.data.cache import NoRoom, NotWanted
+from cpsp_dist.data.cache import CacheFull
+from cpsp_dist.data.fetch import Cancelled
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader.files import Access, ShardFile, ShardFiles
 from cpsp_dist.errors import DataError
 
 #: Threads that fetch; each has one shard at a time.
 FETCHERS = 4
-#: Samples of this rank that are looked ahead, some 2 GB of features.
+#: Samples of this rank whose shards are fetched ahead, some 2 GB of features.
 LOOK_AHEAD = 4096
-#: Seconds before a shard that found no room in the cache is tried again, unless the reader comes to it.
-ROOM_SECONDS = 1.0
-#: Seconds to wait for the threads at the end; one that waits for a server ends later, by itself.
+#: Seconds before a shard that did not fit into the cache is tried again, unless the reader needs it before.
+FULL_RETRY_SECONDS = 1.0
+#: Seconds to wait for the threads at the end; one that waits for a server ends later.
 JOIN = 5.0
 
 
 def shard_files(manifest: Manifest, access: Access = "auto") -> ShardFiles:
-    """The shards of a manifest, wherever they are."""
+    """The shards of a manifest, in a folder or at a URL."""
     return ShardFiles(manifest, access) if manifest.remote is None else RemoteShardFiles(manifest, access)
 
 
 class RemoteShardFiles(ShardFiles):
-    """The shards of a remote manifest by number: open while they are near the reader, fetched before."""
+    """The shards of a remote manifest by number: fetched ahead of the reader, open while plans near it name them."""
 
     def __init__(self, manifest: Manifest, access: Access = "auto") -> None:
         super().__init__(manifest, access)
@@ -44,33 +45,33 @@ class RemoteShardFiles(ShardFiles):
         self._fetching = Fetching(self, iter(()), 0)
 
     @property
-    def moved(self) -> int:
-        return self.remote.cache.moved
+    def bytes_received(self) -> int:
+        return self.remote.cache.bytes_received
 
     def __getitem__(self, number: int) -> ShardFile:
-        """The shard, waited for if need be; raises DataError where it cannot be had."""
-        return self._open.get(number) or self._fetching.need(number)
+        """The shard, fetched first if necessary; raises DataError if that fails."""
+        return self._open.get(number) or self._fetching.wait_for_shard(number)
 
-    def at_hand(self, number: int) -> ShardFile | None:
+    def get_if_open(self, number: int) -> ShardFile | None:
         return self._open.get(number)
 
-    def follow(self, plans: Iterator[np.ndarray], keep: int) -> tuple[Iterator[np.ndarray], Callable[[], None]]:
+    def prefetch(self, plans: Iterator[np.ndarray], window: int) -> tuple[Iterator[np.ndarray], Callable[[], None]]:
         self._fetching.stop()
-        self._fetching = Fetching(self, plans, keep)
+        self._fetching = Fetching(self, plans, window)
         return self._fetching, self._fetching.stop
 
     def close(self) -> None:
         self._fetching.stop()
         super().close()
 
-    def fetch(self, number: int, required: bool, stopped: threading.Event) -> ShardFile:
-        """The shard, opened; its descriptor keeps it in the cache. Raises DataError, NoRoom, NotWanted."""
+    def fetch(self, number: int, required: bool, cancelled: threading.Event) -> ShardFile:
+        """The shard, opened; its descriptor keeps it in the cache. Raises DataError, CacheFull, Cancelled."""
         shard = self.manifest.shards[number]
-        held = self.remote.open(shard.url, shard.sha256, shard.filesize, required=required, stopped=stopped)
+        held = self.remote.open(shard.url, shard.sha256, shard.filesize, required=required, cancelled=cancelled)
         return ShardFile(str(self.manifest.path(shard)), shard.filesize, self.mapped, held)
 
     def shard_numbers(self, rows: np.ndarray) -> dict[int, None]:
-        """Shards that `rows` of the sample table lie in (-1: none), each once, in order of first need."""
+        """Shards that `rows` of the sample table lie in (-1: none), each once, in order of first use."""
         numbers = self.manifest.samples["shard"][rows[rows >= 0]].tolist()
         return {n: None for n in dict.fromkeys(numbers) if n < len(self.manifest.shards)}
 
@@ -78,30 +79,30 @@ class RemoteShardFiles(ShardFiles):
         with self._lock:
             self._keep(number, file)
 
-    def forget(self, number: int) -> None:
+    def drop(self, number: int) -> None:
         with self._lock:
             self._open.pop(number, None)
 
 
 class Fetching:
-    """Hands plans on to the reader, with its threads busy on the shards of those to come."""
+    """Passes plans to the reader while its threads fetch the shards of the next ones."""
 
-    def __init__(self, files: RemoteShardFiles, plans: Iterator[np.ndarray], keep: int) -> None:
-        self._files, self._plans, self._keep = files, plans, keep
+    def __init__(self, files: RemoteShardFiles, plans: Iterator[np.ndarray], window: int) -> None:
+        self._files, self._plans, self._window = files, plans, window
         self._sizes = [shard.filesize for shard in files.manifest.shards]
         self._limit = files.remote.cache.limit or sum(self._sizes)
-        # Re-entered where the garbage collector closes an iterator in the midst of it.
+        # Re-entered if the garbage collector closes an iterator while it is held.
         self._changed = threading.Condition(threading.RLock())
-        self._coming: deque[tuple[np.ndarray, dict[int, None]]] = deque()  # plans drawn, not handed on yet
-        self._handed: deque[dict[int, None]] = deque()  # those that the reader may still be at, `keep` of them
+        self._next: deque[tuple[np.ndarray, dict[int, None]]] = deque()  # plans drawn, not passed to the reader yet
+        self._passed: deque[dict[int, None]] = deque()  # the last `window` plans passed, still in use
         self._uses: Counter[int] = Counter()  # of each shard, by the plans in both
-        self._ahead = self._bytes = 0  # samples in `coming`, bytes of the shards in use
+        self._ahead = self._bytes = 0  # samples in `next`, bytes of the shards in use
         self._wanted: dict[int, None] = {}  # shards to fetch, in order
-        self._active: set[int] = set()  # shards that some thread is fetching
+        self._active: set[int] = set()  # shards that a thread is fetching
         self._failed: dict[int, Exception] = {}
         self._broken: Exception | None = None
         self._exhausted = False
-        self._no_room_until = 0.0
+        self._full_until = 0.0
         self._threads: set[threading.Thread] = set()
         self._stopped = threading.Event()
 
@@ -110,15 +111,15 @@ class Fetching:
 
     def __next__(self) -> np.ndarray:
         with self._changed:
-            if not self._coming:
+            if not self._next:
                 self._draw()
-            if not self._coming:
+            if not self._next:
                 raise self._broken or StopIteration
-            rows, shards = self._coming.popleft()
+            rows, shards = self._next.popleft()
             self._ahead -= len(rows)
-            self._handed.append(shards)
-            if len(self._handed) > self._keep:
-                self._release(self._handed.popleft())
+            self._passed.append(shards)
+            if len(self._passed) > self._window:
+                self._release(self._passed.popleft())
             if len(self._threads) < FETCHERS and self._look_ahead():
                 for _ in range(min(len(self._wanted), FETCHERS - len(self._threads))):
                     thread = threading.Thread(target=self._work, name="fetcher", daemon=True)
@@ -126,34 +127,34 @@ class Fetching:
                     thread.start()
             return rows
 
-    def need(self, number: int) -> ShardFile:
-        """The shard, fetched by this thread unless another one is at it. Ends, since every fetch does."""
+    def wait_for_shard(self, number: int) -> ShardFile:
+        """The shard, fetched by this thread unless another one fetches it. Ends, since every fetch ends."""
         if number >= len(self._sizes):
             raise self._files.no_such_shard()
         with self._changed:
             while True:
                 if self._stopped.is_set():
-                    raise DataError(f"{self._files.manifest.place}: reading was ended")
-                if (file := self._files.at_hand(number)) is not None:
+                    raise DataError(f"{self._files.manifest.place}: the stream was closed")
+                if (file := self._files.get_if_open(number)) is not None:
                     return file
                 if (error := self._failed.get(number)) is not None:
                     raise error
                 if number not in self._active:
                     break
-                self._changed.wait(ROOM_SECONDS)
+                self._changed.wait(FULL_RETRY_SECONDS)
             self._wanted.pop(number, None)
             self._active.add(number)
         file = self._fetch(number, required=True)
-        return file if file is not None else self.need(number)
+        return file if file is not None else self.wait_for_shard(number)
 
     def stop(self) -> None:
-        """End the threads and let go of the shards that were kept for plans to come."""
+        """End the threads and close the shards that were kept for the next plans."""
         with self._changed:
             self._stopped.set()
             self._wanted.clear()
             self._changed.notify_all()
             for number in self._uses:
-                self._files.forget(number)
+                self._files.drop(number)
             self._uses.clear()
             threads = self._threads - {threading.current_thread()}
         limit = time.monotonic() + JOIN
@@ -180,14 +181,14 @@ class Fetching:
     def _fetch(self, number: int, required: bool) -> ShardFile | None:
         file: ShardFile | None = None
         error: Exception | None = None
-        again = False
+        retry = False
         try:
             file = self._files.fetch(number, required, self._stopped)
-        except NoRoom:
-            again = True
-        except NotWanted:
+        except CacheFull:
+            retry = True
+        except Cancelled:
             pass
-        except Exception as caught:  # also what nobody foresaw is for the reader, once it comes to this shard
+        except Exception as caught:  # any error is raised to the reader when it needs this shard
             error = caught
         with self._changed:
             self._active.discard(number)
@@ -196,22 +197,22 @@ class Fetching:
                     self._files.keep(number, file)
                 if error is not None:
                     self._failed[number] = error
-                if again:
+                if retry:
                     self._wanted = {number: None} | self._wanted
-                    self._no_room_until = time.monotonic() + ROOM_SECONDS
+                    self._full_until = time.monotonic() + FULL_RETRY_SECONDS
             self._changed.notify_all()
         return file
 
     def _look_ahead(self) -> bool:
-        """Draw plans until there is something to fetch, as far as one may look; whether there is."""
-        if self._stopped.is_set() or time.monotonic() < self._no_room_until:
+        """Draw plans until there is a shard to fetch, within the limits; returns whether there is one."""
+        if self._stopped.is_set() or time.monotonic() < self._full_until:
             return False
         while not self._wanted and self._ahead < LOOK_AHEAD and self._bytes < self._limit and self._draw():
             pass
         return bool(self._wanted)
 
     def _draw(self) -> bool:
-        """One more plan into `coming`, its shards to be fetched; False after the last one."""
+        """One more plan into `next`, its shards listed to be fetched; False after the last one."""
         if self._exhausted:
             return False
         try:
@@ -219,7 +220,7 @@ class Fetching:
         except StopIteration:
             self._exhausted = True
             return False
-        except Exception as error:  # the reader is told when it comes to this plan
+        except Exception as error:  # raised to the reader when it asks for this plan
             self._exhausted, self._broken = True, error
             return False
         shards = self._files.shard_numbers(rows)
@@ -227,9 +228,9 @@ class Fetching:
             self._uses[number] += 1
             if self._uses[number] == 1:
                 self._bytes += self._sizes[number]
-                if self._files.at_hand(number) is None and number not in self._active:
+                if self._files.get_if_open(number) is None and number not in self._active:
                     self._wanted[number] = None
-        self._coming.append((rows, shards))
+        self._next.append((rows, shards))
         self._ahead += len(rows)
         return True
 
@@ -241,5 +242,5 @@ class Fetching:
                 self._bytes -= self._sizes[number]
                 self._wanted.pop(number, None)
                 self._failed.pop(number, None)
-                self._files.forget(number)
-                self._no_room_until = 0.0
+                self._files.drop(number)
+                self._full_until = 0.0

@@ -71,7 +71,7 @@ class Slot:
             self.copied.synchronize()
 
 
-class Job:
+class PendingBatch:
     """One batch on its way: where it goes and comes from, what is claimed, what is done, what failed."""
 
     def __init__(self, slot: Slot, index: np.ndarray, table: np.ndarray, coming: list[np.ndarray]) -> None:
@@ -105,14 +105,14 @@ class Ring:
         self._look_ahead = look_ahead
         self._table = np.asarray(manifest.samples)  # a plain array over the same map: indexing it is quicker
         self._ahead = 1 + -(-AHEAD // slots[0].size)  # plans drawn before their turn
-        self._plans, self._let_go = files.follow(plans, self._ahead + len(slots))
+        self._plans, self._stop_prefetch = files.prefetch(plans, self._ahead + len(slots))
         self._planned: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self._unit = -(-slots[0].size // threads)
         self._lock = threading.RLock()  # re-entered where the garbage collector closes an iterator in the midst of it
         self._room = threading.Condition(self._lock)  # reader threads wait here for something to do
         self._ready = threading.Condition(self._lock)  # the consumer waits here for a batch
         self._free = deque(slots)
-        self._jobs: deque[Job] = deque()  # in delivery order; only the last may have unclaimed samples
+        self._jobs: deque[PendingBatch] = deque()  # in delivery order; only the last may have unclaimed samples
         self._held: Slot | None = None
         self._exhausted = self._stopped = False
         self._broken: BaseException | None = None
@@ -120,7 +120,7 @@ class Ring:
         for worker in self._workers:
             worker.start()
 
-    def next(self) -> Job | None:
+    def next(self) -> PendingBatch | None:
         """The next batch, or None after the last one. The one before it goes back into the ring."""
         with self._lock:
             if self._stopped:  # its slots may be another ring's by now
@@ -135,10 +135,10 @@ class Ring:
                     raise self._broken
                 if self._exhausted and not self._jobs:
                     return None
-                moved = self._files.moved
-                if not self._ready.wait(PATIENCE) and self._files.moved == moved:
+                received = self._files.bytes_received
+                if not self._ready.wait(PATIENCE) and self._files.bytes_received == received:
                     place = self._manifest.place
-                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; does its disk still answer?")
+                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; the storage may be hung")
                 if self._stopped:
                     raise RuntimeError("this stream was closed while it waited for a batch")
             job = self._jobs.popleft()
@@ -151,8 +151,8 @@ class Ring:
             self._stopped = True
             self._room.notify_all()
             self._ready.notify_all()
-        self._let_go()
-        if threading.current_thread() in self._workers:  # the garbage collector again: nobody can wait for himself
+        self._stop_prefetch()
+        if threading.current_thread() in self._workers:  # the garbage collector again: a thread cannot join itself
             return False
         limit = time.monotonic() + JOIN
         for worker in self._workers:
@@ -165,7 +165,7 @@ class Ring:
                 job, first, end = claim
                 try:
                     failures = self._fill(job, first, end)
-                except Exception as error:  # unforeseen: told at this batch, like a damaged sample
+                except Exception as error:  # unforeseen: reported at this batch, like a damaged sample
                     failures = [(first, error)]
                 with self._lock:
                     job.failures += failures
@@ -176,12 +176,12 @@ class Ring:
                     with self._lock:
                         job.done = True
                         self._ready.notify_all()
-        except BaseException as error:  # in the order itself: the consumer would wait in vain otherwise
+        except BaseException as error:  # in the order itself: the consumer would wait forever otherwise
             with self._lock:
                 self._broken = error
                 self._ready.notify_all()
 
-    def _claim(self) -> tuple[Job, int, int] | None:
+    def _claim(self) -> tuple[PendingBatch, int, int] | None:
         """The next samples to read: a batch is shared by the threads, and the next begun once it is given out."""
         with self._lock:
             while not self._stopped:
@@ -200,7 +200,7 @@ class Ring:
                 self._room.wait()
             return None
 
-    def _begin(self) -> Job | None:
+    def _begin(self) -> PendingBatch | None:
         coming = []
         while len(self._planned) < self._ahead and (index := next(self._plans, None)) is not None:
             padded = np.full(self._free[0].size, -1)
@@ -211,11 +211,11 @@ class Ring:
         if not self._planned:
             self._exhausted = True
             return None
-        job = Job(self._free.popleft(), *self._planned.popleft(), coming)
+        job = PendingBatch(self._free.popleft(), *self._planned.popleft(), coming)
         self._jobs.append(job)
         return job
 
-    def _fill(self, job: Job, first: int, end: int) -> list[tuple[int, Exception]]:
+    def _fill(self, job: PendingBatch, first: int, end: int) -> list[tuple[int, Exception]]:
         """Read samples [first, end) of a batch; the positions that failed, each with its error."""
         for table in job.coming:
             self._look_ahead.ask(table[first:end], first)

@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from cpsp_dist.data.reader.order import Full, Lanes, Order, share
+from cpsp_dist.data.reader.order import Full, Lanes, Order, rank_slice
 
 OrderName = Literal["full", "lanes"]
 EpochEnd = Literal["carry", "drop", "pad"]
 
 
-class Schedule:
+class ReadSchedule:
     """Global batches of a split, epoch after epoch, and each rank's share of them.
 
     Position p of the stream lies in epoch p // L, at offset p % L of that epoch's order. L, the length of an epoch, is
@@ -44,14 +44,14 @@ class Schedule:
             raise ValueError(f"order={order!r}, epoch_end={epoch_end!r}")
         self.sizes, self.n = sizes, int(sum(sizes))
         self.micro, self.world, self._seed, self._name = global_batch // accumulation, world, seed, order
-        whole = self.n // global_batch * global_batch
+        full = self.n // global_batch * global_batch
         padded = -(-self.n // global_batch) * global_batch
-        self.epoch_length = {"carry": self.n, "drop": whole, "pad": padded}[epoch_end]
+        self.epoch_length = {"carry": self.n, "drop": full, "pad": padded}[epoch_end]
         self._orders: dict[int, Order] = {}
 
     def rows(self, position: int, count: int, rank: int) -> np.ndarray:
         """[count, b] rows of the split that `rank` reads in the next `count` micro-batches; -1 for padding."""
-        mine = share(0, self.micro, rank, self.world)
+        mine = rank_slice(0, self.micro, rank, self.world)
         firsts = position + self.micro * np.arange(count, dtype=np.int64)
         if self._name == "full":
             positions = firsts[:, None] + np.arange(mine.start, mine.stop)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.data.reader.order import share
-from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, Schedule
+from cpsp_dist.data.reader.order import rank_slice
+from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, ReadSchedule
 from cpsp_dist.errors import UserError
 
 
@@ -36,7 +36,7 @@ class Simulation:
         shards_a_node, shard_bytes_a_node: different shards that each node touches, and their size: what it has to
             fetch if they are remote.
         read_bytes_a_node: bytes of arrays that each node reads.
-        first_batch_seconds, order_seconds: to order a rank's first micro-batch, and the whole epoch for all ranks.
+        first_batch_seconds, order_seconds: to order a rank's first micro-batch, and the complete epoch for all ranks.
         unevenness: mean total-variation distance between the categories of a global batch and those of the split,
             0 (the same) to 1; `uniform_unevenness` is that of a batch drawn at random.
         bytes_a_second_a_node: what a node has to read to keep up with `step_seconds`; None without.
@@ -83,17 +83,17 @@ def simulate(
             f" ({nodes} x {gpus} x {batch})"
         )
 
-    def schedule(world: int) -> Schedule:
-        return Schedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
+    def schedule(world: int) -> ReadSchedule:
+        return ReadSchedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
 
     began = time.perf_counter()
     schedule(world).rows(0, 1, 0)
     first_batch_seconds = time.perf_counter() - began
 
     # Without ranks, a step's rows come in the order in which the ranks' shares are cut from them.
-    whole = schedule(1)
-    steps = -(-whole.epoch_length // global_batch)
-    rank_of = np.repeat(np.arange(world), [len(share(0, global_batch, rank, world)) for rank in range(world)])
+    one_rank = schedule(1)
+    steps = -(-one_rank.epoch_length // global_batch)
+    rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     categories = np.asarray(manifest.samples["category"][rows.start : rows.stop]) + 1  # 0 is unknown
     classes = int(categories.max()) + 1
@@ -103,7 +103,7 @@ def simulate(
     distances, order_seconds = [], 0.0
     for step in range(steps):
         began = time.perf_counter()
-        step_rows = whole.rows(step * global_batch, 1, 0)[0]
+        step_rows = one_rank.rows(step * global_batch, 1, 0)[0]
         order_seconds += time.perf_counter() - began
         real = step_rows >= 0
         samples += np.bincount(rank_of[real], minlength=world)

@@ -11,7 +11,7 @@ import pytest
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine import deepspeed_settings
-from cpsp_dist.training.lr_schedule import Schedule
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 from tests.support.environment import REPO
 
 SHIPPED = sorted(path for path in (REPO / "configs").rglob("*") if path.is_file())
@@ -71,7 +71,7 @@ def test_schedule_is_the_published_one(name, milestones, rates):
     settings = load_config(REPO / f"configs/{name}.yaml").train
     assert (settings.optimizer, settings.learning_rate, settings.clip) == ("adam", 1e-3, 0.1)
     assert (settings.epochs, settings.global_batch, settings.milestones, settings.gamma) == (45, 64, milestones, 0.5)
-    schedule = Schedule(settings, 3339)  # AVE's training videos
+    schedule = TrainingSchedule(settings, 3339)  # AVE's training videos
     assert schedule.steps == math.ceil(45 * 3339 / 64)
     first_step = {epoch: math.ceil(epoch * 3339 / 64) for epoch in rates}
     found = {epoch: schedule.learning_rate(step) for epoch, step in first_step.items()}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cpsp_dist.data.manifest import TABLE_NAME, Manifest
-from cpsp_dist.data.reader import EvalStream
+from cpsp_dist.data.reader import EvalStream, ReaderOptions
 from cpsp_dist.errors import DataError
 from tests.support.tiny_shards import Written, write_shards
 
@@ -71,7 +71,7 @@ def delivered(written: Written, access: str) -> bool:
     manifest = Manifest.load(written.folder)
     seen = []
     try:
-        with EvalStream(manifest, "train", batch=6, threads=1, depth=1, access=access) as stream:
+        with EvalStream(manifest, "train", batch=6, options=ReaderOptions(threads=1, depth=1, access=access)) as stream:
             for batch in stream:
                 for slot, row in enumerate(batch.index.tolist()):
                     arrays = written.arrays[row]

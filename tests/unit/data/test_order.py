@@ -12,9 +12,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cpsp_dist.data.reader import permutation, share
+from cpsp_dist.data.reader import permutation, rank_slice
 from cpsp_dist.data.reader.order import Lanes
-from cpsp_dist.data.reader.schedule import Schedule
+from cpsp_dist.data.reader.schedule import ReadSchedule
 
 SEEDS = st.integers(0, 2**63 - 1)
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(sum)
@@ -113,7 +113,7 @@ def test_first_batch_in_50_ms_and_100_mb(n, kind):
 
 def _seconds_of_first_batch(sizes: list[int], kind: str, seed: int) -> float:
     start = time.perf_counter()
-    Schedule(sizes, global_batch=512, seed=seed, order=kind).rows(0, 1, 0)
+    ReadSchedule(sizes, global_batch=512, seed=seed, order=kind).rows(0, 1, 0)
     return time.perf_counter() - start
 
 
@@ -201,7 +201,7 @@ def test_lanes_mix_class_sorted_data_far_better_than_a_shuffle_buffer():
 
 @given(first=st.integers(0, 10**12), count=st.integers(0, 1000), world=st.integers(1, 70))
 def test_shares_are_the_whole_in_order_and_even(first, count, world):
-    shares = [share(first, count, rank, world) for rank in range(world)]
+    shares = [rank_slice(first, count, rank, world) for rank in range(world)]
     assert [p for s in shares for p in s] == list(range(first, first + count))
     sizes = [len(s) for s in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -210,7 +210,7 @@ def test_shares_are_the_whole_in_order_and_even(first, count, world):
 
 def test_a_rank_outside_the_world_is_refused():
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        share(0, 8, 2, 2)
+        rank_slice(0, 8, 2, 2)
 
 
 def _require_even(counts: np.ndarray) -> None:
@@ -226,7 +226,7 @@ def test_micro_batches_count_by_the_samples_in_them(n, accumulation, micro, step
     """Against the rows that all ranks read; so a step's mean over samples does not depend on `accumulation`."""
     batch = accumulation * micro
     assume(n >= batch or epoch_end == "pad")
-    schedule = Schedule([n], global_batch=batch, seed=1, accumulation=accumulation, epoch_end=epoch_end)
+    schedule = ReadSchedule([n], global_batch=batch, seed=1, accumulation=accumulation, epoch_end=epoch_end)
     real = (schedule.rows(step * batch, accumulation, 0) >= 0).sum(1)
     weights = schedule.weights(step * batch, accumulation)
     assert weights == pytest.approx((accumulation * real / real.sum()).tolist())

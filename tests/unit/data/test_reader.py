@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Field, Manifest
-from cpsp_dist.data.reader import EvalStream, TrainStream, permutation
+from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream, permutation
 from cpsp_dist.data.reader import files as stream_files
 from cpsp_dist.data.reader import ring as stream_ring
 from cpsp_dist.data.reader.order import Lanes
@@ -99,7 +99,11 @@ def test_delivers_the_order_from_any_position_with_the_arrays_as_written(
     batch_size = data.draw(st.integers(1, n))
     steps = 2 * n // batch_size + 2
     with TrainStream(
-        written.manifest, "train", global_batch=batch_size, seed=seed, threads=threads, depth=depth, access=access
+        written.manifest,
+        "train",
+        global_batch=batch_size,
+        seed=seed,
+        options=ReaderOptions(threads=threads, depth=depth, access=access),
     ) as stream:
         assert stream.samples == n
         got = []
@@ -176,8 +180,7 @@ def test_every_order_and_epoch_end_gives_its_global_batches_once_in_any_world(
                 rank=rank,
                 world=world,
                 accumulation=accumulation,
-                order=order,
-                epoch_end=epoch_end,
+                options=ReaderOptions(order=order, epoch_end=epoch_end),
             )
             for rank in range(world)
         ]
@@ -199,7 +202,9 @@ def test_every_order_and_epoch_end_gives_its_global_batches_once_in_any_world(
 
 
 def test_padding_fills_an_epochs_last_batch_with_nothing(written):
-    with TrainStream(written.manifest, "train", global_batch=8, seed=0, epoch_end="pad") as stream:
+    with TrainStream(
+        written.manifest, "train", global_batch=8, seed=0, options=ReaderOptions(epoch_end="pad")
+    ) as stream:
         batches = [(real(batch), batch.valid.tolist()) for batch in stream.batches(count=6)]
     assert [len(rows) for rows, _ in batches] == [8, 8, 6, 8, 8, 6]
     assert batches[2][1] == [True] * 6 + [False] * 2
@@ -214,7 +219,7 @@ def test_with_lanes_a_rank_stays_with_its_shards(folders):
     opened = []
     for rank in range(8):
         with TrainStream(
-            written.manifest, "train", global_batch=64, seed=1, rank=rank, world=8, order="lanes"
+            written.manifest, "train", global_batch=64, seed=1, rank=rank, world=8, options=ReaderOptions(order="lanes")
         ) as stream:
             rows = [row for batch in stream.batches(count=4) for row in real(batch)]
         opened.append({int(shard) for shard in table["shard"][rows]})
@@ -252,7 +257,12 @@ def test_evaluation_counts_every_sample_once_in_equal_steps(folders, sizes, batc
     rows, steps, slots = [], set(), set()
     for rank in range(world):
         with EvalStream(
-            written.manifest, "val", batch=batch_size, rank=rank, world=world, threads=threads, depth=2
+            written.manifest,
+            "val",
+            batch=batch_size,
+            rank=rank,
+            world=world,
+            options=ReaderOptions(threads=threads, depth=2),
         ) as stream:
             seen = 0
             for batch in stream:
@@ -301,7 +311,7 @@ def test_a_batch_stays_while_it_is_in_hand(written, monkeypatch):
         return result
 
     monkeypatch.setattr(stream_ring.Ring, "_fill", counting)
-    stream = TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=1, depth=3)
+    stream = TrainStream(written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=1, depth=3))
     batches = stream.batches()
     batch = next(batches)
     before = batch.visual.clone()
@@ -315,7 +325,7 @@ def test_a_batch_stays_while_it_is_in_hand(written, monkeypatch):
 
 
 def test_slots_are_reused(written):
-    with TrainStream(written.manifest, "train", global_batch=4, seed=0, depth=3) as stream:
+    with TrainStream(written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(depth=3)) as stream:
         places = [batch.visual.data_ptr() for batch in stream.batches(count=20)]
     assert len(set(places)) == 4
 
@@ -336,7 +346,9 @@ def test_a_pinned_slot_is_not_refilled_while_it_is_copied_to_the_gpu(written, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Copying)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-    with TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=1, depth=1, pin=True) as stream:
+    with TrainStream(
+        written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=1, depth=1, pin=True)
+    ) as stream:
         batches = stream.batches()
         first = next(batches)
         rows, place, before = real(first), first.visual.data_ptr(), first.visual.clone()
@@ -352,7 +364,7 @@ def test_a_pinned_slot_is_not_refilled_while_it_is_copied_to_the_gpu(written, mo
 
 def test_no_thread_outlives_its_iterator(written):
     before = set(threading.enumerate())
-    stream = TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=3)
+    stream = TrainStream(written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=3))
     for batch in stream.batches():  # left by break
         assert len(batch) == 4
         break
@@ -403,7 +415,7 @@ def test_waiting_is_counted(written, monkeypatch):
 
 def test_more_shards_than_files_may_be_open(written, monkeypatch):
     monkeypatch.setattr(stream_files, "_allow_files", lambda wanted: 4)  # two shards of four
-    with TrainStream(written.manifest, "train", global_batch=5, seed=0, threads=3) as stream:
+    with TrainStream(written.manifest, "train", global_batch=5, seed=0, options=ReaderOptions(threads=3)) as stream:
         for batch in stream.batches(count=30):
             assert_as_written(batch, written)
         assert len(stream._files._open) <= 2
@@ -459,7 +471,7 @@ def test_a_flipped_byte_is_an_error_at_its_batch_naming_shard_sample_and_offset(
     manifest = copied.manifest
     bad = endless(22, 3, 0, 22)[10]  # in the third batch of 4
     path, offset = flip(copied, bad, field, manifest.fields[field].nbytes - 1)
-    with TrainStream(manifest, "train", global_batch=4, seed=3, threads=2) as stream:
+    with TrainStream(manifest, "train", global_batch=4, seed=3, options=ReaderOptions(threads=2)) as stream:
         batches = stream.batches()
         assert real(next(batches)) + real(next(batches)) == endless(22, 3, 0, 8)
         with pytest.raises(DataError) as caught:
@@ -472,7 +484,9 @@ def test_a_flipped_byte_is_an_error_at_its_batch_naming_shard_sample_and_offset(
 def test_unchecked_the_flipped_byte_would_be_delivered(copied):
     """So it is the check that finds it."""
     flip(copied, 0, "visual")
-    with TrainStream(copied.manifest, "train", global_batch=22, seed=3, check_crc=False) as stream:
+    with TrainStream(
+        copied.manifest, "train", global_batch=22, seed=3, options=ReaderOptions(check_crc=False)
+    ) as stream:
         batch = next(stream.batches())
         slot = batch.index.tolist().index(0)
         assert not np.array_equal(batch.visual[slot].numpy(), copied.arrays[0]["visual"])
@@ -484,7 +498,11 @@ def test_skipping_keeps_the_slot_blank_and_counts_at_delivery(copied, threads, d
     for row in bad:
         flip(copied, row, "audio")
     with TrainStream(
-        copied.manifest, "train", global_batch=4, seed=3, on_error="skip", threads=threads, depth=depth
+        copied.manifest,
+        "train",
+        global_batch=4,
+        seed=3,
+        options=ReaderOptions(on_error="skip", threads=threads, depth=depth),
     ) as stream:
         counts, rows = [], []
         for batch in stream.batches(count=11):
@@ -502,7 +520,9 @@ def test_skipping_keeps_the_slot_blank_and_counts_at_delivery(copied, threads, d
 def test_skipping_stops_past_its_budget(copied):
     for row in endless(22, 3, 0, 22)[::7]:  # positions 0, 7, 14, 21
         flip(copied, row, "visual")
-    with TrainStream(copied.manifest, "train", global_batch=1, seed=3, on_error="skip", skip_budget=2) as stream:
+    with TrainStream(
+        copied.manifest, "train", global_batch=1, seed=3, options=ReaderOptions(on_error="skip", skip_budget=2)
+    ) as stream:
         batches = stream.batches()
         assert [int(batch.index) for batch in itertools.islice(batches, 14)] == endless(22, 3, 0, 14)
         assert stream.skipped == 2
@@ -512,7 +532,7 @@ def test_skipping_stops_past_its_budget(copied):
 
 def test_skipping_is_told(copied, caplog):
     path, _ = flip(copied, 0, "label")
-    with EvalStream(copied.manifest, "train", batch=4, on_error="skip") as stream:
+    with EvalStream(copied.manifest, "train", batch=4, options=ReaderOptions(on_error="skip")) as stream:
         assert sum(int(batch.valid.sum()) for batch in stream) == 21
     assert [record.message for record in caplog.records if str(path) in record.message]
 
@@ -520,7 +540,7 @@ def test_skipping_is_told(copied, caplog):
 def test_a_shard_cut_short_while_it_is_open_is_an_error(copied):
     """With `access="read"`; a mapping would end the process, which is why network file systems are not mapped."""
     manifest = copied.manifest
-    with TrainStream(manifest, "train", global_batch=22, seed=0, access="read") as stream:
+    with TrainStream(manifest, "train", global_batch=22, seed=0, options=ReaderOptions(access="read")) as stream:
         batches = stream.batches(count=1)
         for shard in range(4):
             stream._files[shard]
@@ -542,18 +562,20 @@ def test_a_disk_error_names_the_sample_and_can_be_skipped(written, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", failing)
     with (
-        EvalStream(written.manifest, "train", batch=22, access="read") as stream,
+        EvalStream(written.manifest, "train", batch=22, options=ReaderOptions(access="read")) as stream,
         pytest.raises(DataError, match=f"train-0001.tar: sample '{bad['key'].decode()}', field visual .*error"),
     ):
         next(iter(stream))
-    with EvalStream(written.manifest, "train", batch=22, access="read", on_error="skip") as stream:
+    with EvalStream(
+        written.manifest, "train", batch=22, options=ReaderOptions(access="read", on_error="skip")
+    ) as stream:
         assert real(next(iter(stream))) == [row for row in range(22) if row != 5]
 
 
 def test_short_reads_are_continued(written, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
-    with EvalStream(written.manifest, "val", batch=3, access="read") as stream:
+    with EvalStream(written.manifest, "val", batch=3, options=ReaderOptions(access="read")) as stream:
         for batch in stream:
             assert_as_written(batch, written)
 
@@ -635,7 +657,9 @@ def test_a_failing_reader_thread_reaches_the_consumer(written, monkeypatch, thre
 
     monkeypatch.setattr(stream_files.ShardFile, "read", failing)
     before = set(threading.enumerate())
-    with TrainStream(manifest, "train", global_batch=4, seed=0, threads=threads, on_error=on_error) as stream:
+    with TrainStream(
+        manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=threads, on_error=on_error)
+    ) as stream:
         batches = stream.batches()
         assert real(next(batches)) + real(next(batches)) == endless(22, 0, 0, 8)
         with pytest.raises(MemoryError, match="nobody foresaw this"):
@@ -651,7 +675,9 @@ def test_a_failure_in_the_order_reaches_the_consumer(written, monkeypatch, threa
 
     monkeypatch.setattr(TrainStream, "_plans", plans)
     with (
-        TrainStream(written.manifest, "train", global_batch=4, seed=0, threads=threads) as stream,
+        TrainStream(
+            written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=threads)
+        ) as stream,
         pytest.raises(MemoryError, match="nobody foresaw this"),
     ):
         list(stream.batches())
@@ -722,8 +748,13 @@ def test_shards_of_another_form(written, name, field):
     ],
 )
 def test_arguments_that_make_no_sense(written, wrong):
+    def stream():
+        options = ReaderOptions(**{name: value for name, value in wrong.items() if hasattr(ReaderOptions, name)})
+        others = {name: value for name, value in wrong.items() if not hasattr(ReaderOptions, name)}
+        return TrainStream(written.manifest, "train", **({"global_batch": 4, "seed": 0} | others), options=options)
+
     with pytest.raises(ValueError):
-        TrainStream(written.manifest, "train", **({"global_batch": 4, "seed": 0} | wrong))
+        stream()
 
 
 def test_a_position_before_the_start(written):

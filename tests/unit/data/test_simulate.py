@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpsp_dist.data.manifest import SAMPLE, Field, Manifest, Shard
-from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.data.reader import ReaderOptions, TrainStream
 from cpsp_dist.data.reader.simulate import describe, simulate
 from cpsp_dist.errors import UserError
 from tests.support.tiny_shards import write_shards
@@ -33,8 +33,7 @@ def test_agrees_with_the_reader(tmp_path, order, epoch_end):
             seed=4,
             rank=rank,
             world=nodes * gpus,
-            order=order,
-            epoch_end=epoch_end,
+            options=ReaderOptions(order=order, epoch_end=epoch_end),
         ) as stream:
             rows = np.concatenate([b.index[b.valid].numpy() for b in stream.batches(count=result.steps)])
         samples.append(len(rows))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.doctor import finding, machine, meeting, places
+from cpsp_dist.doctor import finding, machine, paths, rendezvous
 from tests.support.runs import KEYPAD
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -153,7 +153,7 @@ def test_shards_at_a_url(doctor: Run, web: tuple[str, Path], tmp_path: Path, mon
     assert code == 2
     assert "or raise data.cache_gb" in line_of(lines, "cache", "error")
     with monkeypatch.context() as patch:
-        patch.setattr(places, "file_system", lambda _: "nfs4")
+        patch.setattr(paths, "file_system", lambda _: "nfs4")
         assert "network file system (nfs4); fix: set data.cache" in line_of(doctor(*run)[1], "cache", "warning")
 
     shard = folder / Manifest.load(folder).shards[0].url
@@ -165,7 +165,7 @@ def test_shards_at_a_url(doctor: Run, web: tuple[str, Path], tmp_path: Path, mon
 
 def test_a_full_disk(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for less than what the run keeps: weights and two moments, of `keep` checkpoints and two more."""
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     code, lines = doctor(*config(keypad_shards, tmp_path / "run"))
     assert code == 2
     told = line_of(lines, "space", "error")
@@ -198,7 +198,7 @@ def test_mlflow(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypatch: p
     assert "database is locked; fix: end the program that holds it" in line_of(lines, "mlflow", "error")
     store.rollback()
 
-    monkeypatch.setattr(places, "file_system", lambda _: "lustre")
+    monkeypatch.setattr(paths, "file_system", lambda _: "lustre")
     code, lines = doctor(*run)
     assert code == 0, "a warning alone"
     told = line_of(lines, "mlflow", "warning")
@@ -284,8 +284,8 @@ def test_a_rank_that_never_comes(prefork: Any, absent: int) -> None:
     assert not any("Traceback" in rank.output or "frame #" in rank.output for rank in launch.ranks)
     if absent:
         told = line_of(outputs[0], "ranks", "error")
-        assert "2 of 3 ranks on 2 nodes: node0 (rank 0), node1 (rank 1); waited 4 s at 127.0.0.1:" in told
-        assert "for rank 2 in vain; fix: look at the output of rank 2" in told
+        assert "2 of 3 ranks on 2 nodes: node0 (rank 0), node1 (rank 1); timed out: waited 4 s at 127.0.0.1:" in told
+        assert "for rank 2; fix: look at the output of rank 2" in told
         assert line_of(outputs[0], "packages", "ok"), "the others' findings are told all the same"
     else:
         for rank, lines in enumerate(outputs, 1):
@@ -303,7 +303,7 @@ def hang_at_the_shards(rank: int) -> None:
     """A file system that does not answer on one node; and a network card that sums wrongly."""
     become_a_node(rank)
     if rank == 1:
-        places.shards = lambda _: time.sleep(600)  # type: ignore[assignment]
+        paths.shards = lambda _: time.sleep(600)  # type: ignore[assignment]
     dist.all_reduce = lambda *_: None
 
 
@@ -323,7 +323,7 @@ def test_a_disk_that_hangs_and_a_wrong_sum(prefork: Any, keypad_shards: Path, tm
 def die_at_the_shards(rank: int, victim: int) -> None:
     become_a_node(rank)
     if rank == victim:
-        places.shards = lambda _: os._exit(9)  # type: ignore[assignment]
+        paths.shards = lambda _: os._exit(9)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
@@ -464,12 +464,12 @@ def test_a_check_never_ends_the_doctor() -> None:
     (found,) = finding.examine("x", 0.2, "the moon", lambda: [time.sleep(3)])  # type: ignore[list-item]
     assert time.monotonic() - began < 2
     assert found.found == "no answer within 0.2 s from the moon"
-    finding.stuck.clear()
+    finding.hung_threads.clear()
 
 
 def test_clocks_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert places.file_times("a", {"seconds": 0.4}) == []
-    (found,) = places.file_times("a", {"seconds": -70.0})
+    assert paths.file_times("a", {"seconds": 0.4}) == []
+    (found,) = paths.file_times("a", {"seconds": -70.0})
     assert found.status == "warning"
     assert "-70.0 s from the clock of a" in found.found
-    assert meeting._numbers([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert rendezvous._numbers([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

@@ -109,7 +109,7 @@ def test_mistakes_are_refused_before_anything_is_submitted(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     ours = ["launch", str(KEYPAD), f"output={tmp_path}/out"]
     secret = "data.shards=https://me:s3cret@example.org/shards"
-    for arguments, told in [
+    for arguments, message in [
         (["train.sed=2"], "unknown key 'train.sed'; did you mean 'train.seed'?"),
         (["--nodes", "2", "train.sed=2", "--local"], "unknown key 'train.sed'"),  # behind a flag, too
         (["--sweep", "train.sed=1,2"], "unknown key 'train.sed'"),
@@ -121,7 +121,7 @@ def test_mistakes_are_refused_before_anything_is_submitted(tmp_path, monkeypatch
         assert main([*ours, *arguments]) == 2, arguments
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ")
-        assert told in line
+        assert message in line
         assert "s3cret" not in line
     assert main(["launch", "--status", str(tmp_path)]) == 2
     assert "nothing was launched here" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_states_of_jobs(tmp_path, monkeypatch):
         State("UNKNOWN", "Slurm does not know it"),
     ]
     stub(tmp_path / "bin", "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    assert jobs.states(found[:1])["7_0"].why.endswith("Unable to contact slurm controller")
+    assert jobs.states(found[:1])["7_0"].reason.endswith("Unable to contact slurm controller")
     assert not jobs.states(found[:1])["7_0"].ended
 
 
@@ -259,7 +259,7 @@ def test_a_forgotten_job_ends_the_wait(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(jobs, "ASK", 0.1)
     monkeypatch.setattr(jobs, "PATIENCE", 0.5)
-    jobs.remember(tmp_path, [Job("7", "", "out", str(tmp_path), "slurm")])
+    jobs.save_jobs(tmp_path, [Job("7", "", "out", str(tmp_path), "slurm")])
     assert main(["launch", "--status", str(tmp_path), "--follow"]) == 1
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "out: job 7 is unknown: Slurm does not know it"

@@ -26,7 +26,8 @@ from cpsp_dist.losses import objectives as losses
 from cpsp_dist.losses import pool
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import Output
-from cpsp_dist.training.engine import _DeepSpeedEngine, build_engine
+from cpsp_dist.training.engine import Engine, build_engine
+from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
 from tests.support.pool_cases import CASES, SLOTS, K, T, global_batch
 from tests.support.pool_cases import rank_share as share
 from tests.support.pool_cases import seeded_network as network
@@ -103,6 +104,14 @@ UNDER_ZERO = {
 LOCAL = {"local": Run("psp", "full", ALL, EACH, scope="local")}
 
 
+def averaged_gradient(engine: Engine, parameter: torch.nn.Parameter) -> Tensor | None:
+    if not isinstance(engine, DeepSpeedEngine):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
 def gradients(
     runs: dict[str, Run], precision: str = "fp64", kind: str = "ddp", zero: int = 0
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -125,8 +134,7 @@ def gradients(
                 engine.backward(total)
                 if part < len(cases) - 1:
                     engine.step(0.0)
-            whole = engine.access.safe_get_full_grad if isinstance(engine, _DeepSpeedEngine) else lambda p: p.grad
-            found = {key: whole(p) for key, p in model.named_parameters()}
+            found = {key: averaged_gradient(engine, p) for key, p in model.named_parameters()}
             grads = {key: grad.clone() for key, grad in found.items() if grad is not None}
             assert len(grads) == len(list(model.parameters()))
             engine.step(0.0)  # the weights stay

@@ -138,7 +138,7 @@ def bank_states(halves: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 def test_same_content_and_order_on_all_ranks_and_after_a_resume_on_any_number(ranks: Any) -> None:
-    """One process and 2 ranks, uninterrupted or going on from a state: one content, bit for bit, wrapped around."""
+    """One process and 2 ranks, uninterrupted or resuming from a state: one content, bit for bit, wrapped around."""
     half, whole = remember({}, range(3)), remember({}, range(6))
     assert whole["bank.count"] > 2 * 11 > 11
     resumed = [remember(half, range(3, 6)), *(state for rank in ranks(bank_states, 2, [half]) for state in rank)]

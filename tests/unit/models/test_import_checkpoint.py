@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpsp_dist.cli import import_checkpoint
-from cpsp_dist.errors import DataError, guarded
+from cpsp_dist.errors import DataError, report_errors
 from cpsp_dist.models import build_model, load_weights
 from cpsp_dist.models.published import MODELS, translate
 from tests.support import reference
@@ -30,7 +30,7 @@ def run(folder: Path, checkpoint: Path, model: str, configured: str | None = Non
     arguments = ["import-checkpoint", str(checkpoint), "--model", model, "--config", str(config)]
     arguments += ["--out", str(folder / "out" / "weights.safetensors")]
     args = parser.parse_args(arguments)
-    return guarded(lambda: args.handler(args))
+    return report_errors(lambda: args.handler(args))
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad
     dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     told = prefork.start(run, 1, **dead).finish()
     assert "warning: MLflow: " in told
-    assert "are sent later, training goes on" in told
+    assert "are sent later, training continues" in told
     assert told_steps(tmp_path / "run") == [2, 4, 6]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert not (tmp_path / "mlflow.db").exists()
@@ -212,7 +212,7 @@ def test_points_are_sent_when_the_store_comes_back(prefork: Any, keypad_shards: 
     more = ["train.steps=24", "tracking.every_steps=1", "checkpoint.every_steps=1"]
     run = arguments(keypad_shards, tmp_path / "run", *more)
     launch = prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}")
-    assert launch.until(lambda: "training goes on" in launch.ranks[0].output)
+    assert launch.until(lambda: "training continues" in launch.ranks[0].output)
     (tmp_path / "place").unlink()
     launch.finish()
     assert tracked_points(store, "loss/total") == list(range(1, 25))

@@ -17,7 +17,16 @@ import torch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from cpsp_dist.tracking.mlflow import RUN_FILE
-from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, Progress
+from cpsp_dist.training.checkpoint import (
+    COMMIT,
+    FORMAT_VERSION,
+    LATEST,
+    OPTIMIZER,
+    PROGRESS,
+    WEIGHTS,
+    Checkpoints,
+    TrainingProgress,
+)
 from cpsp_dist.training.engine import TrainingState
 from tests.support.runs import arguments, newest_state
 
@@ -57,7 +66,28 @@ def test_each_damage_to_each_file_is_detected_by_name(
     assert checkpoints.load(newest)[1].step == 2
 
 
-def test_a_run_goes_on_before_the_damage(
+@pytest.mark.parametrize("version", [2, None])
+def test_another_format_is_refused_in_one_line(
+    prefork: Any, keypad_shards: Path, two_checkpoints: Path, tmp_path: Path, version: int | None
+) -> None:
+    """Neither passed over for an older checkpoint, nor taken for a damaged one."""
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    commit = checkpoints.path(4) / COMMIT
+    commit.write_text(json.dumps(json.loads(commit.read_text()) | {"format": version}))
+    line = f"error: {checkpoints.path(4)}: checkpoint of format {version}, this program reads format {FORMAT_VERSION}; "
+    launch = prefork.start(arguments(keypad_shards, tmp_path / "run", "train.steps=6"), 2)
+    assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
+    (found,) = [line for rank in launch.ranks for line in rank.output.splitlines() if line.startswith("error: ")]
+    assert found.startswith(line)
+    assert "Traceback" not in launch.outputs()
+    for command in (["evaluate", str(tmp_path / "run")], ["export", str(tmp_path / "run"), "--out", "out"]):
+        launch = prefork.start(command, 1, command="cpsp_dist.cli")
+        assert launch.wait() == [EXIT_USER_ERROR]
+        assert launch.ranks[0].output.strip().splitlines()[-1].startswith(line)
+
+
+def test_a_run_resumes_before_the_damage(
     prefork: Any, keypad_shards: Path, two_checkpoints: Path, tmp_path: Path
 ) -> None:
     """`latest` still names the damaged one; it is not trusted."""
@@ -69,7 +99,7 @@ def test_a_run_goes_on_before_the_damage(
     run = arguments(keypad_shards, tmp_path / "run", "train.steps=4", "checkpoint.every_steps=2")
     output = prefork.start(run, 1).finish()
     assert f"{checkpoints.path(4)}: passed over: {OPTIMIZER} is damaged" in output
-    assert f"going on from {checkpoints.path(2)}" in output
+    assert f"resuming from {checkpoints.path(2)}" in output
     found = newest_state(tmp_path / "run")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -79,7 +109,7 @@ def test_kept_by_count_and_by_metric(tmp_path: Path) -> None:
     for step in range(1, 7):
         best = 2 if step >= 2 else 1
         state = TrainingState({"w": torch.full((3,), float(step))}, {}, step)
-        checkpoints.save(state, Progress(step=step, best_step=best), keep=2)
+        checkpoints.save(state, TrainingProgress(step=step, best_step=best), keep=2)
         assert (checkpoints.folder / LATEST).read_text() == f"step-{step:08d}\n"
     assert checkpoints.steps() == [2, 5, 6]
 
@@ -94,7 +124,7 @@ def test_folders_are_on_disk_for_good(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", note)
     output = tmp_path / "runs" / "one"
-    Checkpoints(output).save(TrainingState({"w": torch.ones(3)}, {}, 1), Progress(step=1), keep=1)
+    Checkpoints(output).save(TrainingState({"w": torch.ones(3)}, {}, 1), TrainingProgress(step=1), keep=1)
     assert {tmp_path, output.parent, output, output / "checkpoints"} <= synced
     assert tmp_path.parent not in synced
 
@@ -193,7 +223,7 @@ def test_folder_that_becomes_unwritable(prefork: Any, keypad_shards: Path, small
     assert launch.until(lambda: subprocess.run(remount, capture_output=True, timeout=60).returncode == 0)
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     told = launch.ranks[0].output
-    assert "Read-only file system; points wait in memory, training goes on" in told
+    assert "Read-only file system; points wait in memory, training continues" in told
     assert "cannot write the checkpoint of step 12" in told.strip().splitlines()[-1]
     assert Checkpoints(output).newest_valid() == (6, [])
 

@@ -52,7 +52,7 @@ def test_its_loss_is_that_of_the_first_step(
     if world == 2:
         return
     again = prefork.start([*arguments(keypad_shards, tmp_path / "run", *more), "--dry-run"], world).finish()
-    assert "the newest of step 1: a start goes on from there" in again
+    assert "the newest of step 1: a start resumes from there" in again
 
 
 def test_one_process_plans_for_many(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
+import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed import process_group
-from cpsp_dist.training.engine import Engine, TrainingState, _not_for_this_thread, build_engine
+from cpsp_dist.errors import UserError
+from cpsp_dist.training.engine import Engine, TrainingState, build_engine
+from cpsp_dist.training.engine.deepspeed_compat import _block_import
 from tests.support.environment import environment
 
 KINDS = [
@@ -136,6 +142,46 @@ def test_state_is_whole_and_moves_between_all_engines(ranks):
             assert found["norms"][kind] == on_three[0]["norms"][kind], "all ranks see one norm"
 
 
+def restore_by_dead_setters() -> dict[tuple, str]:
+    """What a restore says where a setter of DeepSpeed does nothing; "" where it succeeds."""
+    from deepspeed import utils
+
+    get_local, found = utils.safe_get_local_optimizer_state, {}
+    dead = {
+        (2, "fp32"): ("safe_set_full_optimizer_state", lambda *_: None),
+        (2, "bf16"): ("safe_set_full_fp32_param", lambda *_: None),
+        (3, "fp32"): ("safe_get_local_optimizer_state", lambda *arguments: get_local(*arguments).clone()),
+    }
+    for (zero, precision), (name, setter) in dead.items():
+        kind = ("deepspeed", zero, precision)
+        trained = engine(*kind, None)
+        train_steps(trained, range(2))
+        state, original = trained.capture(), getattr(utils, name)
+        for broken in (True, False):
+            if broken:
+                setattr(utils, name, setter)
+            try:
+                engine(*kind, state)
+                found[(*kind, broken)] = ""
+            except UserError as error:
+                found[(*kind, broken)] = str(error)
+            finally:
+                setattr(utils, name, original)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_setter_that_does_nothing_fails_the_restore(ranks, world):
+    for found in ranks(restore_by_dead_setters, world, timeout=200):
+        texts = {kind[1:3]: text for kind, text in found.items() if kind[3]}
+        assert not any(text for kind, text in found.items() if not kind[3])
+        assert len(texts) == 3
+        for (zero, precision), text in texts.items():
+            what = "weight" if precision == "bf16" else "exp_avg"
+            assert re.match(rf"DeepSpeed \S+ did not take the checkpoint: {what} of first.weight", text), (zero, text)
+            assert "was tested with DeepSpeed" in text
+
+
 def leave_out() -> dict[tuple, list[float]]:
     """Two steps that are not finite on rank 0 alone, among good ones: the norms, and whether state and all later steps
     are those of an engine that never saw them."""
@@ -186,6 +232,40 @@ def test_accumulated_parts_are_one_batch(ranks):
                     torch.testing.assert_close(tensor, expected[kind][name], rtol=1e-4, atol=1e-5)
 
 
+def train_in_new_groups(folder: Path, groups: int) -> list[dict[tuple, TrainingState]]:
+    """What each kind has after 3 steps, trained in one process group after the other."""
+    found: list[dict[tuple, TrainingState]] = []
+    for group in range(groups):
+        if group:
+            ranks = process_group.discover()
+            dist.barrier()
+            dist.destroy_process_group()
+            store = dist.FileStore(str(folder / f"group{group}"), ranks.world)
+            dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world)
+        found.append({})
+        for kind in KINDS:
+            wrapped = engine(*kind, None)
+            train_steps(wrapped, range(3))
+            found[-1][kind] = wrapped.capture()
+            module = weakref.ref(wrapped.module)
+            wrapped.close()
+            del wrapped
+            gc.collect()
+            assert module() is None or kind[1] == 3, f"{kind} stays in memory"
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_engines_work_in_a_second_process_group(ranks, tmp_path, world):
+    """DeepSpeed keeps groups in globals. The states are those of a process that had one group only, bit for bit."""
+    alone = ranks(train_in_new_groups, world, tmp_path, 1)
+    for (expected,), found in zip(alone, ranks(train_in_new_groups, world, tmp_path, 3, timeout=300), strict=True):
+        assert len(found) == 3
+        for kinds in found:
+            assert set(kinds) == set(KINDS)
+            assert [kind for kind in KINDS if not same(kinds[kind], expected[kind])] == []
+
+
 def test_deepspeed_brings_no_mlflow() -> None:
     """Which is most of the CPU time of its import, on every rank. In a new process: this one may have both."""
     code = "import sys, torch; from cpsp_dist.training.engine import import_deepspeed as start; "
@@ -201,7 +281,7 @@ def test_a_package_is_kept_from_one_thread_only(tmp_path: Path, monkeypatch: pyt
     """While rank 0 imports DeepSpeed its tracker imports mlflow."""
     (tmp_path / "kept_from_one.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with _not_for_this_thread("kept_from_one"):
+    with _block_import("kept_from_one"):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("kept_from_one")
         other = threading.Thread(target=importlib.import_module, args=["kept_from_one"])

@@ -66,7 +66,7 @@ def test_epochs_are_the_same_for_any_ranks_and_parts_and_over_a_kill(
     assert killed.until_step(steps * 2)
     killed.kill()
     killed.wait()
-    assert "going on from" in prefork.start(command("killed"), 1).finish()
+    assert "resuming from" in prefork.start(command("killed"), 1).finish()
 
     assert list(audited(tmp_path / "one")) == list(range(1, EPOCHS * steps + 1))
     for epoch in epochs(tmp_path / "one", steps):

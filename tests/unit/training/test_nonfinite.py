@@ -19,7 +19,7 @@ from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.losses.objectives import TERMS_OF, Objectives
 from cpsp_dist.models import Output
 from cpsp_dist.training.checkpoint import Checkpoints
-from cpsp_dist.training.nonfinite import Replay, Witness
+from cpsp_dist.training.nonfinite import NonFiniteDiagnostics, Replay
 from tests.support.runs import arguments, audited, newest_state
 
 
@@ -104,7 +104,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
 
     Also, where a bad step is explained, it is checked that it is done again as it was: dropout included."""
     from cpsp_dist.models.parts import Classifier, Network
-    from cpsp_dist.training.nonfinite import Witness
+    from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
     marked = torch.zeros(0)
 
@@ -118,7 +118,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
             return torch.where(ctx.marked[:, None, None], gradient * 1e30 * 1e30, gradient)
 
-    inputs, classify, explain = Network.inputs, Classifier.forward, Witness.explain_inside
+    inputs, classify, explain = Network.inputs, Classifier.forward, NonFiniteDiagnostics.diagnose_backward
 
     def mark(self: Network, visual: torch.Tensor, audio: torch.Tensor) -> Any:
         nonlocal marked
@@ -129,7 +129,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
         event, _, video = classify(self, fusion)
         return event, classify(self, Steep.apply(fusion))[1], video
 
-    def compare(self: Witness, replay: Replay, video: Any) -> str:
+    def compare(self: NonFiniteDiagnostics, replay: Replay, video: Any) -> str:
         for number, part in enumerate(self._parts):
             again = replay.run(number, replay.read(part.index))._asdict()
             for name, x in part.outputs.items():
@@ -138,7 +138,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
 
     Network.inputs = mark  # type: ignore[method-assign]
     Classifier.forward = steep  # type: ignore[method-assign]
-    Witness.explain_inside = compare  # type: ignore[method-assign]
+    NonFiniteDiagnostics.diagnose_backward = compare  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -192,15 +192,15 @@ def toy_step(x: list[float], back: dict[str, list[float]], valid: int) -> str:
         sound = torch.tensor(x)[:, None]
         return Batch(sound, sound, sound > 0, rows, slots < valid, rows, rows)
 
-    witness = Witness()
-    output = witness.see(network(batch(slots).audio), batch(slots))
+    diagnostics = NonFiniteDiagnostics()
+    output = diagnostics.record_outputs(network(batch(slots).audio), batch(slots))
     zero = torch.zeros(())
-    witness.hear({"event": zero, "category": zero, "total": zero})
+    diagnostics.record_losses({"event": zero, "category": zero, "total": zero})
     heads = {name: getattr(output, name) for name in back}
     loss = sum((heads[name] * torch.tensor(values)[:, None]).sum() for name, values in back.items())
     loss.backward()
-    assert witness.explain(str) == ""
-    return witness.explain_inside(Replay(network, batch, lambda _, b: network(b.audio)), str)
+    assert diagnostics.diagnose_loss(str) == ""
+    return diagnostics.diagnose_backward(Replay(network, batch, lambda _, b: network(b.audio)), str)
 
 
 def test_the_guilty_are_told_from_the_rest() -> None:

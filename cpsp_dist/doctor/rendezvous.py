@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.distributed.process_group import Ranks, settle_address
+from cpsp_dist.distributed.process_group import Ranks, resolve_rendezvous
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, one_line, within
 from cpsp_dist.errors import UserError
 
@@ -28,14 +28,14 @@ ROUNDS = 5
 #: Seconds between two looks at the store; and beyond a check's limit before its rank counts as lost.
 POLL, SLACK = 0.02, 5.0
 #: Seconds that rank 0 stays for the others to read its verdict.
-PARTING = 5.0
+FINISH_SECONDS = 5.0
 
 
 def hostname() -> str:
     return socket.gethostname().split(".")[0]
 
 
-class Meeting:
+class Rendezvous:
     """The ranks that came.
 
     Attributes:
@@ -51,7 +51,7 @@ class Meeting:
             UserError: this rank met nobody; the text names the address.
         """
         self.ranks, self.limit = ranks, limit
-        self.place = settle_address(ranks)
+        self.place = resolve_rendezvous(ranks)
         self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect()
         self.hosts: dict[int, str] = {}
         self.lost: set[int] = set()
@@ -93,7 +93,7 @@ class Meeting:
         start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
         mine = self.ranks.first and not theirs
         if not mine:
-            self._knock(host, int(port))
+            self._wait_for_port(host, int(port))
         try:
             tcp = dist.TCPStore(
                 host,
@@ -103,12 +103,12 @@ class Meeting:
                 wait_for_workers=False,
             )
         except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-            told = one_line(error).split(" [")[0][:200]
+            summary = one_line(error).split(" [")[0][:200]
             fix = "export another MASTER_PORT, another program has this one; and rank 0 has to run on MASTER_ADDR"
-            raise UserError(f"{self._who()}: no rendezvous at {self.place}: {told}; fix: {fix}") from None
+            raise UserError(f"{self._who()}: no rendezvous at {self.place}: {summary}; fix: {fix}") from None
         return dist.PrefixStore(f"cpsp_dist/doctor/{start}", tcp)
 
-    def _knock(self, host: str, port: int) -> None:
+    def _wait_for_port(self, host: str, port: int) -> None:
         """Wait until somebody listens there: torch's own words about nobody are a page."""
         end, reason = time.monotonic() + self.limit, ""
         while time.monotonic() < end:
@@ -139,7 +139,7 @@ class Meeting:
     def first_on_node(self) -> bool:
         return self.nodes[self.hosts[self.ranks.rank]][0] == self.ranks.rank
 
-    def begins(self, check: str) -> None:
+    def set_current_check(self, check: str) -> None:
         """Leave word of what this rank is at, for the others to know where it hangs."""
         self._set(f"at/{self.ranks.rank}", check)
 
@@ -175,17 +175,17 @@ class Meeting:
             return None
         return self._get(name)
 
-    def part(self, verdict: int, patience: float) -> int:
+    def finish(self, verdict: int, patience: float) -> int:
         """Rank 0's exit code on every rank. It stays a moment: the store ends with it."""
         code = self.share("verdict", verdict, patience)
         self._set(f"parted/{self.ranks.rank}", 1)
         if self.ranks.first:
-            self._wait_for([f"parted/{rank}" for rank in self.hosts if rank not in self.lost], PARTING)
+            self._wait_for([f"parted/{rank}" for rank in self.hosts if rank not in self.lost], FINISH_SECONDS)
         return verdict if code is None else code
 
     def clock(self) -> dict[str, float]:
-        """seconds: how far this clock is ahead of rank 0's, as well as can be told; milliseconds: of a question to the
-        rendezvous' store."""
+        """seconds: how far this clock is ahead of rank 0's, as well as can be measured; milliseconds: of a
+        question to the store of the rendezvous."""
         ahead, took = [], []
         for turn in range(ROUNDS):
             self._set(f"ready{turn}/{self.ranks.rank}", 1)
@@ -216,34 +216,36 @@ class Meeting:
         return True
 
 
-def attendance(meeting: Meeting, launcher: str) -> list[Finding]:
+def check_all_ranks_present(rendezvous: Rendezvous, launcher: str) -> list[Finding]:
     """Who came, and who did not."""
-    world, nodes = meeting.ranks.world, meeting.nodes
+    world, nodes = rendezvous.ranks.world, rendezvous.nodes
     if world == 1:
         return [Finding(OK, "ranks", f"one process ({launcher}) on {hostname()}")]
-    told = ", ".join(f"{host} ({_numbers(ranks)})" for host, ranks in nodes.items())
-    text = f"{launcher}: {len(meeting.hosts)} of {world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)}: {told}"
-    if not meeting.missing:
+    summary = ", ".join(f"{host} ({_numbers(ranks)})" for host, ranks in nodes.items())
+    text = (
+        f"{launcher}: {len(rendezvous.hosts)} of {world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)}: {summary}"
+    )
+    if not rendezvous.missing:
         return [Finding(OK, "ranks", text)]
-    missing = _numbers(meeting.missing)
+    missing = _numbers(rendezvous.missing)
     return [
         Finding(
             ERROR,
             "ranks",
-            f"{text}; waited {meeting.limit:g} s at {meeting.place} for {missing} in vain",
+            f"{text}; timed out: waited {rendezvous.limit:g} s at {rendezvous.place} for {missing}",
             f"look at the output of {missing}; all have to be started, with this MASTER_ADDR and MASTER_PORT",
         )
     ]
 
 
-def all_reduce(ranks: Ranks, meeting: Meeting) -> list[Finding]:
+def all_reduce(ranks: Ranks, rendezvous: Rendezvous) -> list[Finding]:
     """A sum over all ranks by the means of the training: right, and how long it takes."""
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     # The check's own limit comes first: NCCL ends the process when a collective takes too long.
-    patience = datetime.timedelta(seconds=meeting.limit + 30)
-    store = dist.PrefixStore("group", meeting.store)
+    patience = datetime.timedelta(seconds=rendezvous.limit + 30)
+    store = dist.PrefixStore("group", rendezvous.store)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=patience)
     took = []
     for _ in range(ROUNDS + 1):
@@ -266,20 +268,23 @@ def all_reduce(ranks: Ranks, meeting: Meeting) -> list[Finding]:
 def network_fix(backend: str) -> str:
     return (
         f"export {backend.upper()}_SOCKET_IFNAME=NAME, the network between the nodes (`ip address`)"
-        + ("; NCCL_DEBUG=INFO tells more" if backend == "nccl" else "")
+        + ("; NCCL_DEBUG=INFO shows more" if backend == "nccl" else "")
         + "; open the ports between them"
     )
 
 
-def clocks(meeting: Meeting, clock: dict[int, dict[str, float]]) -> list[Finding]:
+def clocks(rendezvous: Rendezvous, clock: dict[int, dict[str, float]]) -> list[Finding]:
     """Nodes whose clock differs from rank 0's."""
-    nodes = {host: clock[ranks[0]]["seconds"] for host, ranks in meeting.nodes.items() if ranks[0] in clock}
+    nodes = {host: clock[ranks[0]]["seconds"] for host, ranks in rendezvous.nodes.items() if ranks[0] in clock}
     wrong = {host: ahead for host, ahead in nodes.items() if abs(ahead) > CLOCK_TOLERANCE}
     if wrong:
-        told = ", ".join(f"{host} {ahead:+.1f} s" for host, ahead in wrong.items())
+        summary = ", ".join(f"{host} {ahead:+.1f} s" for host, ahead in wrong.items())
         return [
             Finding(
-                WARNING, "clock", f"not the time of {meeting.hosts[0]}: {told}", "start NTP (chrony) on these nodes"
+                WARNING,
+                "clock",
+                f"not the time of {rendezvous.hosts[0]}: {summary}",
+                "start NTP (chrony) on these nodes",
             )
         ]
     if len(nodes) < 2:
@@ -287,7 +292,7 @@ def clocks(meeting: Meeting, clock: dict[int, dict[str, float]]) -> list[Finding
     apart = max(nodes.values()) - min(nodes.values())
     trip = statistics.median(c["milliseconds"] for c in clock.values())
     return [
-        Finding(OK, "clock", f"all nodes within {apart:.2f} s; a round trip to {meeting.place} takes {trip:.2f} ms")
+        Finding(OK, "clock", f"all nodes within {apart:.2f} s; a round trip to {rendezvous.place} takes {trip:.2f} ms")
     ]
 
 
@@ -299,5 +304,5 @@ def _numbers(ranks: list[int]) -> str:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    told = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return ("ranks " if len(ranks) > 1 else "rank ") + told
+    summary = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return ("ranks " if len(ranks) > 1 else "rank ") + summary

@@ -15,15 +15,16 @@ import torch
 from crc32c import crc32c
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.cache import Cache, without_secrets
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import file_system
+from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
-from cpsp_dist.doctor.meeting import CLOCK_TOLERANCE, Meeting
+from cpsp_dist.doctor.rendezvous import CLOCK_TOLERANCE, Rendezvous
 from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
 from cpsp_dist.tracking.mlflow import reach, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.setup import open_manifest
 
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4
@@ -36,14 +37,14 @@ NETWORK = {
 
 def shards(config: Config) -> tuple[list[Finding], Manifest]:
     """A sample of each split, read from this node."""
-    manifest = Manifest.load(config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+    manifest = open_manifest(config)
     manifest.rows("train")
     for rows in manifest.splits.values():
         for row in sorted({rows[i * (len(rows) - 1) // max(SAMPLES - 1, 1)] for i in range(SAMPLES)} if rows else ()):
             _read(manifest, row)
     splits = ", ".join(f"{len(rows):,} {name}" for name, rows in manifest.splits.items())
-    told = f"{manifest.place}: {splits} samples, fingerprint {manifest.fingerprint[:12]}; a sample of each read"
-    return [Finding(OK, "shards", told)], manifest
+    summary = f"{manifest.place}: {splits} samples, fingerprint {manifest.fingerprint[:12]}; a sample of each read"
+    return [Finding(OK, "shards", summary)], manifest
 
 
 def _read(manifest: Manifest, row: int) -> None:
@@ -61,7 +62,7 @@ def _read(manifest: Manifest, row: int) -> None:
                     data = file.read(size)
             except OSError as error:
                 raise DataError(
-                    f"{manifest.path(shard)}: cannot be read: {error.strerror}; see to its rights"
+                    f"{manifest.path(shard)}: cannot be read: {error.strerror}; check its permissions"
                 ) from None
         if crc32c(data) != sample[f"{name}_crc"]:
             key = sample["key"].decode()
@@ -99,30 +100,30 @@ def room(config: Config, manifest: Manifest) -> list[Finding]:
     one, most = Checkpoints.bytes_needed(model, config)
     held = sum(p.stat().st_size for p in Checkpoints(config.output).folder.glob("step-*/*"))
     free = shutil.disk_usage(folder).free
-    told = f"{config.output}: {_size(free)} free; checkpoints of {_size(one)} each need up to {_size(most)}"
+    summary = f"{config.output}: {_size(free)} free; checkpoints of {_size(one)} each need up to {_size(most)}"
     if free < most - held:
         fix = "make room, set output to another disk, or lower checkpoint.keep"
-        return [Finding(ERROR, "space", told, fix)]
-    return [Finding(OK, "space", told)]
+        return [Finding(ERROR, "space", summary, fix)]
+    return [Finding(OK, "space", summary)]
 
 
-def output(config: Config, meeting: Meeting, limit: float) -> tuple[list[Finding], dict[str, float]]:
+def output(config: Config, rendezvous: Rendezvous, limit: float) -> tuple[list[Finding], dict[str, float]]:
     """The output folder takes a file from every node, and is the same folder on all of them. The file's time against
     rank 0's clock, as {'seconds'}.
 
     Rank 0 leaves a token, the others look for it: all ranks that came call it. Nothing stays."""
     folder, levels = existing(Path(config.output))
     token = folder / f".cpsp-doctor-{secrets.token_hex(8)}"
-    first, hosts, findings, times, wrote, seen = meeting.ranks.first, meeting.hosts, [], {}, time.time(), True
+    first, hosts, findings, times, wrote, seen = rendezvous.ranks.first, rendezvous.hosts, [], {}, time.time(), True
     try:
-        if meeting.first_on_node:
+        if rendezvous.first_on_node:
             try:
                 token.write_text(token.name)
                 times = {"seconds": token.stat().st_mtime - wrote}
             except OSError as error:
                 findings = [_unwritable(config, folder, error)]
-        theirs = meeting.share("token", {"name": token.name, "levels": levels, "there": not findings}, limit + 10)
-        meeting.begins("output, looking for rank 0's file")
+        theirs = rendezvous.share("token", {"name": token.name, "levels": levels, "there": not findings}, limit + 10)
+        rendezvous.set_current_check("output, looking for rank 0's file")
         if theirs and theirs["there"] and not first and not findings:
             place = Path(config.output).absolute()
             sought = [place, *place.parents][theirs["levels"]] / theirs["name"]
@@ -136,12 +137,12 @@ def output(config: Config, meeting: Meeting, limit: float) -> tuple[list[Finding
                 fix = "set output to a folder of the shared file system, as an absolute path"
                 findings = [Finding(ERROR, "output", text, fix)]
         # Nobody removes a token that somebody still looks for.
-        looked, _ = meeting.gather("looked", seen and not findings)
+        looked, _ = rendezvous.gather("looked", seen and not findings)
     finally:
         with contextlib.suppress(OSError):
             token.unlink(missing_ok=True)
     if first and not findings:
-        same = len(meeting.nodes) > 1 and len(looked) == len(hosts) and all(looked.values())
+        same = len(rendezvous.nodes) > 1 and len(looked) == len(hosts) and all(looked.values())
         new = "" if levels == 0 else f" (to be made in {folder})"
         text = f"{config.output}: writable{new}" + (", the same folder on every node" if same else "")
         findings = [Finding(OK, "output", text)]
@@ -182,7 +183,7 @@ def mlflow(config: Config | None, limit: float) -> list[Finding]:
         reach(uri, limit)
     except Exception as error:
         reason = _reason(error)
-        text = f"{uri} does not answer as an MLflow server: {reason}; a run goes on without it, and keeps its points"
+        text = f"{uri} does not answer as an MLflow server: {reason}; a run continues without it and keeps its metrics"
         return [Finding(ERROR, "mlflow", text, "see to the server, its URL in MLFLOW_TRACKING_URI, and its rights")]
     return [Finding(OK, "mlflow", f"{uri} answers")]
 
@@ -230,7 +231,7 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def agreement(meeting: Meeting, facts: dict[int, dict[str, str]]) -> list[Finding]:
+def agreement(rendezvous: Rendezvous, facts: dict[int, dict[str, str]]) -> list[Finding]:
     """What has to be the same on every node. facts, by rank: 'config' and 'shards' (digests), versions by package."""
     findings = []
     fixes = {
@@ -239,7 +240,7 @@ def agreement(meeting: Meeting, facts: dict[int, dict[str, str]]) -> list[Findin
     }
     for name in sorted({name for here in facts.values() for name in here}):
         seen: dict[str, list[str]] = {}
-        for host, ranks in meeting.nodes.items():
+        for host, ranks in rendezvous.nodes.items():
             for value in sorted({facts[rank][name] for rank in ranks if name in facts.get(rank, {})}):
                 seen.setdefault(value, []).append(host)
         if len(seen) > 1:

@@ -1,0 +1,43 @@
+"""Engines: a model wrapped for training on all ranks, by DeepSpeed (ZeRO 0 to 3) or plain DDP, with one interface.
+
+Both average gradients over the ranks. The complete training state leaves and enters as full float tensors by parameter
+name, so a checkpoint does not depend on the ZeRO stage, the engine or the world size that wrote it.
+"""
+
+from __future__ import annotations
+
+from torch import float32, float64, nn
+
+from cpsp_dist.config import Config
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.training.engine.base import PRECISIONS, Engine, Forward, PlainModel, TrainingState, tune_cpu
+from cpsp_dist.training.engine.ddp import DDPEngine
+from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
+from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
+
+__all__ = [
+    "PRECISIONS",
+    "Engine",
+    "Forward",
+    "PlainModel",
+    "TrainingState",
+    "build_engine",
+    "deepspeed_settings",
+    "import_deepspeed",
+    "tune_cpu",
+]
+
+
+def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None = None) -> Engine:
+    """Wrap `model` as `config.engine` says and continue from `state`, where given.
+
+    Raises:
+        ConfigError: the DeepSpeed settings file cannot be read or names a setting that this program owns.
+        UserError: this version of DeepSpeed does not take `state`.
+    """
+    dtype = PRECISIONS[config.train.precision]
+    model.to(ranks.device, dtype if dtype == float64 else float32)
+    if state is not None:
+        model.load_state_dict(state.weights)
+    kind = DeepSpeedEngine if config.engine.kind == "deepspeed" else DDPEngine
+    return kind(model, config, ranks, state)

@@ -1,0 +1,121 @@
+"""DeepSpeed, ZeRO stages 0 to 3, by its public interface; what it takes beyond that is in `deepspeed_compat`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cpsp_dist.config import Config
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.errors import ConfigError
+from cpsp_dist.models import Output
+from cpsp_dist.training.engine import deepspeed_compat
+from cpsp_dist.training.engine.base import (
+    ADAM_MOMENTS,
+    PRECISIONS,
+    TrainingState,
+    build_optimizer,
+    propagate_nonfinite,
+)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's own engine; it owns accumulation, clipping and the reduction of gradients."""
+
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None):
+        deepspeed = deepspeed_compat.import_deepspeed(ranks.device)
+        backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+        deepspeed_compat.forget_destroyed_groups()
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        self.config, self.ranks, self.module = config, ranks, model
+        self.dtype = PRECISIONS[config.train.precision]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(config, model.parameters()),
+            config=deepspeed_settings(config, ranks.world),
+            dist_init_required=False,
+        )
+        self.updates = state.updates if state else 0
+        if state is not None:
+            deepspeed_compat.restore(self.engine, state, ranks)
+
+    def __call__(self, batch: Batch) -> Output:
+        batch = batch.to(self.ranks.device, self.dtype)
+        return self.engine(batch.visual, batch.audio)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(propagate_nonfinite(loss))
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        last = self.engine.is_gradient_accumulation_boundary()
+        norm = self._plain_norm() if last else None
+        if norm is None or norm.isfinite():
+            self.engine.step()
+        else:
+            deepspeed_compat.step_without_update(self.engine)
+        if not last:
+            return math.nan
+        grad_norm = float(norm if norm is not None else self.engine.get_global_grad_norm())
+        # From stage 1 on DeepSpeed itself leaves out an update whose norm is not finite.
+        self.updates += math.isfinite(grad_norm)
+        return grad_norm
+
+    def _plain_norm(self) -> Tensor | None:
+        """Stage 0 in fp32 keeps no norm of its own; there the averaged gradients are complete on every rank."""
+        if self.engine.zero_optimization() or self.config.train.precision == "bf16":
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def capture(self) -> TrainingState:
+        named, moments = list(self.module.named_parameters()), {}
+        if self.config.train.optimizer == "adam" and self.updates:
+            moments = {
+                moment: {name: deepspeed_compat.moment(self.engine, p, moment).cpu().clone() for name, p in named}
+                for moment in ADAM_MOMENTS
+            }
+        weights = {name: deepspeed_compat.weight(p).cpu().clone() for name, p in named}
+        return TrainingState(weights, moments, self.updates)
+
+    def close(self) -> None:
+        # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
+        self.engine.destroy()
+        deepspeed_compat.release_module(self.module)
+
+
+def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
+    """The settings for DeepSpeed: the user's file, and on top what follows from the configuration."""
+    micro = -(-config.train.global_batch // (config.train.accumulation * world))
+    owned: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.train.clip or 0.0,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    settings: dict[str, Any] = {}
+    if config.engine.deepspeed is not None:
+        path = Path(config.engine.deepspeed)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+        taken = sorted({*owned, "train_batch_size", "fp16", "optimizer", "scheduler"} & set(settings))
+        taken += ["zero_optimization.stage"] if "stage" in settings.get("zero_optimization", {}) else []
+        if taken:
+            raise ConfigError(
+                f"engine.deepspeed: {path} sets {', '.join(taken)}; these follow from train.* and engine.zero, "
+                "remove them there"
+            )
+    # bf16 needs float32 master weights; DeepSpeed exposes those from stage 1 on. The mathematics are stage 0's.
+    stage = max(config.engine.zero, 1) if config.train.precision == "bf16" else config.engine.zero
+    return settings | owned | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": stage}}

@@ -1,0 +1,128 @@
+"""The parts of a run, each built in one place: for training, evaluation, dry run, export and benchmarks alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cpsp_dist.config import Config
+from cpsp_dist.data.cache import Cache
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.errors import UserError
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.models import load_weights, model_for
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.engine import TrainingState
+
+#: Training videos from which the scale of the features is estimated.
+CALIBRATION_VIDEOS = 64
+
+
+def open_manifest(config: Config, shards: str | None = None) -> Manifest:
+    """The manifest of `data.shards`, or of `shards` where given; shards at a URL go through `data.cache`.
+
+    Raises:
+        DataError, UserError: no shards there, or a damaged manifest.
+    """
+    return Manifest.load(shards or config.data.shards, Cache(config.data.cache, config.data.cache_gb))
+
+
+def reader_options(config: Config, ranks: Ranks) -> ReaderOptions:
+    """How this rank reads, by the settings `data.*`."""
+    data = config.data
+    return ReaderOptions(
+        threads=data.threads,
+        depth=data.depth,
+        check_crc=data.check_crc,
+        on_error=data.on_error,
+        skip_budget=data.skip_budget,
+        pin=ranks.device.type == "cuda",
+        access=data.access,
+        order=data.order,
+        epoch_end=data.epoch_end,
+    )
+
+
+def open_train_stream(config: Config, manifest: Manifest, ranks: Ranks) -> TrainStream:
+    """This rank's part of the endless stream of training samples."""
+    return TrainStream(
+        manifest,
+        "train",
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=config.train.accumulation,
+        options=reader_options(config, ranks),
+    )
+
+
+def open_eval_stream(config: Config, manifest: Manifest, split: str, ranks: Ranks) -> EvalStream:
+    """This rank's part of one pass over `split`."""
+    return EvalStream(
+        manifest,
+        split,
+        batch=config.evaluation.batch,
+        rank=ranks.rank,
+        world=ranks.world,
+        options=reader_options(config, ranks),
+    )
+
+
+def initial_model(config: Config, manifest: Manifest) -> nn.Module:
+    """The network as every rank begins with it: from the seed and the scale of the features, or `model.weights`."""
+    torch.manual_seed(config.train.seed)
+    model = model_for(config.model, manifest)
+    if config.model.weights is not None:
+        load_weights(config.model.weights, model)
+        return model
+    options = ReaderOptions(access=config.data.access)
+    with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, options=options) as stream:
+        batch = next(iter(stream))
+        model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
+    return model
+
+
+def build_objectives(config: Config, state: TrainingState | None = None) -> Objectives:
+    """The weighted sum of loss terms; with the memory bank of `state`, where given."""
+    objectives = Objectives(
+        config.objectives, pool=config.pool.scope, bank=config.pool.bank, supervision=config.model.supervision
+    )
+    if state is not None:
+        objectives.load(state.objectives)
+    return objectives
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What an output folder holds: the resolved configuration, the last progress, and the best weights.
+
+    Attributes:
+        step: the step of those weights; the last one without a val split.
+    """
+
+    config: Config
+    progress: TrainingProgress
+    state: TrainingState
+    step: int
+
+
+def load_run(output: str | Path) -> TrainedRun:
+    """The best weights of the run in `output`.
+
+    Raises:
+        UserError: no complete checkpoint there.
+    """
+    checkpoints = Checkpoints(output)
+    newest, _ = checkpoints.newest_valid()
+    if newest is None:
+        raise UserError(f"{output}: no complete checkpoint here; give the output folder of a training run")
+    progress = checkpoints.load(newest)[1]
+    step = newest if progress.best_step is None else progress.best_step
+    state, _ = checkpoints.load(step)
+    return TrainedRun(Config.model_validate(progress.config, strict=False), progress, state, step)

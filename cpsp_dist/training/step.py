@@ -1,0 +1,82 @@
+"""One optimizer step: micro-batches forward and backward, then the update; for the training loop and the dry run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpsp_dist.config import Config
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.training.engine import Engine
+from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave on this rank.
+
+    Attributes:
+        grad_norm: before clipping, the same on every rank; where it is not finite, nothing was updated.
+        micro_losses: the loss terms of each micro-batch, weighted as they count.
+    """
+
+    learning_rate: float
+    grad_norm: float
+    micro_losses: list[dict[str, Tensor]]
+    diagnostics: NonFiniteDiagnostics
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """What every step of a run is made with."""
+
+    config: Config
+    ranks: Ranks
+    stream: TrainStream
+    engine: Engine
+    objectives: Objectives
+
+    def run_micro_batches(
+        self,
+        batches: Iterator[Batch],
+        step: int,
+        position: int,
+        learning_rate: float,
+        measure: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> StepResult:
+        """Take the micro-batches of step `step` (from 0) from `batches`, and update the weights once.
+
+        position: samples delivered before the step, over all ranks. measure: a context entered around the forward
+        pass and the loss of each micro-batch.
+        """
+        grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []
+        weights = self.stream.schedule.weights(position, self.config.train.accumulation)
+        for micro_batch, weight in enumerate(weights):
+            batch = next(batches).to(self.ranks.device)
+            torch.manual_seed(dropout_seed(self.config, step, micro_batch, self.ranks))
+            with measure():
+                output = diagnostics.record_outputs(self.engine(batch), batch)
+                loss, terms = self.objectives(output, batch)
+            diagnostics.record_losses(terms)
+            self.engine.backward(weight * loss)
+            grad_norm = self.engine.step(learning_rate)
+            micro_losses.append({name: weight * value for name, value in terms.items()})
+        return StepResult(learning_rate, grad_norm, micro_losses, diagnostics)
+
+
+def dropout_seed(config: Config, step: int, micro_batch: int, ranks: Ranks) -> int:
+    """Dropout as a function of (seed, step, micro-batch, rank): no random state to lose, whatever ends the process."""
+    seed = (config.train.seed * 1_000_003 + step) * 65_537 + ranks.rank
+    return (seed + micro_batch * 0x9E37_79B9_7F4A_7C15) % 2**63

@@ -1,0 +1,66 @@
+"""Who prints an error: one line for a person to read, however many ranks meet it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpsp_dist.errors import DataError, LostRank, RankError, Stopped, UserError, report_errors, should_print
+
+#: Two machines of two ranks each.
+RANKS = [{"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2)} for rank in range(4)]
+
+
+def printing(error: BaseException) -> list[int]:
+    return [rank for rank, env in enumerate(RANKS) if should_print(error, env)]
+
+
+def claimed(rank: int | None) -> DataError:
+    error = DataError("damaged")
+    error.claimed_by = rank
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks"),
+    [
+        (UserError("mistake"), [0, 2]),
+        (Stopped("saved"), [0, 2]),
+        (RankError("no GPU"), [0, 1, 2, 3]),
+        (claimed(3), [3]),
+        (claimed(None), [0, 1, 2, 3]),
+        (LostRank("rank 3", ranks=[3]), [0, 2]),
+        (LostRank("rank 0", ranks=[0]), [0, 1, 2]),  # rank 0 would, but is gone
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_who_prints(error: BaseException, ranks: list[int]) -> None:
+    assert printing(error) == ranks
+
+
+def test_before_the_ranks_are_connected_slurm_says_which_is_first() -> None:
+    assert should_print(UserError("mistake"), {"SLURM_LOCALID": "0"})
+    assert not should_print(UserError("mistake"), {"SLURM_LOCALID": "1"})
+    assert should_print(UserError("mistake"), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("mistake"), 2, "error: mistake\n"),
+        (LostRank("rank 1: gone", 9, [1]), 9, "error: rank 1: gone\n"),
+        (Stopped("SIGTERM: saved"), 75, "SIGTERM: saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_line_and_an_exit_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def main() -> None:
+        raise error
+
+    assert report_errors(main) == code
+    assert capsys.readouterr().err == line
