@@ -44,7 +44,7 @@ def throughout(
 def test_a_run_that_changes_its_ranks(
     prefork: Any, keypad_shards: Path, throughout: Any, tmp_path: Path, zero: int, moves: Any
 ) -> None:
-    """SGD, stopped by a signal and gone on with on another number of ranks, against one number throughout."""
+    """SGD, stopped by a signal and resumed on another number of ranks, against one number throughout."""
     before, last, steps = moves
     run = arguments(keypad_shards, tmp_path / "moved", f"engine.zero={zero}", f"train.steps={steps}", *STEPS)
     for world, step in before:
