@@ -17,9 +17,9 @@ help:
 install: $(VENV)/.installed
 
 # Made again only when the requirements change.
-$(VENV)/.installed: setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 2; }
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: '$(PYTHON) -m venv' failed; install the venv module of your Python (python3-venv)"; exit 2; }
 	@echo "Installing into $(VENV) (2 GB, or 5.5 where torch comes with CUDA; minutes on a first call)"
@@ -62,4 +62,4 @@ slurm-down:
 	@$(RUN) tests/tools/slurm_lab.py down
 
 clean:
-	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from cpsp_dist.data.urls import is_url, without_secrets
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.shipped import find_config, suggestion
 
 
 class Section(BaseModel):
@@ -164,7 +165,7 @@ class TrainSettings(Section):
 class EngineSettings(Section):
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
-    deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings")
+    deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
     silence: int = Field(60, ge=5, description="seconds without a rank's heartbeat after which the others end")
 
@@ -215,7 +216,8 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, its `extends:` chain below it and `overrides` (`key.key=value`) on top.
+    """The configuration in a YAML file (`find_config` finds it), its `extends:` chain below it and `overrides`
+    (`key.key=value`) on top.
 
     Raises:
         ConfigError: with every mistake, a line each.
@@ -233,7 +235,7 @@ def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Confi
         ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
     """
     mistakes: list[str] = []
-    merged = _read_chain(Path(path), ())
+    merged = _read_chain(find_config(path), ())
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -308,14 +310,14 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path`, merged over what it extends (paths relative to the file that names them)."""
+    """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
     if path.resolve() in above:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
         by = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -325,7 +327,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: takes one file name, not {base!r}")
-    return _merge(_read_chain(path.parent / base, (*above, path.resolve())), content)
+    return _merge(_read_chain(find_config(base, path.parent), (*above, path.resolve())), content)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

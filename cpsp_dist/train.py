@@ -14,15 +14,28 @@ from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError, report_errors
 from cpsp_dist.training import gc_control
 
+PROGRAM = "python -m cpsp_dist.train"
+DESCRIPTION = (
+    "Train a model for audio-visual event localization. A run whose output folder has a checkpoint resumes from there, "
+    "on any number of ranks."
+)
+
+
+def epilog(program: str) -> str:
+    return f"Example: {program} --config keypad train.epochs=2 output=runs/try"
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cpsp_dist.train",
-        description="Train a model for audio-visual event localization. A run whose output folder has a checkpoint "
-        "resumes from there, on any number of ranks.",
-        epilog="Example: python -m cpsp_dist.train --config configs/keypad.yaml train.epochs=2 output=runs/try",
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=epilog(PROGRAM))
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """For `cpsp-dist train` too."""
+    parser.add_argument(
+        "--config", required=True, metavar="CONFIG", help="a YAML file, or a shipped config: see `cpsp-dist configs`"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file: train.seed=2")
     parser.add_argument("--fresh", action="store_true", help="refuse to resume from checkpoints in the output folder")
     parser.add_argument(
@@ -38,15 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run on one process: plan for N ranks")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_intermixed_args(argv)
+    return run(build_parser().parse_intermixed_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, with the arguments of `add_arguments`; its exit code."""
     # Torch reads it when imported. Its warnings about a rank that is gone are pages of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-    def run() -> None:
+    def work() -> None:
         with StopSignals() as signals:  # first of all: the imports below take seconds
             from cpsp_dist.config import load_config
 
@@ -69,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     with gc_control.reduced_gc():
-        return report_errors(run)
+        return report_errors(work)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #   sbatch slurm/train_100k.sh configs/avel100k_weak.yaml engine.zero=2   another config
 #
 # Resources are sbatch's flags. Everything else is a config file (default: configs/avel100k_full.yaml) and settings on
-# top of it. Give it in the folder that holds configs/; paths are relative to there.
+# top of it. Paths are relative to the folder where sbatch is called; a config that is not there is the package's own.
 #
 #SBATCH --job-name=cpsp
 #SBATCH --nodes=2
@@ -37,7 +37,7 @@ fi
 LOST_RANKS=3
 
 config=configs/avel100k_full.yaml
-case ${1:-} in *.yaml | *.yml) config=$1 && shift ;; esac
+case ${1:-} in '' | -* | *=*) ;; *) config=$1 && shift ;; esac
 
 # srun itself no longer looks at the job's --cpus-per-task.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

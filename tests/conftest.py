@@ -14,27 +14,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.environment import LAUNCHER, REPO, environment
+from tests.support.environment import LAUNCHER, environment
 from tests.support.ranks import prefork_launcher, run_ranks
+from tests.support.skips import pytest_make_collect_report, pytest_runtest_makereport, skip  # noqa: F401, the hooks work here
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
     del os.environ[_name]
 
 gc.disable()  # until all is imported: what that makes stays
-
-SHARED = REPO.parent / "shared"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference vectors and real features that lies beside the checkout, where there is one."""
-    if not SHARED.is_dir():
-        if os.environ.get("CPSP_REQUIRE_SHARED"):
-            pytest.fail("CPSP_REQUIRE_SHARED is set, but there is no ../shared")
-        pytest.skip("needs ../shared (reference vectors, avdigits), which this machine lacks")
-    return SHARED
-
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
 LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "training", "launchers", "pool", "avdigits", "reference"]
@@ -90,11 +78,9 @@ def slurm(worker_id: str) -> Iterator[Any]:
     """A real Slurm cluster of 4 virtual nodes: see slurm_lab.py. Its users have this Python and this repository."""
     from tests.tools.slurm_lab import Lab, missing
 
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
     if why := missing():
-        if os.environ.get("CPSP_REQUIRE_SLURM"):
-            pytest.fail(f"CPSP_REQUIRE_SLURM is set, but no cluster can run here: {why}")
-        pytest.skip(f"no Slurm cluster can run here: {why}; `make slurm-up` installs one")
+        skip("Slurm", why)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     port = 17200 + 50 * int(worker_id.removeprefix("gw") if worker_id != "master" else 0)
     # Not among pytest's folders, which are closed to others: munge wants its socket to be reachable.
     with tempfile.TemporaryDirectory(prefix="cpsp-slurm-") as folder:

@@ -6,32 +6,63 @@ Modules here import nothing heavy at their top: `--help` has to answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
 from collections.abc import Sequence
 
 from cpsp_dist import __version__
-from cpsp_dist.cli import bench, compare, demo, doctor, evaluate, export, import_checkpoint, launch, shards
-from cpsp_dist.errors import report_errors
+from cpsp_dist.cli import (
+    bench,
+    compare,
+    configs,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    import_checkpoint,
+    launch,
+    shards,
+    train,
+)
+from cpsp_dist.errors import UserError, report_errors
+
+#: In the order of --help.
+COMMANDS = (shards, configs, train, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    return _build()[0]
+
+
+def _build() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog="cpsp-dist",
-        description="Train audio-visual event localization (CPSP) at scale: pack features, look at them, compare runs.",
-        epilog="Training itself: python -m cpsp_dist.train --config configs/X.yaml [key=value ...]",
+        description="Train audio-visual event localization (CPSP) at scale: pack features, train, compare runs.",
+        epilog="Under a launcher: torchrun ... -m cpsp_dist.train --config CONFIG [key=value ...]",
     )
     parser.add_argument("--version", action="version", version=f"cpsp-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shards, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor):
+    for module in COMMANDS:
         module.register(commands)
-    return parser
+    return parser, [*commands.choices]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
+    parser, names = _build()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        return report_errors(lambda: _unknown(arguments[0], names))
+    args, rest = parser.parse_known_args(arguments)
     # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     return report_errors(lambda: args.handler(args))
+
+
+def _unknown(name: str, names: list[str]) -> None:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+    raise UserError(f"no command '{name}'; {hint}")

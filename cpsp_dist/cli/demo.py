@@ -7,7 +7,7 @@ import argparse
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("demo", help="make, pack, train, evaluate and compare on the keypad corpus (minutes)")
-    parser.add_argument("--config", default="configs/keypad.yaml", help="(default: %(default)s)")
+    parser.add_argument("--config", default="keypad", metavar="CONFIG", help="(default: %(default)s)")
     parser.add_argument("--output", default="runs/demo", help="folder for all of it, made anew (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--ranks", type=int, help="processes to train on (default: 2; 1 where there is one GPU)")

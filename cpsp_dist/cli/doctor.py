@@ -15,7 +15,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "2 where something has to be mended, 0 else, also with warnings.",
         epilog="Example: srun -N 4 --ntasks-per-node 8 python -m cpsp_dist doctor --config configs/avel100k_full.yaml",
     )
-    parser.add_argument("--config", metavar="FILE", help="also check what this configuration reads and writes")
+    parser.add_argument("--config", metavar="CONFIG", help="also check what this configuration reads and writes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="that any check waits (default: %(default)g)"

@@ -19,7 +19,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model", required=True, choices=("psp", "avel", "avsdn", "cmran"), help="its network (cpsp and sspsp are psp)"
     )
-    parser.add_argument("--config", type=Path, required=True, help="configuration of the run that is to use it")
+    parser.add_argument("--config", metavar="CONFIG", required=True, help="configuration of the run that is to use it")
     parser.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
     parser.set_defaults(handler=_import)
 

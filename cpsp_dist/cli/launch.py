@@ -19,7 +19,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         epilog="Example: cpsp-dist launch configs/avel100k_full.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 "
         "--sweep train.seed=1,2,3 --parallel 2 --follow",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or of `cpsp-dist configs`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file: train.epochs=5")
     parser.add_argument(
         "--sweep",
@@ -82,7 +82,7 @@ def _launch(args: argparse.Namespace) -> int:
             raise UserError(f"--status asks for what was launched; leave out {args.config}")
         return _follow(jobs.load_jobs(args.status)) if args.follow else _status(jobs.load_jobs(args.status))
     if not args.config:
-        raise UserError("launch needs a config file (configs/...), or --status FOLDER")
+        raise UserError("launch needs a config (`cpsp-dist configs` lists them), or --status FOLDER")
     resources = cluster.Resources(
         nodes=args.nodes,
         gpus=args.gpus_per_node,

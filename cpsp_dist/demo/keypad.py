@@ -28,6 +28,7 @@ import numpy as np
 from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing.target import workplace
+from cpsp_dist.utils.extras import require
 
 SEGMENTS, GRID, PIXELS, BANDS = 10, 7, 64, 128
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,6 +72,7 @@ def generate(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
 
 def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
     """{split: [n, 64] scans of each digit}, pixels 0 to 1; no scan in two splits."""
+    require("sklearn", "demo", "the keypad corpus")
     from sklearn.datasets import load_digits
 
     pixels, digits = load_digits(return_X_y=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.compare import compare
+from cpsp_dist.utils.extras import require
 
 #: What is compared: name, settings. All at one global batch and the same seeds.
 KINDS = {
@@ -33,6 +34,7 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
         UserError: a mistake in the configuration, `output` is somebody else's folder, or a run that failed.
     """
     load_config(config, overrides)  # mistakes are told before anything is made
+    require("sklearn", "demo", "the demo")
     began = time.monotonic()
     folder = Path(output)
     if ranks is None:

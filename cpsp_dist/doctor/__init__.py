@@ -21,6 +21,7 @@ from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, hung_
 from cpsp_dist.doctor.rendezvous import Rendezvous, all_reduce, check_all_ranks_present, clocks, network_fix
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.engine import deepspeed_settings, import_deepspeed
+from cpsp_dist.utils.shipped import find_config
 
 #: Checks that a rank makes for itself, one after the other, each within the limit.
 OWN_CHECKS = 10
@@ -94,7 +95,7 @@ class RankChecks:
         configs.append(config)
         text = json.dumps(flat(config), sort_keys=True, default=str)
         self.facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return [Finding(OK, "config", str(path))]
+        return [Finding(OK, "config", str(find_config(path)))]
 
     def _check_paths(self, config: Config) -> None:
         manifests: list[Manifest] = []

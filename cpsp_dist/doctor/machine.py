@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
+from cpsp_dist.utils.shipped import CONSTRAINTS
 
-#: The versions that were tested together lie beside a checkout.
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 TESTED_PYTHON = (3, 11)
 #: Memory that is taken on a GPU before a run, in bytes, from which on somebody else seems to use it.
 TAKEN = 2 << 30
-INSTALL = "pip install -c constraints.txt -e ."
 
 
 def launcher() -> str:
@@ -51,28 +50,32 @@ def python_and_packages() -> list[Finding]:
         findings = [
             Finding(WARNING, "python", f"{summary}: tested with {wanted}", f"use Python {wanted} if you have trouble")
         ]
-    wrong = [
-        f"{r.name} {found[r.name] or 'is missing'} (needed: {r.specifier})"
+    wrong = {
+        r.name: f"{r.name} {found[r.name] or 'is missing'} (needed: {r.specifier})"
         for r in _required()
         if found[r.name] is None or not r.specifier.contains(found[r.name] or "", prereleases=True)
-    ]
+    }
     if wrong:
-        findings.append(Finding(ERROR, "packages", ", ".join(wrong), INSTALL))
+        findings.append(Finding(ERROR, "packages", ", ".join(wrong.values()), _install(wrong)))
     if not tested:
-        findings.append(Finding(WARNING, "packages", "no constraints.txt to compare with", "run from a checkout"))
+        findings.append(Finding(WARNING, "packages", "no constraints.txt to compare with", "install cpsp-dist anew"))
         return findings
     # A CUDA build has the same number: 2.13.0+cu128.
-    other = [
-        f"{name} {now} (tested: {tested[name]})"
+    other = {
+        name: f"{name} {now} (tested: {tested[name]})"
         for name, now in found.items()
         if now is not None and name in tested and now.partition("+")[0] != tested[name]
-    ]
+    }
     if other:
-        findings.append(Finding(WARNING, "packages", "not as tested: " + ", ".join(other), INSTALL))
+        findings.append(Finding(WARNING, "packages", "not as tested: " + ", ".join(other.values()), _install(other)))
     elif not wrong:
-        chief = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "mlflow"))
+        chief = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "mlflow-skinny"))
         findings.append(Finding(OK, "packages", f"{chief} and {len(found) - 3} more, as tested"))
     return findings
+
+
+def _install(names: Iterable[str]) -> str:
+    return f"pip install -c {CONSTRAINTS} {' '.join(names)}"
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
+from cpsp_dist.utils.extras import require
 
 BACKGROUND, EVENT = "▁", "█"
 BAR = 30  # characters
@@ -92,8 +93,9 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
 
     Raises:
         DataError: a damaged sample.
-        UserError: `path` cannot be written.
+        UserError: `path` cannot be written, or matplotlib is missing.
     """
+    require("matplotlib", "report", "--png")
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     segments = manifest.fields["label"].shape[0]

@@ -10,13 +10,14 @@ import pytest
 
 from tests.support.environment import GPUS, REPO, environment
 from tests.support.runs import KEYPAD, loss_history, overrides
+from tests.support.skips import skip
 
 
 @pytest.fixture
 def seeing() -> dict[str, str]:
     """The environment of a subprocess that may use the GPUs."""
     if not shutil.which("nvidia-smi") or not subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout:
-        pytest.skip("no GPU here")
+        skip("a GPU", "`nvidia-smi -L` lists none")
     env = environment()
     del env["CUDA_VISIBLE_DEVICES"]
     return env if GPUS is None else env | {"CUDA_VISIBLE_DEVICES": GPUS}

@@ -15,6 +15,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
 
 
 REPO = Path(__file__).resolve().parents[2]
+DATA = REPO / "tests" / "data"  # see its README
 
 
 def free_port() -> int:

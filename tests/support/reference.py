@@ -1,7 +1,7 @@
-"""The reference vectors: what the published code computes, in float64 (see the README beside their file).
+"""The reference vectors: what the published code computes, in float64 (see tests/data/README.md).
 
-CPSP_REFERENCE names the file; without it, the one in ../shared. Inputs and weights are made from its seed by the
-`recipe.py` that comes with the vectors.
+CPSP_REFERENCE names a file made from another seed. Inputs and weights are made from its seed by the `recipe.py` that
+comes with the vectors.
 """
 
 from __future__ import annotations
@@ -15,23 +15,18 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from cpsp_dist.data.batch import Batch
-from tests.support.environment import REPO
+from tests.support.environment import DATA
 
-DEFAULT = REPO.parent / "shared" / "reference" / "published_seed1.npz"
+DEFAULT = DATA / "reference" / "published_seed1.npz"
 
 
 @cache
 def vectors() -> dict[str, np.ndarray]:
-    path = Path(os.environ.get("CPSP_REFERENCE", DEFAULT))
-    by_hand = "CPSP_REFERENCE" in os.environ or "CPSP_REQUIRE_SHARED" in os.environ  # then it has to exist
-    if not path.is_file() and not by_hand:
-        pytest.skip("needs ../shared/reference, which this machine lacks")
-    with np.load(path) as file:
+    with np.load(os.environ.get("CPSP_REFERENCE", DEFAULT)) as file:
         return dict(file)
 
 

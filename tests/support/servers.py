@@ -16,10 +16,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
-import pytest
 from aiohttp import web
 
 from tests.support.environment import free_port
+from tests.support.skips import skip
 
 #: How a request is answered in place of the file: (request, path of the file, first byte, end).
 Fault = Callable[[web.Request, Path, int, int], Awaitable[web.StreamResponse]]
@@ -244,9 +244,7 @@ class Nginx:
 
 def nginx_binary() -> str:
     """Skips the test where nginx is not installed, fails it if CPSP_REQUIRE_NGINX is set."""
-    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    binary = shutil.which("nginx")
     if binary is None:
-        if os.environ.get("CPSP_REQUIRE_NGINX"):
-            pytest.fail("CPSP_REQUIRE_NGINX is set, but nginx is not installed")
-        pytest.skip("needs nginx, which this machine lacks: apt-get install nginx-light")
+        skip("nginx", "it is not on the PATH (it may lie in /usr/sbin)")
     return binary

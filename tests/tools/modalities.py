@@ -6,7 +6,7 @@ Trains each kind (the published settings at a batch of 32, best weights on val) 
 for each seed, it keeps of `--starts` runs from different initial weights the one that is best on val, for every kind
 alike, and prints what CPSP is ahead of each other kind: the mean of the differences at the same seed, with its 95 %
 interval (Student's t over seeds), for single runs and for those kept. The test split chooses nothing. Settings of
-`--set` hold for every kind. What is finished is not done again. `tests/test_avdigits.py` runs a short form of it.
+`--set` hold for every kind. What is finished is not done again.
 """
 
 from __future__ import annotations

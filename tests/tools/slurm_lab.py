@@ -288,8 +288,8 @@ def answers(port: int) -> bool:
 def missing() -> str:
     """Why no cluster can run here; nothing if one can."""
     for name in ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sbatch", "unshare"):
-        if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None:
-            return f"{name} is not installed"
+        if shutil.which(name) is None:
+            return f"{name} is not on the PATH (it may lie in /usr/sbin)"
     if os.geteuid() != 0:
         return "it needs root"
     made = subprocess.run(["unshare", "--fork", "--pid", "--mount", "--uts", "true"], timeout=LIMIT)

@@ -72,16 +72,10 @@ def simulate(
     Raises:
         UserError: counts below one, or fewer samples than one global batch.
     """
-    if min(nodes, gpus, batch) < 1:
-        raise UserError("--nodes, --gpus and --batch are at least 1")
     rows, world = manifest.rows(split), nodes * gpus
+    _check(manifest, split, nodes, gpus, batch, epoch_end)
     shards = [shard for shard in manifest.shards if shard.split == split]
     sizes, global_batch = [shard.nsamples for shard in shards], batch * world
-    if len(rows) < global_batch and epoch_end != "pad":
-        raise UserError(
-            f"{manifest.folder}: split '{split}' has {len(rows)} samples, too few for a global batch of {global_batch}"
-            f" ({nodes} x {gpus} x {batch})"
-        )
 
     def schedule(world: int) -> ReadSchedule:
         return ReadSchedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
@@ -96,8 +90,7 @@ def simulate(
     rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     categories = np.asarray(manifest.samples["category"][rows.start : rows.stop]) + 1  # 0 is unknown
-    classes = int(categories.max()) + 1
-    expected = np.bincount(categories, minlength=classes) / len(rows)
+    expected = np.bincount(categories) / len(rows)
     samples = np.zeros(world, dtype=np.int64)
     touched = np.zeros((nodes, len(shards)), dtype=bool)
     distances, order_seconds = [], 0.0
@@ -108,7 +101,7 @@ def simulate(
         real = step_rows >= 0
         samples += np.bincount(rank_of[real], minlength=world)
         touched[rank_of[real] // gpus, shard_of[step_rows[real]]] = True
-        histogram = np.bincount(categories[step_rows[real]], minlength=classes) / real.sum()
+        histogram = np.bincount(categories[step_rows[real]], minlength=len(expected)) / real.sum()
         distances.append(0.5 * np.abs(histogram - expected).sum())
 
     sample_bytes = sum(field.nbytes for field in manifest.fields.values())
@@ -125,6 +118,17 @@ def simulate(
         uniform_unevenness=_uniform_unevenness(expected, global_batch),
         bytes_a_second_a_node=None if step_seconds is None else batch * gpus * sample_bytes / step_seconds,
     )
+
+
+def _check(manifest: Manifest, split: str, nodes: int, gpus: int, batch: int, epoch_end: EpochEnd) -> None:
+    if min(nodes, gpus, batch) < 1:
+        raise UserError("--nodes, --gpus and --batch are at least 1")
+    samples, global_batch = len(manifest.rows(split)), nodes * gpus * batch
+    if samples < global_batch and epoch_end != "pad":
+        raise UserError(
+            f"{manifest.folder}: split '{split}' has {samples} samples, too few for a global batch of {global_batch}"
+            f" ({nodes} x {gpus} x {batch})"
+        )
 
 
 def _uniform_unevenness(expected: np.ndarray, draws: int) -> float:

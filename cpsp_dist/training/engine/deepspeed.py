@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from cpsp_dist.training.engine.base import (
     build_optimizer,
     propagate_nonfinite,
 )
+from cpsp_dist.utils.shipped import find_config, suggestion
 
 
 class DeepSpeedEngine:
@@ -33,6 +33,7 @@ class DeepSpeedEngine:
         deepspeed_compat.forget_destroyed_groups()
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self.config, self.ranks, self.module = config, ranks, model
+        self.linear = nn.functional.linear
         self.dtype = PRECISIONS[config.train.precision]
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -86,7 +87,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
         self.engine.destroy()
-        deepspeed_compat.release_module(self.module)
+        deepspeed_compat.release_module(self.module, self.linear)
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
@@ -102,11 +103,11 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     }
     settings: dict[str, Any] = {}
     if config.engine.deepspeed is not None:
-        path = Path(config.engine.deepspeed)
+        path = find_config(config.engine.deepspeed)
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}") from None
+            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}{suggestion(path)}") from None
         except ValueError as error:
             raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from None
         taken = sorted({*owned, "train_batch_size", "fp16", "optimizer", "scheduler"} & set(settings))

@@ -93,10 +93,15 @@ def forget_destroyed_groups() -> None:
         groups._ALL_TO_ALL_GROUP.clear()
 
 
-def release_module(module: nn.Module) -> None:
-    """Remove `module` from the list of modules that ZeRO stage 3 keeps, and adds to only (0.19.0 to 0.19.8)."""
+def release_module(module: nn.Module, linear: Callable[..., Tensor]) -> None:
+    """Undo what ZeRO stage 3 leaves behind in the process (0.19.0 to 0.19.8).
+
+    It keeps modules in a list, and adds to that only. And it replaces `linear`, torch's own function, by one that
+    rounds otherwise: later trainings would give other weights.
+    """
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
+    nn.functional.linear = linear
     FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
 
 

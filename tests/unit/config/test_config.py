@@ -66,8 +66,8 @@ def test_published_settings_are_the_defaults():
     ],
 )
 def test_schedule_is_the_published_one(name, milestones, rates):
-    """As the published training scripts have it (noted down in ../shared/facts/contrastive.md, "Published weights"):
-    Adam 1e-3, clip 0.1, batch 64, 45 epochs, halved at 10/20/30 (fully supervised) and 5/20/40 (weakly)."""
+    """As the published training scripts have it: Adam 1e-3, clip 0.1, batch 64, 45 epochs, halved at 10/20/30 (fully
+    supervised) and 5/20/40 (weakly)."""
     settings = load_config(REPO / f"configs/{name}.yaml").train
     assert (settings.optimizer, settings.learning_rate, settings.clip) == ("adam", 1e-3, 0.1)
     assert (settings.epochs, settings.global_batch, settings.milestones, settings.gamma) == (45, 64, milestones, 0.5)

@@ -141,6 +141,7 @@ def test_without_slurm_local_is_proposed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_refused_submission_is_one_line_and_leaves_no_files(tmp_path, monkeypatch, capfd, sweep):
     stub(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
+    stub(tmp_path / "bin", "srun", "exit 1")  # submitit looks for it before it hands in an array
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     more = ["--sweep", "train.seed=1,2"] if sweep else []

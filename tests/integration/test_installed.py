@@ -1,0 +1,161 @@
+"""The package as a user gets it: a wheel, built and installed without network, run far from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from cpsp_dist.config import load_config
+from tests.support.environment import REPO, environment
+
+BUILD = "import sys; from setuptools import build_meta as build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
+
+
+def build(kind: str, folder: Path, out: Path) -> Path:
+    """What the build backend makes of the sources in `folder`. kind: build_wheel or build_sdist."""
+    out.mkdir()
+    command = [sys.executable, "-c", BUILD, kind, str(out)]
+    done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+def clean() -> dict[str, str]:
+    """No path to the checkout."""
+    return {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the checkout: a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("build")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True, timeout=60).stdout
+    for name in filter(None, listed.split("\0")):
+        if (REPO / name).is_file():
+            (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, folder / "checkout" / name)
+    return build("build_sdist", folder / "checkout", folder / "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    return build("build_wheel", sdist.parents[1] / "checkout", sdist.parents[1] / "wheel")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment of its own, with this one's libraries but not its editable install."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    done = subprocess.run([*pip, str(wheel)], env=clean(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Of a folder named in a .pth file the .pth files are not read.
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("empty")
+
+
+def run(command: list[str | Path], folder: Path, timeout: float = 120) -> str:
+    env = clean() | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def contents(wheel: Path) -> dict[str, tuple[bytes, int]]:
+    """{file: (content, mode)}; RECORD lists the hashes of the others."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {i.filename: (archive.read(i), i.external_attr >> 16 & 0o777) for i in archive.infolist()}
+
+
+def test_sdist_makes_the_same_wheel(sdist, wheel, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    assert contents(build("build_wheel", folder, tmp_path / "out")) == contents(wheel)
+
+
+def test_wheel_has_the_files_of_the_checkout(wheel):
+    held = contents(wheel)
+    for folder in ("configs", "slurm"):
+        for path in (REPO / folder).rglob("*.*"):
+            if path.suffix != ".md":
+                content, mode = held[f"cpsp_dist/shipped/{path.relative_to(REPO).as_posix()}"]
+                assert content == path.read_bytes()
+                assert bool(mode & 0o100) == os.access(path, os.X_OK) == (path.suffix == ".sh"), path
+    assert "cpsp_dist/py.typed" in held
+    assert {name.split("/")[0] for name in held if ".dist-info" not in name} == {"cpsp_dist"}
+
+
+def test_metadata(wheel):
+    held = {name.rpartition("/")[2]: content for name, (content, _) in contents(wheel).items() if "dist-info" in name}
+    card = Parser().parsestr(held["METADATA"].decode())
+    assert (card["Name"], card["License-Expression"], card["License-File"]) == ("cpsp-dist", "MIT", "LICENSE")
+    assert held["LICENSE"] == (REPO / "LICENSE").read_bytes()
+    assert {"demo", "dev", "report", "s3", "ui", "video"} == set(card.get_all("Provides-Extra"))
+    required = [text for text in card.get_all("Requires-Dist") if "extra ==" not in text]
+    assert any(text.startswith("deepspeed") and "<0.20" in text for text in required)
+    assert not [text for text in required if text.startswith(("scikit-learn", "matplotlib", "s3fs", "pytest"))]
+
+
+def test_configs_are_found_by_name(installed, empty):
+    (empty / "own").mkdir()
+    (empty / "own" / "mine.yaml").write_text("extends: ave_weak\ntrain: {seed: 5}\n")
+    names = ["ave_full", "ave_full.yaml", "configs/ave_full.yaml", "own/mine.yaml"]
+    code = (
+        "import json, sys; from cpsp_dist import config; from cpsp_dist.training.engine import deepspeed_settings;"
+        "print(json.dumps([config.load_config(name).model_dump(mode='json') for name in sys.argv[1:]]));"
+        "ds = config.load_config('keypad', ['engine.deepspeed=configs/deepspeed/overlap.json']);"
+        "print(json.dumps(deepspeed_settings(ds, 1)['zero_optimization']));"
+        "from cpsp_dist.utils.shipped import CONSTRAINTS; print(CONSTRAINTS)"
+    )
+    configs, deepspeed, constraints = run([installed / "python", "-c", code, *names], empty).splitlines()
+    full = load_config(REPO / "configs/ave_full.yaml").model_dump(mode="json")
+    weak = load_config(REPO / "configs/ave_weak.yaml", ["train.seed=5"]).model_dump(mode="json")
+    assert json.loads(configs) == [full, full, full, weak]
+    assert json.loads(deepspeed)["overlap_comm"] is True
+    assert Path(constraints).is_relative_to(installed.parent)
+    assert Path(constraints).read_bytes() == (REPO / "constraints.txt").read_bytes()
+
+
+def test_files_are_written_out(installed, empty, tmp_path):
+    for name in ("configs", "slurm"):
+        run([installed / "cpsp-dist", name, "--copy", tmp_path / name], empty)
+        expected = {p.relative_to(REPO) for p in (REPO / name).rglob("*.*") if p.suffix != ".md"}
+        assert {p.relative_to(tmp_path) for p in (tmp_path / name).rglob("*.*")} == expected
+        for path in expected:
+            assert (tmp_path / path).read_bytes() == (REPO / path).read_bytes()
+            assert os.access(tmp_path / path, os.X_OK) == (path.suffix == ".sh")
+
+
+@pytest.mark.long
+def test_demo_and_training_from_an_empty_folder(installed, empty):
+    where = run([installed / "python", "-c", "import cpsp_dist; print(cpsp_dist.__file__)"], empty)
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    command = [installed / "cpsp-dist", "demo", "--seeds", "1", "--ranks", "1"]
+    said = run([*command, "train.steps=2", "tracking.every_steps=1"], empty, timeout=600)
+    assert said.count("step 2/2") == 3
+    assert "cpsp-gathered-pool" in said[said.index("Compare the runs") :]
+
+    arguments = ["--config", "ave_full", "--dry-run", "data.shards=runs/demo/shards"]
+    planned = run([installed / "cpsp-dist", "train", *arguments], empty)
+    assert "runs/ave_full" in planned
+    assert not (empty / "runs" / "ave_full").exists()
