@@ -222,7 +222,7 @@ def average(x: Tensor | None) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)])
 def test_reference_training(ranks, world: int) -> None:
     names = list(TRAININGS)
     for result in [trajectories(names)] if world == 1 else ranks(trajectories, world, names, timeout=300):

@@ -111,6 +111,16 @@ def test_help_imports_nothing_heavy(module):
     assert not heavy & set(done.stdout.split())
 
 
+def test_packing_processes_do_without_torch():
+    """Each of them would spend seconds on its import."""
+    modules = "cpsp_dist.packing.pack, cpsp_dist.packing.source"
+    code = f"import {modules}, sys; print(*{{'torch', 'webdataset'}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == ""
+
+
 def test_the_install_brings_one_package(tmp_path):
     """Outside the checkout: its other folders (shards/ has modules) are nobody's imports."""
     code = "from importlib.util import find_spec; print([bool(find_spec(name)) for name in ('cpsp_dist', 'shards')])"

@@ -311,7 +311,14 @@ def test_any_mask_is_finite(seed: int, dtype: torch.dtype, name: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(total, output))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("semihard", "proportional")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("full", "weak") else pytest.param(name, marks=pytest.mark.long)
+        for name in FORMS
+        if name not in ("semihard", "proportional")
+    ],
+)
 def test_finite_differences(name: str) -> None:
     batch, output = random_batch(11, 5), random_output(11, 5)
 
