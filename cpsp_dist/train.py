@@ -9,10 +9,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError, report_errors
 from cpsp_dist.training import gc_control
+
+if TYPE_CHECKING:
+    from cpsp_dist.api import TrainResult
+    from cpsp_dist.config import Config
 
 PROGRAM = "python -m cpsp_dist.train"
 DESCRIPTION = (
@@ -86,6 +93,26 @@ def run(args: argparse.Namespace) -> int:
 
     with gc_control.reduced_gc():
         return report_errors(work)
+
+
+class _CallableModule(ModuleType):
+    """`cpsp_dist.train` names this module and the function for programs."""
+
+    def __call__(
+        self,
+        config: Config | str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        fresh: bool = False,
+        allow_config_change: bool = False,
+    ) -> TrainResult:
+        """See `cpsp_dist.api.train`."""
+        from cpsp_dist import api
+
+        return api.train(config, overrides, fresh=fresh, allow_config_change=allow_config_change)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from cpsp_dist import train
+from cpsp_dist.train import DESCRIPTION, add_arguments, epilog, run
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model, or resume a run",
-        description=train.DESCRIPTION,
-        epilog=train.epilog("cpsp-dist train"),
+        description=DESCRIPTION,
+        epilog=epilog("cpsp-dist train"),
     )
-    train.add_arguments(parser)
-    parser.set_defaults(handler=train.run)
+    add_arguments(parser)
+    parser.set_defaults(handler=run)

@@ -33,11 +33,11 @@ def run(snapshot: str, source: str) -> None:
     if here.global_rank == 0:
         print(f"{source}, as it was when this was launched: {snapshot}", flush=True)
     sys.argv = ["cpsp_dist.train", "--config", snapshot]  # what MLflow records as the command
-    from cpsp_dist import train
+    from cpsp_dist.train import main as train_main
 
     code = 1
     try:
-        code = train.main(["--config", snapshot])
+        code = train_main(["--config", snapshot])
     finally:
         if here.cluster == "local":
             (here.paths.folder / f"{here.job_id}_{here.global_rank}_code").write_text(str(code))

@@ -17,7 +17,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"launch", "doctor", "demo", "bench", "export"},
-    {"train"},
+    {"train", "api"},
     {"training"},
     {"packing", "tracking"},
     {"config"},
@@ -101,7 +101,7 @@ def test_help_answers_in_half_a_second(command):
     assert statistics.median(helped) < max(0.5, 6 * statistics.median(bare))
 
 
-@pytest.mark.parametrize("module", ["cpsp_dist.cli", "cpsp_dist.train"])
+@pytest.mark.parametrize("module", ["cpsp_dist", "cpsp_dist.cli", "cpsp_dist.train"])
 def test_help_imports_nothing_heavy(module):
     code = f"import {module}, sys; print(*sys.modules)"
     done = subprocess.run(

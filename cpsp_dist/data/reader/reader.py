@@ -117,7 +117,8 @@ class _Stream:
 
 
 class TrainStream(_Stream):
-    """A split without end, each sample exactly once an epoch.
+    """A split without end, each sample exactly once an epoch. A batch is valid only until the next one is asked for:
+    its memory is filled anew; copy what you keep, or use `ShardsDataset`.
 
     `ReadSchedule` says which sample comes when; by default batches straddle epochs, so that none is short. Every rank
     gets ceil(global_batch / accumulation / world) slots a micro-batch, one of them invalid where shares are uneven.
@@ -184,7 +185,8 @@ class EvalStream(_Stream):
     """Each sample of a split exactly once over all ranks, in table order, in the same number of steps on every rank.
 
     Each step takes `batch` samples over all ranks, in ceil(batch / world) slots a rank; what is left over is
-    `valid=False`. Iterate again for another pass. Attributes and errors as `TrainStream`'s; any split size serves.
+    `valid=False`. A batch is valid only until the next one, as `TrainStream`'s. Iterate again for another pass.
+    Attributes and errors as `TrainStream`'s; any split size serves.
     """
 
     def __init__(
