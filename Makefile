@@ -1,6 +1,7 @@
 # Two commands do everything, set-up included:
 #   make demo    pack, train, evaluate and compare on a small corpus
-#   make test    lint, types and tests
+#   make test    lint, types and a short version of every test
+# and `make test-all` runs every test.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +9,10 @@ RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint format bench-peers slurm-up slurm-down clean
+.PHONY: help install demo test test-all lint format docs bench-peers slurm-up slurm-down clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,4p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,5p' Makefile
 
 install: $(VENV)/.installed
 
@@ -28,10 +29,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/cpsp-dist demo
 
+PYTEST := $(RUN) -m pytest
+# A worker keeps the files that it began, whose tests share what they are about.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	@$(RUN) -m pytest -m "not timing" --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--no-loadscope-reorder
-	@$(RUN) -m pytest -m timing
+	@$(PYTEST) -m short $(WORKERS)
+
+test-all: lint
+	@$(PYTEST) -m "not timing" $(WORKERS)
+	@$(PYTEST) -m timing
 
 lint: install
 	@$(VENV)/bin/ruff check .
@@ -41,6 +48,11 @@ lint: install
 format: install
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+# The pages of docs/ as a site in site/.
+docs: install
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt mkdocs
+	@$(VENV)/bin/mkdocs build --strict --quiet
 
 # The same samples through webdataset, mosaicml-streaming, litdata and the published layout, in environments of their own.
 bench-peers: install

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cpsp_dist.models import Network
     from cpsp_dist.training.checkpoint import TrainingProgress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
 
 
@@ -60,7 +60,9 @@ def export(run: str | Path, out: str | Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from cpsp_dist.models import MODELS
     from cpsp_dist.training.setup import load_run, open_manifest
+    from cpsp_dist.utils.registry import settings_from
 
     out = Path(out)
     if out.exists():
@@ -80,9 +82,8 @@ def export(run: str | Path, out: str | Path) -> Path:
             "visual_channels": manifest.fields["visual"].shape[-1],
             "audio_channels": manifest.fields["audio"].shape[-1],
             "categories": len(manifest.categories),
-            "threshold": config.model.threshold,
-            "dropout": config.model.dropout,
-            "sees": config.model.sees,
+            "modality": config.model.sees,
+            **vars(settings_from(MODELS[config.model.name].Settings, config.model)),
         },
         "inputs": {name: ["B", *manifest.fields[name].shape] for name in ("visual", "audio")},
         "step": step,
@@ -102,16 +103,14 @@ def export(run: str | Path, out: str | Path) -> Path:
 
 
 def _card(run: Path, config: Config, manifest: Manifest, progress: TrainingProgress, step: int) -> str:
+    from cpsp_dist.losses import OBJECTIVES
+
     fields, train = manifest.fields, config.train
     results: dict[str, Any] = {}
     if (run / "results.json").is_file():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in results.items()) or "| (run not finished) | |"
-    used = [
-        f"{name} × {weight:g}"
-        for name in ("event", "category", "avps", "psa_s", "psa_v", "sspsp")
-        if (weight := getattr(config.objectives, name))
-    ]
+    used = [f"{name} × {weight:g}" for name in OBJECTIVES if (weight := getattr(config.objectives, name))]
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
     epochs = progress.position / max(1, len(manifest.splits.get("train", ())))
     return f"""# {run.name}: {config.model.name}, {config.model.supervision} supervision

@@ -25,8 +25,8 @@ for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
 gc.disable()  # until all is imported: what that makes stays
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
-LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "pool", "launchers", "avdigits", "reference", "training"]
-LONG += ["launch", "demo", "dry_run", "checkpoint", "remote", "signals", "nonfinite", "packing_resume", "tracking"]
+LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "training", "launchers", "pool", "avdigits", "reference"]
+LONG += ["demo", "launch", "dry_run", "checkpoint", "remote", "signals", "nonfinite", "packing_resume", "tracking"]
 
 
 def pytest_collection_finish() -> None:
@@ -34,9 +34,21 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    for item in items:
+        put_into_tier(item)
+
+
+def put_into_tier(item: pytest.Item) -> None:
+    """Long is what is marked so, measures time or needs Slurm; all else is short."""
+    long = item.get_closest_marker("timing") or "slurm" in getattr(item, "fixturenames", ())
+    if item.get_closest_marker("short"):
+        raise pytest.UsageError(f"{item.nodeid}: `short` is what is not marked `long`; leave the mark out")
+    if not item.get_closest_marker("long"):
+        item.add_marker("long" if long else "short")
 
 
 def pytest_configure() -> None:
@@ -44,9 +56,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: the two files of Slurm come first, and mostly wait."""
-    return (os.cpu_count() or 1) + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core; one more for the long tier, whose two files of Slurm come first, and mostly wait."""
+    return len(os.sched_getaffinity(0)) + (config.option.markexpr != "short")
 
 
 def pytest_sessionfinish() -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.models import MODELS
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -16,9 +17,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         "The config says which network, and its shards which sizes; every parameter has to fit. Only tensors are read.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the published checkpoint")
-    parser.add_argument(
-        "--model", required=True, choices=("psp", "avel", "avsdn", "cmran"), help="its network (cpsp and sspsp are psp)"
-    )
+    parser.add_argument("--model", required=True, choices=tuple(MODELS), help="its network (cpsp and sspsp are psp)")
     parser.add_argument("--config", metavar="CONFIG", required=True, help="configuration of the run that is to use it")
     parser.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
     parser.set_defaults(handler=_import)

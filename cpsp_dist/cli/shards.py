@@ -74,7 +74,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
         help="pack features in a published layout into tar shards",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Pack features into webdataset tar shards with a manifest.\n\nlayouts:\n"
-        + "\n".join(f"  {name:14} {about}" for name, (_, _, about) in LAYOUTS.items()),
+        + "\n".join(f"  {name:14} {LAYOUTS.description(name)}" for name in LAYOUTS),
     )
     pack.add_argument("--layout", required=True, choices=LAYOUTS, help="how the features are stored")
     pack.add_argument("--out", type=_local_folder, required=True, help="folder to make")
@@ -115,7 +115,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
 
 def _register_rework(actions: argparse._SubParsersAction) -> None:
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
-    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see shards/README.md)")
+    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see docs/shard-format.md)")
     index.add_argument("--categories", type=Path, help="class names, one a line, in class order")
     index.set_defaults(handler=_index)
 

@@ -2,24 +2,48 @@
 
 Shape letters as in `cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model)
 and P = 49 the positions of a 7×7 visual map.
+
+To add a network: write a file with a `layers.Network`, and name it in the table. `model.name` of the configuration then
+takes its name, and the section `model` its settings; `cpsp-dist import-checkpoint --model` takes it too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from cpsp_dist.models.avel import AVEL
-from cpsp_dist.models.avsdn import AVSDN
-from cpsp_dist.models.cmran import CMRAN
-from cpsp_dist.models.parts import Network, Output
-from cpsp_dist.models.psp import PSP
-from cpsp_dist.models.weights import load_weights
+from cpsp_dist.utils.registry import Registry, settings_from
 
-if TYPE_CHECKING:  # an exported model is loaded with torch and safetensors alone
-    from cpsp_dist.config import ModelSettings
+if TYPE_CHECKING:
     from cpsp_dist.data.manifest import Manifest
+    from cpsp_dist.models.layers import Network, Output
+    from cpsp_dist.models.settings import ModelSettings
+    from cpsp_dist.models.weights import load_weights
 
-__all__ = ["Network", "Output", "build_model", "load_weights", "model_for"]
+__all__ = ["MODELS", "Network", "Output", "build_model", "load_weights", "model_for"]
+
+MODELS: Registry[type[Network]] = Registry(
+    "cpsp_dist.models",
+    {
+        "psp": ("psp:PSP", "positive sample propagation, the network of CPSP and SSPSP"),
+        "avel": ("avel:AVEL", "attention and two LSTMs (Tian et al., ECCV 2018)"),
+        "avsdn": ("avsdn:AVSDN", "dual-modality sequence to sequence (Lin et al., ICASSP 2019)"),
+        "cmran": ("cmran:CMRAN", "cross-modal relation-aware networks (Xu et al., ACM MM 2020)"),
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch, imported when they are asked for: the table is read by command line parsers."""
+    if name in ("Network", "Output"):
+        from cpsp_dist.models import layers
+
+        return getattr(layers, name)
+    if name == "load_weights":
+        from cpsp_dist.models.weights import load_weights
+
+        return load_weights
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def model_for(settings: ModelSettings, manifest: Manifest) -> Network:
@@ -30,9 +54,8 @@ def model_for(settings: ModelSettings, manifest: Manifest) -> Network:
         visual_channels=manifest.fields["visual"].shape[-1],
         audio_channels=manifest.fields["audio"].shape[-1],
         categories=len(manifest.categories),
-        threshold=settings.threshold,
-        dropout=settings.dropout,
-        sees=settings.sees,
+        modality=settings.sees,
+        **vars(settings_from(MODELS[settings.name].Settings, settings)),
     )
 
 
@@ -43,9 +66,8 @@ def build_model(
     visual_channels: int,
     audio_channels: int,
     categories: int,
-    threshold: float = 0.099,
-    dropout: float = 0.1,
-    sees: Literal["both", "audio", "visual"] = "both",
+    modality: Literal["both", "audio", "visual"] = "both",
+    **settings: Any,
 ) -> Network:
     """The named network, freshly initialised from torch's random state.
 
@@ -53,19 +75,28 @@ def build_model(
     or in that of an autocast region around it; at any B and T.
 
     Args:
-        name: psp (the network of CPSP and SSPSP too), avel, avsdn or cmran.
-        threshold: similarity below which PSP prunes a segment pair; of psp only.
-        dropout: of psp and cmran only.
-        sees: the other modality's input is replaced by zeros.
+        name: one of `MODELS`.
+        modality: the other modality's input is replaced by zeros.
+        settings: of the network's `Settings`; those of other networks are ignored.
+
+    Raises:
+        ValueError: no such network.
+        TypeError: a setting that no network has.
     """
-    sizes = {"visual_channels": visual_channels, "audio_channels": audio_channels, "categories": categories}
-    match name:
-        case "psp":
-            return PSP(supervision=supervision, sees=sees, threshold=threshold, dropout=dropout, **sizes)
-        case "avel":
-            return AVEL(supervision=supervision, sees=sees, **sizes)
-        case "avsdn":
-            return AVSDN(supervision=supervision, sees=sees, **sizes)
-        case "cmran":
-            return CMRAN(supervision=supervision, sees=sees, dropout=dropout, **sizes)
-    raise ValueError(f"no model named {name!r}")
+    if name not in MODELS:
+        raise ValueError(f"no model named {name!r}; there are {', '.join(MODELS)}")
+    network: Any = MODELS[name]
+    own = {f.name for f in fields(network.Settings)}
+    if rest := settings.keys() - own:
+        known = {f.name for other in MODELS.values() for f in fields(other.Settings)}
+        if rest - known:
+            raise TypeError(f"no model has a setting {', '.join(sorted(rest - known))}")
+    model: Network = network(
+        network.Settings(**{key: value for key, value in settings.items() if key in own}),
+        supervision=supervision,
+        visual_channels=visual_channels,
+        audio_channels=audio_channels,
+        categories=categories,
+        modality=modality,
+    )
+    return model

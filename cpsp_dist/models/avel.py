@@ -8,22 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpsp_dist.models.parts import AudioGuidedAttention, BiLSTM, Classifier, Network, Output, cosine, exact
+from cpsp_dist.models.layers import (
+    PUBLISHED_ATTENTION_AND_FUSION,
+    PUBLISHED_CLASSIFIERS,
+    AudioGuidedAttention,
+    BiLSTM,
+    Classifier,
+    Network,
+    Output,
+    autocast_disabled,
+    cosine,
+)
+from cpsp_dist.utils.registry import NoSettings
 
 
 class AVEL(Network):
     """Attention, a bidirectional LSTM for each modality, and a residual fusion of the two. Has no dropout."""
 
+    published_names = (*PUBLISHED_ATTENTION_AND_FUSION, *PUBLISHED_CLASSIFIERS)
+
     def __init__(
         self,
+        settings: NoSettings,
         *,
         supervision: Literal["full", "weak"],
         visual_channels: int,
         audio_channels: int,
         categories: int,
-        sees: Literal["both", "audio", "visual"],
+        modality: Literal["both", "audio", "visual"],
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
         hidden = 128
         self.attention = AudioGuidedAttention(self.visual_channels)
         self.lstm_audio = BiLSTM(self.audio_channels, hidden)
@@ -35,7 +49,7 @@ class AVEL(Network):
         """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         visual, attention = self.attention(visual, audio, self.visual_in)
-        with exact(audio):
+        with autocast_disabled(audio):
             audio, _ = self.lstm_audio(audio)
             visual, _ = self.lstm_video(visual)
             fusion = F.relu(self.fuse(audio, visual))

@@ -9,22 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpsp_dist.models.avel import ResidualFusion
-from cpsp_dist.models.parts import AudioGuidedAttention, BiLSTM, Classifier, Network, Output, cosine, exact
+from cpsp_dist.models.layers import (
+    PUBLISHED_ATTENTION_AND_FUSION,
+    PUBLISHED_CLASSIFIERS,
+    AudioGuidedAttention,
+    BiLSTM,
+    Classifier,
+    Network,
+    Output,
+    autocast_disabled,
+    cosine,
+)
+from cpsp_dist.utils.registry import NoSettings
 
 
 class AVSDN(Network):
     """Two LSTMs read the modalities; their fused last states start a third, which reads both. Has no dropout."""
 
+    published_names = (*PUBLISHED_ATTENTION_AND_FUSION, *PUBLISHED_CLASSIFIERS)
+
     def __init__(
         self,
+        settings: NoSettings,
         *,
         supervision: Literal["full", "weak"],
         visual_channels: int,
         audio_channels: int,
         categories: int,
-        sees: Literal["both", "audio", "visual"],
+        modality: Literal["both", "audio", "visual"],
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
         hidden = 128
         self.attention = AudioGuidedAttention(self.visual_channels)
         self.lstm_audio = BiLSTM(self.audio_channels, hidden)
@@ -39,7 +53,7 @@ class AVSDN(Network):
         """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         visual, attention = self.attention(visual, audio, self.visual_in)
-        with exact(audio):
+        with autocast_disabled(audio):
             both = torch.cat([audio, visual], dim=-1)
             audio, audio_state = self.lstm_audio(audio)
             visual, visual_state = self.lstm_video(visual)

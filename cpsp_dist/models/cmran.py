@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpsp_dist.models.parts import Classifier, Network, Output, cosine, exact
+from cpsp_dist.models.layers import Classifier, DropoutSettings, Network, Output, autocast_disabled, cosine
 
 WIDTH = 256
 MAP = 512  # visual channels inside
@@ -20,26 +22,49 @@ class CMRAN(Network):
     The published weak variant has 2 heads in the interaction, the full one 4.
     """
 
+    Settings = DropoutSettings
+    published_names = (
+        (r"^spatial_channel_att\.", "attention."),
+        (r"_encoder\.encoder\.layers\.(\d)\.", r"_encoder.layers.\1."),
+        (r"_decoder\.decoder\.layers\.0\.", "_decoder.layer."),
+        (r"\.(self_attn|multihead_attn)\.", ".attention."),
+        (r"^AVInter\.video_multihead\.", "interaction.attention."),
+        (r"^AVInter\.norm1\.", "interaction.norm."),
+        (r"\.out_proj\.", ".out."),
+        (r"^localize_module\.classifier\.", "classifier.event."),
+        (r"^localize_module\.event_classifier\.", "classifier.category."),
+    )
+    published_unused = r".*\.(affine_video_guided_\d|encoder_layer|decoder_layer|decoder\.layers\.0\.self_attn)\."
+
     def __init__(
         self,
+        settings: DropoutSettings,
         *,
         supervision: Literal["full", "weak"],
         visual_channels: int,
         audio_channels: int,
         categories: int,
-        dropout: float,
-        sees: Literal["both", "audio", "visual"],
+        modality: Literal["both", "audio", "visual"],
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
         self.v_fc = nn.Linear(self.visual_channels, MAP)
-        self.map_dropout = nn.Dropout(min(2 * dropout, 0.99))  # published: 0.2 here, 0.1 everywhere else
+        self.map_dropout = nn.Dropout(min(2 * settings.dropout, 0.99))  # published: 0.2 here, 0.1 everywhere else
         self.attention = SpatialChannelAttention(self.audio_channels)
-        self.video_encoder = Encoder(MAP, layers=2, dropout=dropout)
-        self.audio_encoder = Encoder(self.audio_channels, layers=2, dropout=dropout)
-        self.video_decoder = Decoder(MAP, dropout=dropout)
-        self.audio_decoder = Decoder(self.audio_channels, dropout=dropout)
-        self.interaction = Interaction(heads=4 if supervision == "full" else 2, dropout=dropout)
+        self.video_encoder = Encoder(MAP, layers=2, dropout=settings.dropout)
+        self.audio_encoder = Encoder(self.audio_channels, layers=2, dropout=settings.dropout)
+        self.video_decoder = Decoder(MAP, dropout=settings.dropout)
+        self.audio_decoder = Decoder(self.audio_channels, dropout=settings.dropout)
+        self.interaction = Interaction(heads=4 if supervision == "full" else 2, dropout=settings.dropout)
         self.classifier = Classifier(WIDTH, categories, supervision, pooling="max")
+
+    @classmethod
+    def convert_published(cls, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Query, key and value are one matrix there, and three layers here."""
+        packed = re.search(r"in_proj_(weight|bias)$", name)
+        if packed is None:
+            return [(name, value)]
+        parts = zip(("query", "key", "value"), value.chunk(3), strict=False)
+        return [(f"{name[: packed.start()]}{part}.{packed[1]}", rows) for part, rows in parts]
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
@@ -47,12 +72,13 @@ class CMRAN(Network):
         if self.visual_in is not None:
             visual = self.visual_in(visual)
         visual, attention = self.attention(self.map_dropout(F.relu(self.v_fc(visual))), audio)
-        with exact(audio):
-            heard = self.audio_decoder(audio, self.video_encoder(visual))
-            seen = self.video_decoder(visual, self.audio_encoder(audio))
-            fusion = self.interaction(heard, seen)
+        with autocast_disabled(audio):
+            audio_out = self.audio_decoder(audio, self.video_encoder(visual))
+            visual_out = self.video_decoder(visual, self.audio_encoder(audio))
+            fusion = self.interaction(audio_out, visual_out)
             event, category, video = self.classifier(fusion)
-            return Output(event, category, video, fusion, heard, seen, cosine(heard, seen), attention)
+            similarity = cosine(audio_out, visual_out)
+            return Output(event, category, video, fusion, audio_out, visual_out, similarity, attention)
 
 
 class SpatialChannelAttention(nn.Module):

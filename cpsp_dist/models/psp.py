@@ -2,58 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpsp_dist.models.parts import (
+from cpsp_dist.models.layers import (
     PUBLISHED_AUDIO,
+    PUBLISHED_CLASSIFIERS,
     AudioGuidedAttention,
     BiLSTM,
     Classifier,
+    DropoutSettings,
     Network,
     Output,
+    autocast_disabled,
     cosine,
-    exact,
 )
+from cpsp_dist.utils.registry import setting
+
+
+@dataclass(frozen=True)
+class PSPSettings(DropoutSettings):
+    threshold: float = setting(0.099, "similarity below which PSP prunes a segment pair", ge=0, lt=1)
 
 
 class PSP(Network):
     """Positive sample propagation (CPSP, TPAMI 2022, section 3): attention, two LSTMs, propagation, classifiers.
 
-    Left out of the published network are its layers that no output depends on; see `cpsp_dist.models.published`.
+    Left out of the published network are its layers that no output depends on; see `published_unused`.
     """
+
+    Settings = PSPSettings
+    published_names = ((r"^lstm_a_v\.", ""), (r"^psp\.", "propagation."), *PUBLISHED_CLASSIFIERS)
+    published_unused = r"(linear_v|v_classify|a_classify|L1|L2|align_v)\."
 
     def __init__(
         self,
+        settings: PSPSettings,
         *,
         supervision: Literal["full", "weak"],
         visual_channels: int,
         audio_channels: int,
         categories: int,
-        threshold: float,
-        dropout: float,
-        sees: Literal["both", "audio", "visual"],
+        modality: Literal["both", "audio", "visual"],
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, sees=sees)
+        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
         hidden = 128
         self.fa = nn.Sequential(nn.Linear(PUBLISHED_AUDIO, 256, bias=False), nn.Linear(256, hidden, bias=False))
         self.fv = nn.Sequential(nn.Linear(self.visual_channels, 256, bias=False), nn.Linear(256, hidden, bias=False))
         self.attention = AudioGuidedAttention(self.visual_channels)
         self.lstm_audio = BiLSTM(hidden)
         self.lstm_video = BiLSTM(hidden)
-        self.propagation = Propagation(2 * hidden, threshold, dropout)
+        self.propagation = Propagation(2 * hidden, settings.threshold, settings.dropout)
         self.classifier = Classifier(2 * hidden, categories, supervision)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
-        with exact(audio):
+        with autocast_disabled(audio):
             audio = self.fa(audio)
         visual, attention = self.attention(visual, audio, self.visual_in)
-        with exact(audio):
+        with autocast_disabled(audio):
             audio, _ = self.lstm_audio(audio)
             visual, _ = self.lstm_video(self.fv(visual))
             audio, visual = self.propagation(audio, visual)

@@ -1,4 +1,7 @@
-"""Checkpoints of the published code: their parameters under the names they have here."""
+"""Checkpoints of the published code: their parameters under the names they have here.
+
+Each network defines how names are replaced: see `Network.published_names`.
+"""
 
 from __future__ import annotations
 
@@ -11,64 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from cpsp_dist.errors import DataError
+from cpsp_dist.models import MODELS
 from cpsp_dist.models.weights import require_fit
-
-_CLASSIFIERS = [
-    (r"^event_classifier\.0\.", "classifier.event."),
-    (r"^category_classifier\.0\.", "classifier.category."),
-]
-_ATTENTION_AND_FUSION = [(r"^affine_", "attention.affine_"), (r"^(U_[av])\.", r"fuse.\1.")]
-
-#: For each network, what to replace in a published name, in this order.
-_RENAMED: dict[str, list[tuple[str, str]]] = {
-    "psp": [(r"^lstm_a_v\.", ""), (r"^psp\.", "propagation."), *_CLASSIFIERS],
-    "avel": [*_ATTENTION_AND_FUSION, *_CLASSIFIERS],
-    "avsdn": [*_ATTENTION_AND_FUSION, *_CLASSIFIERS],
-    "cmran": [
-        (r"^spatial_channel_att\.", "attention."),
-        (r"_encoder\.encoder\.layers\.(\d)\.", r"_encoder.layers.\1."),
-        (r"_decoder\.decoder\.layers\.0\.", "_decoder.layer."),
-        (r"\.(self_attn|multihead_attn)\.", ".attention."),
-        (r"^AVInter\.video_multihead\.", "interaction.attention."),
-        (r"^AVInter\.norm1\.", "interaction.norm."),
-        (r"\.out_proj\.", ".out."),
-        (r"^localize_module\.classifier\.", "classifier.event."),
-        (r"^localize_module\.event_classifier\.", "classifier.category."),
-    ],
-}
-
-#: Published parameters that no output depends on. They have no counterpart here: DDP and ZeRO wait for the gradient
-#: of each parameter.
-_UNUSED = {
-    "psp": r"(linear_v|v_classify|a_classify|L1|L2|align_v)\.",
-    "avel": r"$",
-    "avsdn": r"$",
-    "cmran": r".*\.(affine_video_guided_\d|encoder_layer|decoder_layer|decoder\.layers\.0\.self_attn)\.",
-}
-
-MODELS = tuple(_RENAMED)
 
 
 def translate(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
     """A published state dict of `model` with the names of ours; parameters that are of no use are left out.
 
     Takes the prefix `module.` away (DataParallel), and the `psp.` that the published ResNet variant puts around PSP.
-    Unknown names stay as they are, so that loading can tell them.
+    Unknown names stay as they are, so that loading reports them.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if any(name.startswith("psp.psp.") for name in state):
         state = {name.removeprefix("psp."): value for name, value in state.items()}
-    ours = {}
+    network = MODELS[model]
+    ours: dict[str, Tensor] = {}
     for name, value in state.items():
-        if re.match(_UNUSED[model], name):
+        if re.match(network.published_unused, name):
             continue
-        for pattern, replacement in _RENAMED[model]:
+        for pattern, replacement in network.published_names:
             name = re.sub(pattern, replacement, name)
-        if model == "cmran" and (packed := re.search(r"in_proj_(weight|bias)$", name)):
-            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=False):
-                ours[f"{name[: packed.start()]}{part}.{packed[1]}"] = rows
-        else:
-            ours[name] = value
+        ours |= network.convert_published(name, value)
     return ours
 
 
@@ -100,5 +66,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: holds no parameters by name")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise DataError(f"{path}: entry {key!r} is no parameter")
+            raise DataError(f"{path}: entry {key!r} is not a parameter")
     return content

@@ -1,4 +1,4 @@
-"""Weights from a file into a network: exactly its parameters, or every difference told."""
+"""Weights from a file into a network: exactly its parameters, or an error that lists every difference."""
 
 from __future__ import annotations
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -86,8 +85,8 @@ class Source(Protocol):
 
 def open_source(options: SourceOptions) -> Source:
     """The reader of `options.layout`, opened."""
-    module, name, _ = LAYOUTS[options.layout]
-    source: Source = getattr(importlib.import_module(f"cpsp_dist.packing.{module}"), name)(options)
+    layout: Any = LAYOUTS[options.layout]
+    source: Source = layout(options)
     return source
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import webdataset
 
 from cpsp_dist.data.manifest import Field
 from cpsp_dist.errors import DataError
@@ -24,25 +23,31 @@ def write_shard(
 ) -> tuple[int, list[str]]:
     """Write one shard, calling `done` after each video; how many samples it has, and what is wrong with the others."""
     problems: list[str] = []
-    # Everything that could differ between two runs or users is pinned. With a whole number as time and short names in
-    # ASCII, what Python's tarfile writes are plain USTAR headers.
-    pinned: dict[str, Any] = {"user": "", "group": "", "mode": 0o444, "mtime": 0}
-    with (
-        open(path, "wb") as file,
-        webdataset.TarWriter(file, encoder=False, compress=False, **pinned) as writer,
-    ):
+    with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for entry in planned.entries:
             try:
-                writer.write(encode(entry, source.read(entry), fields, source.categories))
+                _add(tar, sample_key(entry), encode(entry, source.read(entry), fields, source.categories))
             except DataError as error:
                 problems.append(f"{entry.name}: {error}")
             done()
     return len(planned.entries) - len(problems), problems
 
 
-def encode(entry: Entry, features: Features, fields: dict[str, Field], categories: list[str]) -> dict[str, str | bytes]:
-    """A webdataset sample of bytes; raises DataError for what does not fit `fields` or is not finite."""
-    sample: dict[str, str | bytes] = {"__key__": sample_key(entry)}
+def _add(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:
+    """Files `key.name`, as webdataset writes them; its own writer would import torch into every packing process.
+
+    Everything that could differ between two runs or users is pinned. With a whole number as time and short names in
+    ASCII, what Python's tarfile writes are plain USTAR headers.
+    """
+    for name in sorted(sample):
+        info = tarfile.TarInfo(f"{key}.{name}")  # of time 0, of no user
+        info.size, info.mode = len(sample[name]), 0o444
+        tar.addfile(info, io.BytesIO(sample[name]))
+
+
+def encode(entry: Entry, features: Features, fields: dict[str, Field], categories: list[str]) -> dict[str, bytes]:
+    """A webdataset sample without its key; raises DataError for what does not fit `fields` or is not finite."""
+    sample: dict[str, bytes] = {}
     for name, field in fields.items():
         array = getattr(features, name)
         if array.shape != field.shape:

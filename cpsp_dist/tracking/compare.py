@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from cpsp_dist.metrics import METRICS
 from cpsp_dist.tracking.mlflow import all_runs
 
 #: Settings that differ between runs but get no column: the run's name has them.
@@ -21,12 +22,10 @@ def format_evaluation(found: dict[str, Any]) -> str:
         | {key: f"{100 * shares[key]:.1f}" for key in ("precision", "recall", "f1")}
         for name, shares in found["categories"].items()
     ]
-    seconds = " ".join(f"{100 * share:.0f}" for share in found["seconds"])
+    summary = "\n".join(line for metric in METRICS.values() for line in metric.summary(found))
     return (
         f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n"
-        f"segment accuracy {100 * found['accuracy']:.2f} %, of event or background alone "
-        f"{100 * found['event_accuracy']:.2f} %; event-boundary F1 {100 * found['boundary_f1']:.1f} %\n"
-        f"accuracy at each second (%): {seconds}\n\n{format_table(rows)}"
+        f"{summary}\n\n{format_table(rows)}"
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from cpsp_dist import metrics
 from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks, discover, sum_over_ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
+from cpsp_dist.metrics import METRICS, reported
 from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
@@ -31,7 +31,7 @@ def evaluate(
     ranks: Ranks,
     signals: StopSignals | None = None,
 ) -> dict[str, Any]:
-    """`metrics.breakdown` over all videos of `split`, and how many there were; background counts as a class.
+    """The results of all `METRICS` over the videos of `split`, and how many there were; background counts as a class.
 
     `accuracy` (0 to 1) is the published one. All ranks call it together and get the same answer; each video counts once
     whatever the world size. `skipped` counts damaged samples that `data.on_error=skip` passed over.
@@ -42,10 +42,8 @@ def evaluate(
     signals = signals or StopSignals()
     was_training = model.module.training
     model.module.eval()
-    size, seconds = len(manifest.categories) + 1, manifest.fields["label"].shape[0]
-    confusion = torch.zeros(size, size, dtype=torch.int64)
-    by_second = torch.zeros(seconds, 2, dtype=torch.int64)
-    boundaries = torch.zeros(3, dtype=torch.int64)
+    seconds = manifest.fields["label"].shape[0]
+    metrics = [metric(manifest.categories, seconds) for metric in METRICS.values()]
     videos = torch.zeros(2, dtype=torch.int64)  # read, skipped
     with open_eval_stream(config, manifest, split, ranks) as stream:
         for cpu_batch in stream:
@@ -53,21 +51,20 @@ def evaluate(
                 break
             batch = cpu_batch.to(ranks.device)
             output = model(batch)
-            confusion += metrics.confusion(output, batch).cpu()
-            by_second += metrics.by_second(output, batch).cpu()
-            boundaries += metrics.boundaries(output, batch).cpu()
+            for metric in metrics:
+                metric.update(output, batch)
             videos[0] += batch.valid.sum().cpu()
         videos[1] = stream.skipped
     model.module.train(was_training)
     process_group.raise_if_stop_requested(signals, ranks.device, "trained and saved, not yet evaluated")
-    tables = (confusion, by_second, boundaries, videos)
+    tables = [*(metric.counts for metric in metrics), videos]
     totals = sum_over_ranks(torch.cat([table.flatten() for table in tables]).to(ranks.device)).cpu()
-    confusion, by_second, boundaries, videos = (
-        part.view(table.shape) for part, table in zip(totals.split([t.numel() for t in tables]), tables, strict=True)
-    )
+    *sums, videos = totals.split([table.numel() for table in tables])
+    for metric, counts in zip(metrics, sums, strict=True):
+        metric.counts = counts.view(metric.counts.shape)
     read, skipped = videos.tolist()
     assert read + skipped == len(manifest.rows(split)), (split, read, skipped)
-    results = metrics.breakdown(confusion, by_second, boundaries, manifest.categories)
+    results = {name: value for metric in metrics for name, value in metric.result().items()}
     return results | {"split": split, "videos": read, "skipped": skipped}
 
 
@@ -84,7 +81,7 @@ def evaluate_best(
     for split, name in (("val", "best_val"), ("test", "test")):
         if split in manifest.splits:
             details = evaluate(model, manifest, split, config, ranks, signals)
-            results |= {f"{key}/{name}": 100 * details[key] for key in ("accuracy", "event_accuracy", "boundary_f1")}
+            results |= {f"{key}/{name}": 100 * details[key] for key in reported()}
             if ranks.first:
                 write_json(config, f"evaluation_{split}.json", details)
     return results

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import gather
 from cpsp_dist.losses.objectives import TERMS_OF
-from cpsp_dist.models.parts import Output
+from cpsp_dist.models.layers import Output
 
 #: Videos named for a rank, at most.
 NAMED = 5

@@ -55,6 +55,7 @@ def test_what_is_kept_is_best_on_val_and_test_has_no_say():
     assert modalities.best_on_val(runs, 1) == runs
 
 
+@pytest.mark.long
 def test_the_zip_layout_trains_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """It learns its 5 videos, to the second."""
     source, shards, output = AVDIGITS / "avel100k_zip", tmp_path / "shards", tmp_path / "run"

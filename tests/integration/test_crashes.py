@@ -16,8 +16,6 @@ import torch
 from cpsp_dist.training.checkpoint import LATEST, Checkpoints
 from tests.support.runs import arguments, audited, newest_state
 
-KILLS = 30
-
 
 def require_each_sample_once_an_epoch(output: Path, steps: int, global_batch: int, samples: int) -> None:
     found = audited(output)
@@ -32,9 +30,14 @@ def require_each_sample_once_an_epoch(output: Path, steps: int, global_batch: in
         assert set(counts.values()) == {1}
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: Path, zero: int) -> None:
-    """30 SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
+@pytest.mark.parametrize(
+    ("zero", "kills", "steps"),
+    [(2, 3, 12), pytest.param(0, 30, 36, marks=pytest.mark.long), pytest.param(2, 30, 36, marks=pytest.mark.long)],
+)
+def test_killed_at_random_moments(
+    prefork: Any, keypad_shards: Path, tmp_path: Path, zero: int, kills: int, steps: int
+) -> None:
+    """SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
 
     A moment is some milliseconds after the start, or after some step was told: with a checkpoint a step a good part of
     them lies within a save. Until the last kill the run is held back from its results, however fast the machine is.
@@ -42,21 +45,21 @@ def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: P
     seed = random.randrange(10_000)
     print("seed", seed)  # pytest shows it on failure
     chance = random.Random(seed)
-    more = [f"engine.zero={zero}", "train.steps=36", "data.audit=true", "checkpoint.every_steps=1"]
+    more = [f"engine.zero={zero}", f"train.steps={steps}", "data.audit=true", "checkpoint.every_steps=1"]
     began = time.monotonic()
     prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
     whole = time.monotonic() - began
     killed = arguments(keypad_shards, tmp_path / "killed", *more)
     checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
     hold = ["cpsp_dist.training.trainer", "evaluate_best", 0, str(tmp_path / "never")]
-    for _ in range(KILLS):
+    for _ in range(kills):
         launch = prefork.start(killed, 2, patch="tests.integration.test_signals:wait_inside", patch_args=hold)
         saved = max([0, *checkpoints.steps()])
-        if chance.random() < 0.2 or saved >= 33:
+        if chance.random() < 0.2 or saved >= steps - 3:
             time.sleep(chance.uniform(0, whole / 10))
         else:
             assert launch.until_step(saved + chance.choice([1, 1, 2]))
-            time.sleep(chance.uniform(0, whole / 36))
+            time.sleep(chance.uniform(0, whole / steps))
         victim, other = chance.sample(launch.ranks, 2)
         victim.kill()
         where["before its first step" if not launch.ranks[0].output.count("\nstep ") else "training"] += 1
@@ -71,7 +74,7 @@ def test_killed_at_random_moments(prefork: Any, keypad_shards: Path, tmp_path: P
     expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    require_each_sample_once_an_epoch(tmp_path / "killed", steps=36, global_batch=4, samples=48)
+    require_each_sample_once_an_epoch(tmp_path / "killed", steps=steps, global_batch=4, samples=48)
     assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
 
 
@@ -195,10 +198,15 @@ def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
     assert set(outcomes) == {2, 3}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_inside_a_save(prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
-    """One training, killed on `victim` at stages all over the save, start after start; the ranks' own end is awaited
-    once, and hurried otherwise."""
+@pytest.mark.parametrize(
+    ("victim", "every"),
+    [(0, 16), pytest.param(0, 5, marks=pytest.mark.long), pytest.param(1, 5, marks=pytest.mark.long)],
+)
+def test_a_rank_killed_inside_a_save(
+    prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int, every: int
+) -> None:
+    """One training, killed on `victim` at `every`-th stage of the save, start after start; the ranks' own end is
+    awaited once, and hurried otherwise."""
     more = ["train.steps=12", "checkpoint.every_steps=1", "data.audit=true"]
     prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
     run = arguments(keypad_shards, tmp_path / "killed", *more)
@@ -206,7 +214,7 @@ def test_a_rank_killed_inside_a_save(prefork: Any, keypad_shards: Path, tmp_path
         save_some(tmp_path / "counted", step)
     stages = save_stages(tmp_path)
     checkpoints = Checkpoints(tmp_path / "killed")
-    for turn, stage in enumerate(range(1, stages, 5)):
+    for turn, stage in enumerate(range(1, stages, every)):
         pids = tmp_path / f"pids{stage}"
         pids.mkdir()
         launch = prefork.start(

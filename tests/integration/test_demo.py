@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,22 +14,17 @@ from cpsp_dist.cli import main
 from cpsp_dist.demo import run as demo
 from cpsp_dist.tracking.mlflow import all_runs
 from tests.support.environment import REPO, environment
+from tests.support.runs import KEYPAD
+
+SHORT_RUNS = ["train.steps=4", "tracking.every_steps=2"]
 
 
-def test_demo_compares_three_kinds_on_two_ranks(tmp_path):
-    """And the two commands that it ends with work as they stand, in a shell that knows nothing of the environment; also
-    where the user's own runs go to another MLflow store."""
-    command = [sys.executable, "-m", "cpsp_dist", "demo", "--output", str(tmp_path / "demo"), "--seeds", "1"]
-    command += ["train.steps=4", "tracking.every_steps=2"]
-    elsewhere = tmp_path / "elsewhere.db"
-    env = environment(MLFLOW_TRACKING_URI=f"sqlite:///{elsewhere}", PATH="/usr/bin:/bin")
-    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("step 4/4") == 3
-    assert "FutureWarning" not in done.stdout
-    assert not elsewhere.exists()
-
-    runs = {run["name"].removesuffix("-seed1"): run for run in all_runs(f"sqlite:///{tmp_path}/demo/mlflow.db", "demo")}
+def require_comparison(folder: Path, printed: str) -> str:
+    """Three kinds alike in all but what is compared, with the accuracies that their runs found; returns the end of what
+    was printed, from the table on."""
+    assert printed.count("step 4/4") == 3
+    assert "FutureWarning" not in printed
+    runs = {run["name"].removesuffix("-seed1"): run for run in all_runs(f"sqlite:///{folder}/mlflow.db", "demo")}
     assert set(runs) == {"psp", "cpsp-local-pool", "cpsp-gathered-pool"}
     assert {run["params"]["world_size"] for run in runs.values()} == {"2"}
     alike = ("train.global_batch", "train.seed", "train.steps", "engine.kind", "engine.zero", "train.precision")
@@ -40,12 +36,43 @@ def test_demo_compares_three_kinds_on_two_ranks(tmp_path):
         assert weights["psp"] == 0
         assert weights["cpsp-local-pool"] == weights["cpsp-gathered-pool"] > 0
 
-    table = done.stdout[done.stdout.index("Compare the runs") :]
+    table = printed[printed.index("Compare the runs") :]
     for kind, run in runs.items():
         (row,) = [line for line in table.splitlines() if line.startswith(f"{kind} ")]
-        evaluated = json.loads((tmp_path / f"demo/{kind}-seed1/evaluation_test.json").read_text())
+        evaluated = json.loads((folder / f"{kind}-seed1/evaluation_test.json").read_text())
         assert run["metrics"]["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
         assert f" {100 * evaluated['accuracy']:.2f} " in row
+    return table
+
+
+def test_demo_in_forked_ranks(prefork, tmp_path, monkeypatch, capsys):
+    """All steps, with the packing in this process and the ranks forked from one that has imported everything."""
+
+    def run(arguments, quiet=(), env=None):
+        _, module, *rest = arguments
+        if module == "cpsp_dist":
+            assert main(rest) == 0
+            return
+        at = rest.index("cpsp_dist.train")
+        assert rest[: at - 1] == ["--standalone", "--nproc-per-node=2"]
+        print(prefork.start(rest[at + 1 :], 2, **(env or {})).finish(240))
+
+    monkeypatch.setattr(demo, "_run", run)
+    demo.demo(str(KEYPAD), str(tmp_path / "demo"), seeds=1, ranks=2, overrides=SHORT_RUNS)
+    require_comparison(tmp_path / "demo", capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_demo_as_it_stands(tmp_path):
+    """In processes of its own; and the two commands that it ends with work as they stand, in a shell that knows nothing
+    of the environment; also where the user's own runs go to another MLflow store."""
+    command = [sys.executable, "-m", "cpsp_dist", "demo", "--output", str(tmp_path / "demo"), "--seeds", "1"]
+    elsewhere = tmp_path / "elsewhere.db"
+    env = environment(MLFLOW_TRACKING_URI=f"sqlite:///{elsewhere}", PATH="/usr/bin:/bin")
+    done = subprocess.run([*command, *SHORT_RUNS], env=env, cwd=REPO, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not elsewhere.exists()
+    table = require_comparison(tmp_path / "demo", done.stdout)
     (compare,) = [line for line in table.splitlines() if " compare --experiment" in line]
     again = subprocess.run(compare, shell=True, env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr

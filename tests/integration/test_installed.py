@@ -146,6 +146,7 @@ def test_files_are_written_out(installed, empty, tmp_path):
             assert os.access(tmp_path / path, os.X_OK) == (path.suffix == ".sh")
 
 
+@pytest.mark.long
 def test_demo_and_training_from_an_empty_folder(installed, empty):
     where = run([installed / "python", "-c", "import cpsp_dist; print(cpsp_dist.__file__)"], empty)
     assert Path(where.strip()).is_relative_to(installed.parent)

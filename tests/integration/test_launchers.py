@@ -48,29 +48,39 @@ def launch(commands: list[list[str]], arguments: list[str], folder: Path) -> Non
             process.wait()
 
 
-def test_the_same_loss_under_every_launcher(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """As one process and as two ranks, each like the same command in a launcher's environment without a launcher.
-
-    And none of them leaves the environment, with what is secret in it, in a file.
-    """
+def commands_of(name: str) -> list[list[str]]:
+    """The commands that together are one start, up to the module; the name begins with the number of ranks."""
     address = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    commands = {
+    return {
         "1-python": [["-m"]],
         "2-torchrun": [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]],
         "2-accelerate": [accelerate("one_machine.yaml", "--main_process_port", str(free_port()))],
         "2-accelerate-two-machines": [
             accelerate("two_machines.yaml", *address, "--machine_rank", str(machine)) for machine in (0, 1)
         ],
-    }
-    for world in (1, 2):  # the environment alone
-        prefork.start(arguments(keypad_shards, tmp_path / f"{world}-plain"), world).finish()
-    for name, command in commands.items():
-        launch(command, arguments(keypad_shards, tmp_path / name), tmp_path)
-    told = {name: loss_history(tmp_path / name) for name in [*commands, "1-plain", "2-plain"]}
-    assert len(told["1-python"]) == 2
-    for name, found in told.items():
-        assert found == told[f"{name[0]}-plain"], name
-    assert told["1-plain"] != told["2-plain"], "dropout differs by rank: ranks that did not meet would show"
+    }[name]
+
+
+@pytest.fixture(scope="module")
+def plain(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Number of ranks -> losses of the same command in a launcher's environment without a launcher."""
+    folder, found = tmp_path_factory.mktemp("plain"), {}
+    for world in (1, 2):
+        prefork.start(arguments(keypad_shards, folder / str(world)), world).finish()
+        found[str(world)] = loss_history(folder / str(world))
+    assert len(found["1"]) == 2
+    assert found["1"] != found["2"], "dropout differs by rank: ranks that did not meet would show"
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1-python", "2-torchrun", "2-accelerate", pytest.param("2-accelerate-two-machines", marks=pytest.mark.long)],
+)
+def test_the_same_loss_under_every_launcher(plain: Any, keypad_shards: Path, tmp_path: Path, name: str) -> None:
+    """And none of them leaves the environment, with what is secret in it, in a file."""
+    launch(commands_of(name), arguments(keypad_shards, tmp_path / name), tmp_path)
+    assert loss_history(tmp_path / name) == plain[name[0]]
     assert not list(tmp_path.rglob(".deepspeed_env"))
 
 

@@ -23,7 +23,7 @@ def last_lines(launch: Any, but: int) -> list[str]:
     return [output.strip().splitlines()[-1] for output in outputs if "error: " in output]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
     """Rank 0 holds the store that the others meet at, so it is a case of its own."""
     launch = prefork.start(arguments(keypad_shards, tmp_path / "run"), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,9 +49,16 @@ def train(kinds: list[tuple[str, int]]) -> dict[tuple[str, str, int], dict[str, 
     return found
 
 
-def test_each_network_under_each_zero_stage(ranks: Any) -> None:
-    (alone,) = ranks(train, 1, [("ddp", 0)])
-    kinds = [("ddp", 0), *[("deepspeed", zero) for zero in range(4)]]
+DDP, *ZERO = [("ddp", 0), *[("deepspeed", zero) for zero in range(4)]]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [[DDP, ZERO[3]], pytest.param([DDP, *ZERO], marks=pytest.mark.long)],
+    ids=["DDP and ZeRO-3", "all"],
+)
+def test_each_network_under_each_zero_stage(ranks: Any, kinds: list[tuple[str, int]]) -> None:
+    (alone,) = ranks(train, 1, [DDP])
     for together in ranks(train, 2, kinds, timeout=300):
         assert together.keys() == {(name, *kind) for name in MODELS for kind in kinds}
         for (name, kind, zero), weights in together.items():

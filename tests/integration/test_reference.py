@@ -7,12 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpsp_dist import metrics
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.data.batch import Batch
-from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
+from cpsp_dist.losses.avps import avps
+from cpsp_dist.losses.gather import rank_and_world
+from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.losses.psa_s import psa_s, psa_s_published
+from cpsp_dist.losses.psa_v import psa_v, video_embedding
+from cpsp_dist.losses.sspsp import sspsp
+from cpsp_dist.metrics.segments import accuracy, confusion
 from cpsp_dist.models import Output, build_model
 from cpsp_dist.models.published import translate
 from tests.support import reference
@@ -97,7 +101,7 @@ def case():
 
 def test_reference_avps(case) -> None:
     similarity = reference.normal("losses/av_similarity", len(case), 10).requires_grad_()
-    value = losses.avps(similarity, case.event).mean()
+    value = avps(similarity, case.event).mean()
     close(value, "losses/avps", 1e-9)
     close(torch.autograd.grad(value, similarity)[0], "losses/avps/grad0", 1e-9)
 
@@ -105,16 +109,16 @@ def test_reference_avps(case) -> None:
 def test_reference_psa_s_rows_gradient(case) -> None:
     """The published value adds a constant for each background segment; the gradient is what trains."""
     fusion = reference.normal("losses/fusion", len(case), 10, 256).requires_grad_()
-    value = losses.psa_s(fusion, case.event, 0.6).sum() / case.event.any(1).sum()
+    value = psa_s(fusion, case.event, 0.6).sum() / case.event.any(1).sum()
     close(torch.autograd.grad(value, fusion)[0], "losses/psa_s_rows/grad0", 1e-9)
 
 
 @pytest.mark.parametrize(("margin", "negatives"), [(0.2, 3), (0.6, 4)])
 def test_reference_psa_v(case, margin: float, negatives: int) -> None:
     fusion = reference.normal("losses/fusion", len(case), 10, 256).requires_grad_()
-    rows, own = pool.embed(fusion), torch.arange(len(case))
-    mined = pool.mine(rows, own, rows, case.category, case.video, negatives)
-    value = losses.psa_v(rows, rows, mined, margin).mean()
+    rows, own = video_embedding(fusion), torch.arange(len(case))
+    mined = mine(rows, own, rows, case.category, case.video, negatives)
+    value = psa_v(rows, rows, mined, margin).mean()
     key = f"losses/psa_v_margin{margin}_k{negatives}"
     close(value, key, 1e-9)
     close(torch.autograd.grad(value, fusion)[0], key + "/grad0", 1e-9)
@@ -130,7 +134,7 @@ def test_reference_accuracy() -> None:
         reference.normal("losses/category_logits", size, categories),
         *([empty] * 6),
     )
-    percent = 100 * metrics.accuracy(metrics.confusion(output, batch))
+    percent = 100 * accuracy(confusion(output, batch))
     assert percent == pytest.approx(reference.expected("losses/accuracy_percent").item(), rel=1e-12)
 
 
@@ -138,7 +142,7 @@ def test_reference_psa_s_published(case) -> None:
     """With the published settings the value is the published one too, and as released there is no gradient."""
     for form, key, tolerance in (("published_rows", "psa_s_rows", 1e-9), ("published", "psa_s_as_released", None)):
         fusion = reference.normal("losses/fusion", len(case), 10, 256).requires_grad_()
-        values = losses.psa_s_published(fusion, case.event, 0.6, rows=form == "published_rows")
+        values = psa_s_published(fusion, case.event, 0.6, rows=form == "published_rows")
         value = values.sum() / case.event.any(1).sum()
         close(value, f"losses/{key}", 1e-9)
         (gradient,) = torch.autograd.grad(value, fusion)
@@ -153,7 +157,7 @@ def test_reference_sspsp() -> None:
     shape = tuple(reference.expected("losses/sspsp_nce/grad0").shape)
     audio, visual = (reference.normal(f"losses/{name}", *shape).requires_grad_() for name in ("audio", "video"))
     assert described["batch"] >= len(audio)
-    value = losses.sspsp(audio, torch.arange(len(audio)), visual, 0.1).mean()
+    value = sspsp(audio, torch.arange(len(audio)), visual, 0.1).mean()
     close(value, "losses/sspsp_nce", 1e-9)
     for number, gradient in enumerate(torch.autograd.grad(value, (audio, visual))):
         close(gradient, f"losses/sspsp_nce/grad{number}", 1e-9)
@@ -175,7 +179,7 @@ def trajectories(names: list[str]) -> dict[str, dict[str, Tensor]]:
 
 def trajectory(name: str) -> dict[str, Tensor]:
     run = reference.meta()[name]
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     size, categories = run["batch"], run["categories"]
     weak = name == "training_weak"
     model = published_model("psp", run, categories, "weak" if weak else "full", 512, torch.float64)
@@ -199,10 +203,10 @@ def trajectory(name: str) -> dict[str, Tensor]:
         total.backward()
         for parameter in model.parameters():
             average(parameter.grad)
-        counts = metrics.confusion(output, batch).double()
+        counts = confusion(output, batch).double()
         record = {key: average(value.clone()) for key, value in terms.items()}
         record["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), run["clip"])
-        record["accuracy_percent"] = torch.tensor(100 * metrics.accuracy(average(counts)), dtype=torch.float64)
+        record["accuracy_percent"] = torch.tensor(100 * accuracy(average(counts)), dtype=torch.float64)
         optimizer.step()
         for key, value in record.items():
             records.setdefault(key, []).append(value.detach())
@@ -218,7 +222,7 @@ def average(x: Tensor | None) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)])
 def test_reference_training(ranks, world: int) -> None:
     names = list(TRAININGS)
     for result in [trajectories(names)] if world == 1 else ranks(trajectories, world, names, timeout=300):

@@ -166,7 +166,11 @@ def checkpoint_files(run: list[str]) -> dict[Path, int]:
 
 @pytest.mark.parametrize(
     "function",
-    ["distributed.process_group:connect", "training.trainer:load_latest_checkpoint", "training.trainer:build_engine"],
+    ["training.trainer:load_latest_checkpoint"]
+    + [
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("distributed.process_group:connect", "training.trainer:build_engine")
+    ],
 )
 def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Path, function: str) -> None:
     """To one rank alone: both end before their next step, and what was saved is as it was."""

@@ -57,15 +57,27 @@ def evaluations(output: Path) -> dict[str, Any]:
     return {split: evaluate_run(str(output), split) for split in ("val", "test")}
 
 
-def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path):
+@pytest.mark.parametrize(
+    "engines",
+    [["ddp-fp64", "zero2"], pytest.param(list(ENGINES), marks=pytest.mark.long)],
+    ids=["DDP and ZeRO-2", "all"],
+)
+def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
     """Half batches on two ranks and the whole batch on one: the same losses, gradient norms and parameters after 20
     SGD steps, and the same evaluation; of one model also on three ranks, which neither its 16 videos nor a batch of 7
     (a last one of 2) divides by."""
     for world in (1, 2):
-        ranks(train_each, world, keypad_shards, tmp_path / f"world{world}", ENGINES, timeout=400)
+        ranks(
+            train_each,
+            world,
+            keypad_shards,
+            tmp_path / f"world{world}",
+            {name: ENGINES[name] for name in engines},
+            timeout=400,
+        )
     config = load_config(KEYPAD, overrides(keypad_shards, tmp_path))
     initial = initial_model(config, Manifest.load(keypad_shards)).state_dict()
-    for name in ENGINES:
+    for name in engines:
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
         history = [loss_history(one), loss_history(two)]
@@ -99,8 +111,9 @@ def total(tensors: dict[str, torch.Tensor]) -> float:
     return torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
 
 
-def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path):
-    kinds = {f"bf16-zero{z}": ["train.precision=bf16", f"engine.zero={z}", "train.steps=12"] for z in (0, 2, 3)}
+@pytest.mark.parametrize("stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["0 and 3", "all"])
+def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path, stages):
+    kinds = {f"bf16-zero{z}": ["train.precision=bf16", f"engine.zero={z}", "train.steps=12"] for z in stages}
     ranks(train_each, 2, keypad_shards, tmp_path, kinds, timeout=300)
     first, *others = (loss_history(tmp_path / name) for name in kinds)
     assert first[-1]["loss/total"] < first[0]["loss/total"]
@@ -140,7 +153,7 @@ def logged_steps(store: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("before", "after", "tolerance"),
     [
-        (["engine.kind=ddp", "train.precision=fp64"], [], 1e-9),
+        pytest.param(["engine.kind=ddp", "train.precision=fp64"], [], 1e-9, marks=pytest.mark.long),
         (["engine.zero=2", *SGD], ["engine.zero=3"], 1e-6),
     ],
     ids=["adam fp64", "sgd zero 2 to 3"],

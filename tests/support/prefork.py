@@ -177,6 +177,7 @@ def serve() -> int:
     import torch
     import torch._dynamo  # that an optimizer imports, for 4 s
 
+    import cpsp_dist.training.trainer  # noqa: F401  # a sixth of what a short run costs
     from cpsp_dist.training.engine import import_deepspeed
     from tests.support import rank_worker
 

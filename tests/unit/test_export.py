@@ -94,7 +94,9 @@ print(*sys.modules)
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name == "psp" else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
+)
 def test_loads_with_torch_and_safetensors_alone(
     trained: Path, keypad_shards: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from cpsp_dist.bench.pool import bench_pool
 from tests.support.environment import environment
 
 
+@pytest.mark.long
 def test_command_measures_what_is_sent_and_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cpsp_dist", "bench", "pool", "--json", "--batch", "4", "--rounds", "1"]
     command += ["--ranks", "1", "2", "--pools", "64", "4096"]

@@ -273,7 +273,7 @@ def become_two_folders(rank: int, first: str, second: str) -> None:
         machine.installed = lambda: found | {"torch": "2.99.0"}  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("absent", [2, 0])
+@pytest.mark.parametrize("absent", [2, pytest.param(0, marks=pytest.mark.long)])
 def test_a_rank_that_never_comes(prefork: Any, absent: int) -> None:
     began = time.monotonic()
     patch = "become_a_node" if absent else "become_the_next_rank"
@@ -326,7 +326,7 @@ def die_at_the_shards(rank: int, victim: int) -> None:
         paths.shards = lambda _: os._exit(9)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_rank_that_dies_is_missed(prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
     """Rank 0 holds the store by which they talk."""
     began = time.monotonic()

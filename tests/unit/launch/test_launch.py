@@ -321,6 +321,7 @@ def test_a_failing_local_run_is_told_as_failed(tmp_path):
     assert " failed " in done.stdout.splitlines()[-2]
 
 
+@pytest.mark.long
 def test_interrupted_local_ranks_save_and_end(keypad_shards, tmp_path):
     """Ctrl-C reaches every process of the terminal: the launcher, submitit's controller and the rank."""
     more = ["train.steps=2000", "train.epochs=999", "tracking.every_steps=1", "tracking.enabled=false"]
@@ -371,6 +372,7 @@ def private_url(keypad_shards: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.long
 def test_credentials_of_the_environment_serve_and_are_written_nowhere(private_url, tmp_path):
     settings = [f"data.cache={tmp_path}/cache", f"output={tmp_path}/out", "train.global_batch=8", "train.steps=1"]
     token = json.dumps({"headers": {"Authorization": "Bearer t0k3n"}})

@@ -14,9 +14,13 @@ from torch import Tensor
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.errors import ConfigError
-from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
+from cpsp_dist.losses.diagnostics import pair_diagnostics
+from cpsp_dist.losses.global_batch import Rows
+from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.losses.psa_s import psa_s
+from cpsp_dist.losses.psa_v import psa_v, video_embedding
+from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.models import Output
 from tests.support.loss_cases import ALL, FORMS, D, K, T, form, make_batch, random_batch, random_output
 
@@ -127,7 +131,7 @@ def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -
         target = batch.event[b].double() / (batch.event[b].sum().double() + 1e-6)
         pairs.append((share - target).square().mean().item())
     segments = [slow_psa_s(output.fusion[b], batch.event[b], s.temperature) for b in with_event]
-    rows = pool.embed(output.fusion[classed]).detach()
+    rows = video_embedding(output.fusion[classed]).detach()
     classes, videos = batch.category[classed].tolist(), batch.video[classed].tolist()
     if s.mining == "supcon":
         videowise = slow_supcon(rows, classes, videos, s.supcon_temperature)
@@ -180,11 +184,11 @@ def test_mined_rows_equal_brute_force_with_ties(
     rows = torch.randint(0, 3, (size, 3), generator=g).to(dtype)
     category, video = torch.randint(0, 3, (size,), generator=g), torch.randint(0, 6, (size,), generator=g)
     own = torch.randperm(size, generator=g)[: max(1, size // 2)]
-    mined = pool.mine(rows[own], own, rows, category, video, k, semihard=semihard)
+    mined = mine(rows[own], own, rows, category, video, k, semihard=semihard)
     slow = slow_mine(rows, category.tolist(), video.tolist(), k, semihard)
     for a, i in enumerate(own.tolist()):
         assert mined.positive[a].item() == slow[i][0]
-        assert mined.negatives[a][mined.chosen[a]].tolist() == slow[i][1]
+        assert mined.negatives[a][mined.mask[a]].tolist() == slow[i][1]
 
 
 @quick
@@ -209,11 +213,11 @@ def test_permuting_the_pool_changes_no_anchor(seed: int, size: int) -> None:
     category, video = torch.randint(0, 3, (size,), generator=g), torch.randint(0, 6, (size,), generator=g)
     order = torch.randperm(size, generator=g)
     own, moved = torch.arange(size), order.argsort()  # row i lies at moved[i] of the permuted pool
-    values = losses.psa_v(rows, rows, pool.mine(rows, own, rows, category, video, 3), 0.2)
-    mined = pool.mine(rows, moved, rows[order], category[order], video[order], 3)
-    torch.testing.assert_close(losses.psa_v(rows, rows[order], mined, 0.2), values, rtol=1e-12, atol=1e-14)
-    plain = losses.supcon(rows, own, rows, category, video, 0.1)
-    permuted = losses.supcon(rows, moved, rows[order], category[order], video[order], 0.1)
+    values = psa_v(rows, rows, mine(rows, own, rows, category, video, 3), 0.2)
+    mined = mine(rows, moved, rows[order], category[order], video[order], 3)
+    torch.testing.assert_close(psa_v(rows, rows[order], mined, 0.2), values, rtol=1e-12, atol=1e-14)
+    plain = supcon(rows, own, rows, category, video, 0.1)
+    permuted = supcon(rows, moved, rows[order], category[order], video[order], 0.1)
     torch.testing.assert_close(permuted, plain, rtol=1e-12, atol=1e-14)
 
 
@@ -234,10 +238,10 @@ def test_padding_changes_nothing_bit_for_bit(seed: int, size: int, padding: int,
     padded = Output(*(None if x is None else x.detach().clone() for x in garbage))
     labels.valid[:] = False
     labels.valid[places] = True
-    for mine, theirs in zip(padded, output, strict=True):
-        if mine is not None:
-            mine[places] = theirs.detach()
-            mine.requires_grad_()
+    for ours, theirs in zip(padded, output, strict=True):
+        if ours is not None:
+            ours[places] = theirs.detach()
+            ours.requires_grad_()
     for field in ("event", "category", "video"):
         getattr(labels, field)[places] = getattr(batch, field)
     (total, terms), (total2, terms2) = form(name)(output, batch), form(name)(padded, labels)
@@ -307,7 +311,14 @@ def test_any_mask_is_finite(seed: int, dtype: torch.dtype, name: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(total, output))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("semihard", "proportional")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("full", "weak") else pytest.param(name, marks=pytest.mark.long)
+        for name in FORMS
+        if name not in ("semihard", "proportional")
+    ],
+)
 def test_finite_differences(name: str) -> None:
     batch, output = random_batch(11, 5), random_output(11, 5)
 
@@ -334,8 +345,8 @@ def test_videos_without_event_have_no_class() -> None:
 def test_fewer_than_k_negatives_are_averaged() -> None:
     """The published code fills up with 1e12, which silences the anchor."""
     rows = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.3, 0.0]], dtype=torch.float64)
-    mined = pool.mine(rows, torch.arange(3), rows, torch.tensor([0, 0, 1]), torch.arange(3), 3)
-    values = losses.psa_v(rows, rows, mined, 0.5)
+    mined = mine(rows, torch.arange(3), rows, torch.tensor([0, 0, 1]), torch.arange(3), 3)
+    values = psa_v(rows, rows, mined, 0.5)
     expected = [0.1 - 0.3 + 0.5, 0.1 - 0.2 + 0.5, 1e-6 - (0.3 + 0.2) / 2 + 0.5]
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64))
 
@@ -347,7 +358,7 @@ def test_anchors_without_negatives_do_not_count() -> None:
     # Rows 0 and 1 are cut from one video.
     batch = make_batch(event, torch.tensor([0, 1, 0]), video=torch.tensor([7, 7, 8]))
     _, terms = objectives(settings)(output, batch)
-    rows = pool.embed(output.fusion).detach()
+    rows = video_embedding(output.fusion).detach()
     d = torch.cdist(rows, rows)
     # Row 0 has the positive 2 and no negative; rows 1 and 2 have each other.
     expected = [max(0.0, 1e-6 - d[1, 2].item() + 0.2), max(0.0, (d[2, 0] - d[2, 1]).item() + 0.2)]
@@ -368,7 +379,7 @@ def test_psa_s_trains() -> None:
     before = gap()
     optimizer = torch.optim.SGD([fusion], lr=5.0)
     for step in range(100):
-        loss = losses.psa_s(fusion, event, 0.6).mean()
+        loss = psa_s(fusion, event, 0.6).mean()
         (gradient,) = torch.autograd.grad(loss, fusion)
         if step == 0:
             assert gradient.abs().max() > 1e-3
@@ -397,8 +408,8 @@ def test_saved_for_backward_is_small(size: int) -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        mined = pool.mine(rows[:anchors], own, rows, category, torch.arange(size), k)
-        losses.psa_v(rows[:anchors], rows, mined, 0.2).sum()
+        mined = mine(rows[:anchors], own, rows, category, torch.arange(size), k)
+        psa_v(rows[:anchors], rows, mined, 0.2).sum()
     assert 0 < sum(saved) < 4 * anchors * (1 + k) * d * 4 < anchors * size * 4
 
 
@@ -425,9 +436,9 @@ def test_health_suspects_the_false_negatives(size: int, k: int) -> None:
     """Where classes have come apart, only mined negatives of the anchor's true class are suspected: most of them."""
     rows, truth, label = clustered(size, 0.01, torch.Generator().manual_seed(size))
     own = (truth == label).nonzero().squeeze(1)[:64]
-    seen = pool.Rows(rows, label, torch.arange(size))
-    mined = pool.mine(rows[own], own, *seen, k)
-    found = pool.health(rows[own], own, seen, mined)
+    seen = Rows(rows, label, torch.arange(size))
+    mined = mine(rows[own], own, *seen, k)
+    found = pair_diagnostics(rows[own], own, seen, mined)
     share, count = found["suspected_false_negatives"]
     expected = (truth[mined.negatives] == truth[own].unsqueeze(1)).double().mean().item()
     assert count == 64 * k

@@ -1,12 +1,14 @@
 """One process with the whole batch, without an engine, against 1, 2 and 4 ranks: the same losses, the same gradients.
 
-Each world size is launched once (`worlds`) and does everything that the tests here look at.
+Each world size is launched once (`worlds`), when first asked for, and does everything that the tests here look at.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,9 +22,13 @@ from torch import Tensor
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed import process_group
-from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
+from cpsp_dist.losses import avps, category, event, psa_s
+from cpsp_dist.losses import psa_v as psa_v_module
+from cpsp_dist.losses.gather import Gather, rank_and_world
+from cpsp_dist.losses.global_batch import GlobalBatch
+from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.models import Output
 from cpsp_dist.training.engine import Engine, build_engine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
@@ -215,7 +221,7 @@ def edge(case: str, dtype: torch.dtype) -> tuple[Output, Batch]:
 
 def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
     """The terms, and the gradient's norm of each output, after two steps (a bank has something at the second)."""
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     found = {}
     for way in WAYS:
         for case in EDGES:
@@ -240,9 +246,9 @@ def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
 
 def gathered(rows_of: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Every rank weighs the gathered rows by its own number."""
-    rank = pool.world()[0]
+    rank = rank_and_world()[0]
     rows = rows_of[rank * 2 : rank * 2 + 2].clone().requires_grad_()
-    gather = pool.Gather(rows)
+    gather = Gather(rows)
     everyone = gather.wait()
     (everyone * (rank + 1)).sum().backward()
     assert rows.grad is not None
@@ -267,10 +273,11 @@ def collectives(cases: list[str]) -> list[list[str]]:
 
         for name in COLLECTIVES:
             watch(dist, name, name)
-        for name in ("event_loss", "category_loss", "avps", "psa_s", "mine"):
-            watch(losses, name, "a loss" if name != "mine" else "mining")
-        watch(pool.Gather, "end", "wait")
-        rank, ranks = pool.world()
+        for module, name in ((event, "event_loss"), (category, "category_loss"), (avps, "avps"), (psa_s, "psa_s")):
+            watch(module, name, "a loss")
+        watch(psa_v_module, "mine", "mining")
+        watch(Gather, "end", "wait")
+        rank, ranks = rank_and_world()
         objectives = Objectives(ALL, pool="gather")
         steps = []
         for case in cases:
@@ -285,7 +292,7 @@ def collectives(cases: list[str]) -> list[list[str]]:
 
 def costs(width: int) -> dict[str, dict[str, float]]:
     """Bytes and time of a step with objectives over the pool, embeddings of `width` in float32."""
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     whole, batch = edge("even", torch.float32)
     own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
     wanted = {"psa_v": only("psa_v"), "both": only("psa_v").model_copy(update={"sspsp": 1.0}), "local": ALL}
@@ -299,17 +306,17 @@ def costs(width: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def under_zero(stage: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    return gradients(UNDER_ZERO, "fp32", "deepspeed", stage)
+
+
 def everything() -> dict[str, Any]:
-    if pool.world()[1] == 1:
+    if rank_and_world()[1] == 1:
         return {"gradients": gradients(RUNS)}
-    zero = {}
-    if pool.world()[1] == 2:
-        zero = {stage: gradients(UNDER_ZERO, "fp32", "deepspeed", stage) for stage in range(4)}
     return {
-        "zero": zero,
         "gradients": gradients(RUNS),
         "local": gradients(LOCAL),
-        "edges": edges(EDGE_TYPES[pool.world()[1]]),
+        "edges": edges(EDGE_TYPES[rank_and_world()[1]]),
         "collectives": collectives(CASES),
         "gathered": gathered(torch.arange(24.0).view(8, 3)),
         "costs": costs(256),
@@ -317,14 +324,15 @@ def everything() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """World size -> what `everything` gave on each rank."""
 
+    @functools.cache
     def launch(world: int) -> list[dict[str, Any]]:
         folder: Path = tmp_path_factory.mktemp(f"world{world}")
         return run_ranks(everything, world, folder, timeout=300)
 
-    return {world: launch(world) for world in (1, 2, 4)}
+    return launch
 
 
 @pytest.fixture(scope="module")
@@ -332,13 +340,17 @@ def alone() -> dict[str, Any]:
     return plain_gradients(RUNS)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+#: The short tier has the smallest group of several.
+FOUR = pytest.param(4, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("world", [1, 2, FOUR])
 def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
     """Every objective, every way of mining, uneven and empty ranks, parts, banks: float64, DDP, 1e-12."""
     assert {run.objectives.mining for run in RUNS.values()} == set(
         get_args(ObjectiveSettings.model_fields["mining"].annotation)
     )
-    require_exact([rank["gradients"] for rank in worlds[world]], alone)
+    require_exact([rank["gradients"] for rank in worlds(world)], alone)
     # There is something to compare: an active hinge where there are classes, none where there is no class.
     norms = {step: torch.cat([g.flatten() for g in grads.values()]).norm() for step, (_, grads) in alone.items()}
     assert min(norms.values()) > 1e-3, norms
@@ -347,15 +359,18 @@ def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
         assert (terms["psa_v"].item() > 0) == (case not in ("one class", "all background"))
 
 
-def test_each_zero_stage_in_float32(worlds: Any) -> None:
+@pytest.fixture(scope="module")
+def alone_in_float32() -> dict[str, Any]:
+    return plain_gradients(UNDER_ZERO, torch.float32)
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1, 3))])
+def test_each_zero_stage_in_float32(ranks: Any, alone_in_float32: Any, stage: int) -> None:
     """DeepSpeed's averaged gradients on two ranks are those of one process: 1e-5."""
-    one = plain_gradients(UNDER_ZERO, torch.float32)
-    for rank in worlds[2]:
-        assert rank["zero"].keys() == {0, 1, 2, 3}
-        for stage, found in rank["zero"].items():
-            assert found.keys() == one.keys()
-            for step, (_, grads) in found.items():
-                assert relative(grads, one[step][1]) < 1e-5, (stage, step)
+    for found in ranks(under_zero, 2, stage, timeout=300):
+        assert found.keys() == alone_in_float32.keys()
+        for step, (_, grads) in found.items():
+            assert relative(grads, alone_in_float32[step][1]) < 1e-5, step
 
 
 def test_a_bank_makes_a_difference(alone: Any) -> None:
@@ -366,7 +381,7 @@ def test_a_bank_makes_a_difference(alone: Any) -> None:
     assert relative(alone[f"bank {later}"][1], without[f"without {later}"][1]) > 1e-3
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int) -> None:
     for number, case in enumerate(CASES):
         values = []
@@ -374,20 +389,20 @@ def test_local_pools_are_averaged_over_all_their_anchors(worlds: Any, world: int
             batch = share(global_batch(case), rank, world)
             kept = batch.valid & batch.event.any(1)
             with torch.no_grad():
-                rows = pool.embed(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
+                rows = video_embedding(network("psp", "full")(batch.visual, batch.audio).fusion)[kept]
             own = torch.arange(len(rows))
-            mined = pool.mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
-            values.append(losses.psa_v(rows, rows, mined, 0.8)[mined.chosen.any(1)])
+            mined = mine(rows, own, rows, batch.category[kept], batch.video[kept], 3)
+            values.append(psa_v(rows, rows, mined, 0.8)[mined.mask.any(1)])
         expected = torch.cat(values).sum() / max(len(torch.cat(values)), 1)
-        found = mean([rank["local"][f"local {number}: {case}"][0] for rank in worlds[world]])["psa_v"]
+        found = mean([rank["local"][f"local {number}: {case}"][0] for rank in worlds(world)])["psa_v"]
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_edges_over_ranks(worlds: Any, world: int) -> None:
     """Finite in every way of mining and every scope, without a hang; with a gathered pool what one process has."""
     for key, expected in edges(EDGE_TYPES[world]).items():
-        found = [rank["edges"][key] for rank in worlds[world]]
+        found = [rank["edges"][key] for rank in worlds(world)]
         for values in (*found, expected):
             assert all(value.isfinite() for value in values.values()), (key, values)
         if "local" not in key:
@@ -400,9 +415,9 @@ def test_edges_over_ranks(worlds: Any, world: int) -> None:
                 )
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_gather_keeps_order_and_sums_gradients(worlds: Any, world: int) -> None:
-    for everyone, gradient, freed in (rank["gathered"] for rank in worlds[world]):
+    for everyone, gradient, freed in (rank["gathered"] for rank in worlds(world)):
         assert torch.equal(everyone, torch.arange(24.0).view(8, 3)[: 2 * world])
         assert torch.equal(gradient, torch.full((2, 3), sum(range(1, world + 1))))  # 1 from rank 0, 2 from rank 1, …
         assert freed
@@ -410,24 +425,24 @@ def test_gather_keeps_order_and_sums_gradients(worlds: Any, world: int) -> None:
 
 def test_gather_on_one_process_is_the_identity() -> None:
     rows = torch.randn(3, 2)
-    assert pool.world() == (0, 1)
-    assert pool.Gather(rows).wait() is rows
+    assert rank_and_world() == (0, 1)
+    assert Gather(rows).wait() is rows
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_every_rank_does_the_same_at_every_step_and_gathers_beside_the_losses(worlds: Any, world: int) -> None:
     """Gathers start first and are waited for after the losses that do not need them; also backward they overlap."""
     before = ["all_gather_into_tensor"] * 3  # embeddings, visual segments, labels
     step = [*before, *["a loss"] * 4, "wait", "mining", "wait", "backward", *["all_to_all_single"] * 2, *["wait"] * 2]
-    assert [rank["collectives"] for rank in worlds[world]] == [[step] * len(CASES)] * world
+    assert [rank["collectives"] for rank in worlds(world)] == [[step] * len(CASES)] * world
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_bytes_are_those_of_the_floor(worlds: Any, world: int) -> None:
     """(W−1)·b·d·4 bytes forward and as many backward; beside them 4 integers a slot. Segments go round only where SSPSP
     is asked for, and with local pools nothing but the integers."""
     slots = SLOTS // world
-    for rank in worlds[world]:
+    for rank in worlds(world):
         labels = (world - 1) * slots * 4 * 8
         embeddings, segments = (2 * (world - 1) * slots * size * 4 for size in (256, T * 8))
         received = {name: health["pool/gather_bytes"] for name, health in rank["costs"].items()}
@@ -447,7 +462,7 @@ def test_anchors_are_counted_right(seed: int, slots: int, count: int, scope: str
     size = slots * count
     valid = torch.rand(size, generator=g) > 0.2
     category, video = torch.randint(-1, 3, (size,), generator=g), torch.randint(0, 4, (size,), generator=g)
-    members = pool.Members(valid, category, video, valid, rank=0, ranks=count)
+    members = GlobalBatch(valid, category, video, valid, rank=0, ranks=count)
     for same_class, counted in ((False, members.with_negative(scope)), (True, members.with_positive(scope))):
         expected = [
             any(

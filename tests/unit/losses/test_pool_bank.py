@@ -17,10 +17,14 @@ from torch import Tensor
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.distributed import process_group
 from cpsp_dist.errors import ConfigError
-from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
-from cpsp_dist.losses.objectives import HEALTH, Objectives
-from cpsp_dist.losses.pool import Bank, Members, Rows
+from cpsp_dist.losses.diagnostics import POOL_METRICS
+from cpsp_dist.losses.gather import rank_and_world
+from cpsp_dist.losses.global_batch import GlobalBatch, Rows
+from cpsp_dist.losses.memory_bank import MemoryBank
+from cpsp_dist.losses.mining import mine
+from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.losses.psa_v import psa_v, video_embedding
+from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.trainer import train
 from tests.support.loss_cases import form, make_batch, random_batch, random_output
@@ -29,10 +33,10 @@ from tests.support.runs import KEYPAD, overrides
 ONLY_PSA_V = ObjectiveSettings(event=0.0, category=0.0, avps=0.0, psa_s=0.0)
 
 
-def members(video: list[int]) -> Members:
+def members(video: list[int]) -> GlobalBatch:
     size = len(video)
     everywhere = torch.ones(size, dtype=torch.bool)
-    return Members(everywhere, torch.zeros(size, dtype=torch.int64), torch.tensor(video), everywhere, 0, 1)
+    return GlobalBatch(everywhere, torch.zeros(size, dtype=torch.int64), torch.tensor(video), everywhere, 0, 1)
 
 
 def rows(first: int, count: int, category: int = 0) -> Rows:
@@ -40,8 +44,8 @@ def rows(first: int, count: int, category: int = 0) -> Rows:
     return Rows(number.double().unsqueeze(1).expand(-1, 2), torch.full((count,), category), number)
 
 
-def content(bank: Bank, present: list[int] | None = None) -> list[int]:
-    found = bank.besides(members(present or []), like=torch.zeros(1, 2, dtype=torch.float64))
+def content(bank: MemoryBank, present: list[int] | None = None) -> list[int]:
+    found = bank.excluding(members(present or []), like=torch.zeros(1, 2, dtype=torch.float64))
     assert torch.equal(found.rows[:, 0].long(), found.video)  # rows and ids stay together
     return found.video.tolist()
 
@@ -50,7 +54,7 @@ def content(bank: Bank, present: list[int] | None = None) -> list[int]:
 @given(size=st.integers(1, 7), counts=st.lists(st.integers(0, 9), max_size=8), absent=st.integers(0, 30))
 def test_ring_holds_the_last_rows(size: int, counts: list[int], absent: int) -> None:
     """Against a list: any number of rows at a time, more than it holds, none; class 0 and video 0 among them."""
-    bank, everything = Bank(size), []
+    bank, everything = MemoryBank(size), []
     for count in counts:
         bank.put(rows(len(everything), count))
         everything += range(len(everything), len(everything) + count)
@@ -69,11 +73,11 @@ def test_an_empty_slot_is_no_row_and_class_0_is() -> None:
     assert objectives(output, batch)[1]["psa_v"] == 0  # one class: no negative
     other = make_batch(event, torch.tensor([0, 0]), video=torch.tensor([7, 0]))
     found = objectives(random_output(4, 2), other)[1]["psa_v"]  # against the two of class 1
-    mined_from = pool.embed(torch.cat([random_output(4, 2).fusion, output.fusion])).detach()
+    mined_from = video_embedding(torch.cat([random_output(4, 2).fusion, output.fusion])).detach()
     category, video = torch.tensor([0, 0, 1, 1]), torch.tensor([7, 0, 5, 6])
-    mined = pool.mine(mined_from[:2], torch.arange(2), mined_from, category, video, 3)
-    assert mined.chosen.sum(1).tolist() == [2, 2]
-    torch.testing.assert_close(found, losses.psa_v(mined_from[:2], mined_from, mined, 0.2).mean())
+    mined = mine(mined_from[:2], torch.arange(2), mined_from, category, video, 3)
+    assert mined.mask.sum(1).tolist() == [2, 2]
+    torch.testing.assert_close(found, psa_v(mined_from[:2], mined_from, mined, 0.2).mean())
     # Now rows of class 0 are remembered, and are negatives of a batch of class 1, and positives of one of class 0.
     objectives(random_output(5, 2), make_batch(event, torch.tensor([1, 0]), video=torch.tensor([8, 9])))
     health = objectives.health()
@@ -95,7 +99,7 @@ def test_bank_equals_a_larger_pool_without_gradient(mining: Any, seed: int, size
     total, terms = objectives(new, now)
 
     def rows_of(output: Any, batch: Any, kept: Tensor) -> Rows:
-        return Rows(pool.embed(output.fusion)[kept], batch.category[kept], batch.video[kept])
+        return Rows(video_embedding(output.fusion)[kept], batch.category[kept], batch.video[kept])
 
     kept_now = now.valid & now.event.any(1)
     stale = torch.isin(before.video, now.video[now.valid])
@@ -106,11 +110,11 @@ def test_bank_equals_a_larger_pool_without_gradient(mining: Any, seed: int, size
     other = both.video[own].unsqueeze(1) != both.video
     same = both.category[own].unsqueeze(1) == both.category
     if mining == "supcon":
-        values, counted = losses.supcon(fresh.rows, own, *both, 0.1), (other & same).any(1)
+        values, counted = supcon(fresh.rows, own, *both, 0.1), (other & same).any(1)
     else:
         k = max(1, round(3 * len(both.rows) / 64)) if mining == "proportional" else 3
-        mined = pool.mine(fresh.rows, own, *both, k, semihard=mining == "semihard")
-        values, counted = losses.psa_v(fresh.rows, both.rows, mined, 0.2), (other & ~same).any(1)
+        mined = mine(fresh.rows, own, *both, k, semihard=mining == "semihard")
+        values, counted = psa_v(fresh.rows, both.rows, mined, 0.2), (other & ~same).any(1)
     expected = values[counted].sum() / max(int(counted.sum()), 1)
     torch.testing.assert_close(terms["psa_v"], expected.detach())
     (found,) = torch.autograd.grad(total, new.fusion)
@@ -121,7 +125,7 @@ def test_bank_equals_a_larger_pool_without_gradient(mining: Any, seed: int, size
 
 def remember(state: dict[str, Tensor], steps: range) -> dict[str, Tensor]:
     """The state after these steps of uneven batches of 8 slots, from `state`."""
-    rank, ranks = pool.world()
+    rank, ranks = rank_and_world()
     objectives = Objectives(ONLY_PSA_V, pool="gather", bank=11)
     objectives.load(state)
     for step in steps:
@@ -152,7 +156,7 @@ def test_same_content_and_order_on_all_ranks_and_after_a_resume_on_any_number(ra
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(0, 30), before=st.integers(1, 9), after=st.integers(1, 9))
 def test_another_size_takes_over_the_newest(count: int, before: int, after: int) -> None:
-    one, two = Bank(before), Bank(after)
+    one, two = MemoryBank(before), MemoryBank(after)
     if count:
         one.put(rows(0, count))
     two.load(one.state())
@@ -162,7 +166,7 @@ def test_another_size_takes_over_the_newest(count: int, before: int, after: int)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_not_remembered(broken: float) -> None:
     """A step that the trainer leaves out for it must not spoil the steps after it."""
-    bank, new = Bank(4), rows(0, 3)
+    bank, new = MemoryBank(4), rows(0, 3)
     new = new._replace(rows=new.rows.clone())
     new.rows[1, 1] = broken
     bank.put(new)
@@ -171,7 +175,7 @@ def test_a_row_that_is_not_finite_is_not_remembered(broken: float) -> None:
 
 
 def test_a_state_is_no_view_and_a_run_without_bank_has_none() -> None:
-    bank = Bank(3)
+    bank = MemoryBank(3)
     bank.put(rows(0, 2))
     state = bank.state()
     bank.put(rows(2, 2))
@@ -221,7 +225,7 @@ def test_training_with_a_bank_resumes_bit_for_bit_and_on_another_world_size(
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     healthy = [line for line in metrics if "pool/size" in line]
     assert [line["step"] for line in healthy] == [2, 4, 6, 8]
-    assert all(f"pool/{name}" in healthy[-1] for name in HEALTH)
+    assert all(f"pool/{name}" in healthy[-1] for name in POOL_METRICS)
     assert healthy[-1]["pool/size"] > 8  # more than the global batch
     assert healthy[-1]["pool/gather_bytes"] == 4 * (2 * 256 * 4 + 4 * 8)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpsp_dist.losses import gather
 from cpsp_dist.losses import objectives as losses
-from cpsp_dist.losses import pool
-from cpsp_dist.losses.pool import Members
+from cpsp_dist.losses.gather import Gather, rank_and_world
+from cpsp_dist.losses.global_batch import GlobalBatch
 from tests.unit.losses import test_pool
 
 #: One that is even, and two where ranks have different numbers of videos (in the last, one rank has none).
@@ -20,8 +21,8 @@ RUNS = {"all objectives": test_pool.RUNS["published mining"]._replace(steps=[("e
 
 
 def no_gradient_through_the_gather(plant: Callable[..., None]) -> None:
-    wait = pool.Gather.wait
-    plant(pool.Gather, "wait", lambda self: wait(self).detach())
+    wait = Gather.wait
+    plant(Gather, "wait", lambda self: wait(self).detach())
 
 
 def missing_world_size(plant: Callable[..., None]) -> None:
@@ -29,17 +30,17 @@ def missing_world_size(plant: Callable[..., None]) -> None:
 
 
 def averaged_backward(plant: Callable[..., None]) -> None:
-    backward = pool._Start.backward
+    backward = gather._Start.backward
 
     def averaged(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return backward(ctx, grad)[0] / pool.world()[1], None
+        return backward(ctx, grad)[0] / rank_and_world()[1], None
 
-    plant(pool._Start, "backward", staticmethod(averaged))
+    plant(gather._Start, "backward", staticmethod(averaged))
 
 
 def local_means(plant: Callable[..., None]) -> None:
-    def over_ranks(values: Tensor, counted: Tensor, members: Members) -> Tensor:
-        return values.sum() / counted[members.own].sum().clamp(min=1)
+    def over_ranks(values: Tensor, counted: Tensor, members: GlobalBatch) -> Tensor:
+        return values.sum() / counted[members.local].sum().clamp(min=1)
 
     plant(losses, "over_ranks", over_ranks)
 
@@ -47,15 +48,15 @@ def local_means(plant: Callable[..., None]) -> None:
 def wrong_rank_offset(plant: Callable[..., None]) -> None:
     """As if every rank before had as many videos as this one."""
 
-    def places(members: Members, kept: Tensor) -> Tensor:
-        ours = int(kept[members.own].sum())
+    def local_positions(members: GlobalBatch, kept: Tensor) -> Tensor:
+        ours = int(kept[members.local].sum())
         return (members.rank * ours + torch.arange(ours)).clamp(max=int(kept.sum()) - 1)
 
-    plant(Members, "places", places)
+    plant(GlobalBatch, "local_positions", local_positions)
 
 
 def padding_in_the_pool(plant: Callable[..., None]) -> None:
-    plant(Members, "pooled", property(lambda members: members.category >= 0))
+    plant(GlobalBatch, "has_class", property(lambda members: members.category >= 0))
 
 
 MUTANTS = [

@@ -123,8 +123,8 @@ def test_code_is_never_run(folder: Path, capsys, zipped: bool) -> None:
         (b"", "not a checkpoint that torch can read"),
         (b"PK\x03\x04" + b"hello" * 100, "not a checkpoint that torch can read"),
         ([], "holds no parameters by name"),
-        ({"epoch": 3}, "entry 'epoch' is no parameter"),
-        ({"fa.0.weight": torch.zeros(2, dtype=torch.int64)}, "entry 'fa.0.weight' is no parameter"),
+        ({"epoch": 3}, "entry 'epoch' is not a parameter"),
+        ({"fa.0.weight": torch.zeros(2, dtype=torch.int64)}, "entry 'fa.0.weight' is not a parameter"),
     ],
 )
 def test_one_clear_line(folder: Path, capsys, content, message: str) -> None:

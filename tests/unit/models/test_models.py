@@ -131,7 +131,7 @@ def test_a_linear_layer_only_in_front_of_other_sizes() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sees", ["audio", "visual"])
 def test_a_blanked_modality_changes_nothing(name: str, sees: str) -> None:
-    model = network(name, sees=sees).eval()
+    model = network(name, modality=sees).eval()
     visual, audio = features(2, 10)
     both = model(visual, audio)
     without_visual, without_audio = model(visual.flip(0), audio), model(visual, audio.flip(0))

@@ -17,7 +17,7 @@ import pytest
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.losses.objectives import HEALTH
+from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.tracking.compare import compare, format_table
 from tests.support.environment import REPO, free_port
@@ -111,10 +111,12 @@ def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
 
     client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
-    assert {name.removeprefix("pool/") for name in runs[0].data.metrics if name.startswith("pool/")} == set(HEALTH)
-    history = {name: client.get_metric_history(runs[0].info.run_id, f"pool/{name}") for name in HEALTH}
+    assert {name.removeprefix("pool/") for name in runs[0].data.metrics if name.startswith("pool/")} == set(
+        POOL_METRICS
+    )
+    history = {name: client.get_metric_history(runs[0].info.run_id, f"pool/{name}") for name in POOL_METRICS}
     found = {name: [point.value for point in points] for name, points in history.items()}
-    assert [[point.step for point in points] for points in history.values()] == [[2, 4, 6]] * len(HEALTH)
+    assert [[point.step for point in points] for points in history.values()] == [[2, 4, 6]] * len(POOL_METRICS)
     assert found["gather_bytes"] == [(2 - 1) * 4 * (2 * 256 * 4 + 4 * 8)] * 3  # embeddings, their gradients, labels
     assert all(milliseconds > 0 for milliseconds in found["gather_ms"])
     assert found["remembered"][0] <= 8 < found["remembered"][2] <= 16

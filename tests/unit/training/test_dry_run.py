@@ -25,8 +25,14 @@ def told(output: str, pattern: str) -> Any:
     return found[1]
 
 
-@pytest.mark.parametrize("more", [[], ["engine.kind=ddp", "train.accumulation=2", "pool.bank=16"]], ids=["zero", "ddp"])
-@pytest.mark.parametrize("world", [1, 2])
+DDP = ["engine.kind=ddp", "train.accumulation=2", "pool.bank=16"]
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(2, []), (1, DDP), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, []), (2, DDP)))],
+    ids=["2-zero", "1-ddp", "1-zero", "2-ddp"],
+)
 def test_its_loss_is_that_of_the_first_step(
     prefork: Any, keypad_shards: Path, tmp_path: Path, world: int, more: list[str]
 ) -> None:

@@ -203,7 +203,7 @@ def leave_out() -> dict[tuple, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(ranks, world):
     for found in ranks(leave_out, world, timeout=300):
         assert set(found) == set(KINDS)

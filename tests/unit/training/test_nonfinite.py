@@ -37,7 +37,13 @@ def poison(rank: int, row: int) -> None:
     TrainStream.batches = poisoned  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("engine", ["engine.zero=0", "engine.zero=2", "engine.kind=ddp"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "engine.zero=2",
+        *(pytest.param(engine, marks=pytest.mark.long) for engine in ("engine.zero=0", "engine.kind=ddp")),
+    ],
+)
 def test_a_bad_step_is_named_and_left_out(prefork: Any, keypad_shards: Path, tmp_path: Path, engine: str) -> None:
     """12 steps of 4 are one epoch of 48: the bad video is met once."""
     manifest = Manifest.load(keypad_shards)
@@ -97,7 +103,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
     """The category classifier of a video that begins with these sounds has a finite answer and an infinite slope.
 
     Also, where a bad step is explained, it is checked that it is done again as it was: dropout included."""
-    from cpsp_dist.models.parts import Classifier, Network
+    from cpsp_dist.models.layers import Classifier, Network
     from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
     marked = torch.zeros(0)
@@ -137,9 +143,13 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [["engine.zero=0", "train.accumulation=2"], ["engine.zero=2", "train.seed=2147483647"], ["engine.zero=3"]]
-    + [["engine.kind=ddp", "train.accumulation=2"]],
-    ids=lambda more: ",".join(more),
+    [
+        ["engine.zero=3"],
+        pytest.param(["engine.zero=0", "train.accumulation=2"], marks=pytest.mark.long),
+        pytest.param(["engine.zero=2", "train.seed=2147483647"], marks=pytest.mark.long),
+        pytest.param(["engine.kind=ddp", "train.accumulation=2"], marks=pytest.mark.long),
+    ],
+    ids=",".join,
 )
 def test_an_overflow_on_the_way_back_is_named(
     prefork: Any, keypad_shards: Path, tmp_path: Path, more: list[str]

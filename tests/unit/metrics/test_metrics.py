@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from cpsp_dist import metrics
 from cpsp_dist.data.batch import Batch
+from cpsp_dist.metrics import METRICS, reported
+from cpsp_dist.metrics.metric import predict
+from cpsp_dist.metrics.segments import accuracy, confusion
 from cpsp_dist.models import Output
 
 K, T = 3, 4
@@ -38,12 +41,12 @@ def test_confusion_equals_sklearn(seed: int, size: int) -> None:
             for t in range(T):
                 target.append(int(batch.category[b]) if batch.event[b, t] else K)
                 predicted.append(int(output.category_logits[b].argmax()) if output.event_logits[b, t] > 0 else K)
-    counted = metrics.confusion(output, batch)
+    counted = confusion(output, batch)
     expected = confusion_matrix(target, predicted, labels=list(range(K + 1))) if target else [[0] * (K + 1)] * (K + 1)
     assert counted.dtype == torch.int64
     assert counted.tolist() == [list(map(int, row)) for row in expected]
     right = sum(p == t for p, t in zip(predicted, target, strict=True))
-    assert metrics.accuracy(counted) == (right / len(target) if target else 0.0)
+    assert accuracy(counted) == (right / len(target) if target else 0.0)
 
 
 def test_counts_of_parts_add_up() -> None:
@@ -52,30 +55,36 @@ def test_counts_of_parts_add_up() -> None:
     for part in (slice(0, 2), slice(2, 6)):
         fields = {name: value[part] if len(value) else value for name, value in vars(batch).items()}
         tensors = (x[part] if x is not None and len(x) else x for x in output)
-        parts.append(metrics.confusion(Output(*tensors), Batch(**fields)))
-    assert torch.equal(parts[0] + parts[1], metrics.confusion(output, batch))
+        parts.append(confusion(Output(*tensors), Batch(**fields)))
+    assert torch.equal(parts[0] + parts[1], confusion(output, batch))
 
 
 def test_an_event_needs_more_than_half() -> None:
     output, _ = random_case(0, 1)
     output = output._replace(event_logits=torch.tensor([[0.0, 1e-3, -1e-3, 5.0]]))
     category = int(output.category_logits.argmax())
-    assert metrics.predict(output).tolist() == [[K, category, K, category]]
+    assert predict(output).tolist() == [[K, category, K, category]]
+
+
+def evaluated(output: Output, batch: Batch, categories: list[str]) -> dict[str, Any]:
+    """The results of all metrics, counted by halves of the batch."""
+    metrics = [metric(categories, T) for metric in METRICS.values()]
+    for part in (slice(0, len(batch) // 2), slice(len(batch) // 2, None)):
+        fields = {name: value[part] if len(value) else value for name, value in vars(batch).items()}
+        halved = Output(*(x[part] if x is not None and len(x) else x for x in output))
+        for metric in metrics:
+            metric.update(halved, Batch(**fields))
+    return {name: value for metric in metrics for name, value in metric.result().items()}
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**20), size=st.integers(1, 8))
-def test_breakdown_equals_sklearn(seed: int, size: int) -> None:
+def test_results_equal_sklearn(seed: int, size: int) -> None:
     output, batch = random_case(seed, size)
     batch.valid[0] = True
-    answer = metrics.predict(output)[batch.valid]
+    answer = predict(output)[batch.valid]
     truth = torch.where(batch.event, batch.category[:, None], K)[batch.valid]
-    told = metrics.breakdown(
-        metrics.confusion(output, batch),
-        metrics.by_second(output, batch),
-        metrics.boundaries(output, batch),
-        ["dog", "bell", "car"],
-    )
+    told = evaluated(output, batch, ["dog", "bell", "car"])
     assert told["accuracy"] == pytest.approx(accuracy_score(truth.flatten(), answer.flatten()))
     assert told["event_accuracy"] == pytest.approx(accuracy_score(truth.flatten() == K, answer.flatten() == K))
     for t in range(T):
@@ -91,7 +100,20 @@ def test_breakdown_equals_sklearn(seed: int, size: int) -> None:
     assert json.loads(json.dumps(told)) == told
 
 
-def test_breakdown_of_nothing() -> None:
-    told = metrics.breakdown(torch.zeros(3, 3, dtype=torch.int64), torch.zeros(T, 2), torch.zeros(3), ["a", "b"])
+def test_results_of_nothing() -> None:
+    told = evaluated(*random_case(0, 0), ["a", "b", "c"])
     assert told["accuracy"] == told["event_accuracy"] == told["boundary_f1"] == 0
     assert told["categories"]["a"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "segments": 0}
+
+
+def test_what_is_reported_is_a_share() -> None:
+    told = evaluated(*random_case(5, 8), ["a", "b", "c"])
+    assert reported() == ["accuracy", "event_accuracy", "boundary_f1"]
+    assert all(0 <= told[name] <= 1 for name in reported())
+
+
+def test_what_people_read() -> None:
+    told = evaluated(*random_case(5, 8), ["a", "b", "c"])
+    lines = [line for metric in METRICS.values() for line in metric.summary(told)]
+    assert lines[0].startswith(f"segment accuracy {100 * told['accuracy']:.2f} %, of event or background alone")
+    assert lines[2].count(" ") == 4 + T, lines

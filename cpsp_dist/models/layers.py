@@ -1,20 +1,30 @@
-"""What the networks share: their output, the way features come in, the audio-guided attention, the classifiers."""
+"""What the networks share: their output, their input layers, the audio-guided attention, the classifiers."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpsp_dist.utils.registry import NoSettings, setting
+
 POSITIONS = 49
 PUBLISHED_AUDIO = 128
 PUBLISHED_VISUAL = (512, 1024)  # VGG-19 and ResNet maps
+#: Names in the published code that several networks have: (pattern, replacement).
+PUBLISHED_CLASSIFIERS = (
+    (r"^event_classifier\.0\.", "classifier.event."),
+    (r"^category_classifier\.0\.", "classifier.category."),
+)
+PUBLISHED_ATTENTION_AND_FUSION = ((r"^affine_", "attention.affine_"), (r"^(U_[av])\.", r"fuse.\1."))
 
 
 class Output(NamedTuple):
-    """What a network says about B videos. A named tuple, so that DeepSpeed's ZeRO-3 hooks find the tensors in it."""
+    """What a network gives for B videos. A named tuple, so that DeepSpeed's ZeRO-3 hooks find the tensors in it."""
 
     event_logits: Tensor  # [B, T] is the segment an event?
     category_logits: Tensor  # [B, K] which one
@@ -23,10 +33,10 @@ class Output(NamedTuple):
     audio: Tensor  # [B, T, D]
     visual: Tensor  # [B, T, D]
     similarity: Tensor  # [B, T] cosine of `audio` and `visual`
-    attention: Tensor | None  # [B, T, P] where the audio made the network look, where it has such a map
+    attention: Tensor | None  # [B, T, P] weights of the map's positions, where the network has them
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """`x` [..., D] scaled to length 1; a zero vector stays zero, with gradient zero (`F.normalize`'s is 1e12 there)."""
     squares = x.square().sum(-1, keepdim=True)
     nonzero = squares > 1e-24
@@ -35,7 +45,12 @@ def unit(x: Tensor) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """[..., D], [..., D] -> [...]."""
-    return (unit(x) * unit(y)).sum(-1)
+    return (l2_normalize(x) * l2_normalize(y)).sum(-1)
+
+
+@dataclass(frozen=True)
+class DropoutSettings:
+    dropout: float = setting(0.1, "share of activations that training sets to 0", ge=0, lt=1)
 
 
 class Network(nn.Module):
@@ -43,19 +58,36 @@ class Network(nn.Module):
 
     The published networks take 128 audio and 512 or 1024 visual channels. For other counts a linear layer stands in
     front (to 128 and 512); at the published sizes there is none.
+
+    A network's constructor takes its `Settings`, then by keyword what `models.build_model` lists.
+
+    Attributes:
+        Settings: a frozen dataclass of `setting` fields. Its keys stand in the section `model` of the configuration.
+        published_names: what to replace in a parameter's name of the published code: (pattern, replacement), in order.
+        published_unused: matches published parameters that no output depends on. They have no counterpart here: DDP
+            and ZeRO wait for the gradient of each parameter.
     """
 
+    Settings: ClassVar[type] = NoSettings
+    published_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    published_unused: ClassVar[str] = r"$"
+
     def __init__(
-        self, *, visual_channels: int, audio_channels: int, sees: Literal["both", "audio", "visual"] = "both"
+        self, *, visual_channels: int, audio_channels: int, modality: Literal["both", "audio", "visual"] = "both"
     ) -> None:
         super().__init__()
-        self.sees = sees
+        self.modality = modality
         fits = visual_channels in PUBLISHED_VISUAL
         self.visual_channels = visual_channels if fits else PUBLISHED_VISUAL[0]
         self.visual_in = None if fits else nn.Linear(visual_channels, self.visual_channels)
         self.audio_channels = PUBLISHED_AUDIO
         self.audio_in = None if audio_channels == PUBLISHED_AUDIO else nn.Linear(audio_channels, PUBLISHED_AUDIO)
         self.calibrate(1.0, 1.0)
+
+    @classmethod
+    def convert_published(cls, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """A published parameter, renamed already, as parameters of this network; by default itself."""
+        return [(name, value)]
 
     @torch.no_grad()
     def calibrate(self, visual_rms: float, audio_rms: float) -> None:
@@ -81,22 +113,22 @@ class Network(nn.Module):
         dtype = next(self.parameters()).dtype
         # Under autocast the maps are brought to its dtype once, here, and not again by each of their two uses.
         wide = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        visual = torch.zeros_like(visual, dtype=wide) if self.sees == "audio" else visual.to(wide)
-        audio = torch.zeros_like(audio, dtype=dtype) if self.sees == "visual" else audio.to(dtype)
+        visual = torch.zeros_like(visual, dtype=wide) if self.modality == "audio" else visual.to(wide)
+        audio = torch.zeros_like(audio, dtype=dtype) if self.modality == "visual" else audio.to(dtype)
         visual = visual.flatten(2, 3)
         if self.audio_in is not None:
-            with exact(audio):
+            with autocast_disabled(audio):
                 audio = self.audio_in(audio)
         return visual, audio
 
 
-def exact(x: Tensor) -> torch.autocast:
+def autocast_disabled(x: Tensor) -> torch.autocast:
     """No autocast inside: only the products over all positions of the maps gain from it, and LSTMs fail in it."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 class AudioGuidedAttention(nn.Module):
-    """Weighs the positions of a map by what is heard (AVEL, Tian et al. 2018, section 4.2).
+    """Weighs the positions of a map by what is audio_scores (AVEL, Tian et al. 2018, section 4.2).
 
     visual [B, T, P, C], audio [B, T, A] -> attended visual features [B, T, C], attention [B, T, P]. With `front`, a
     linear layer that maps [..., C'] to [..., C], `visual` is [B, T, P, C'].
@@ -118,16 +150,16 @@ class AudioGuidedAttention(nn.Module):
         else:
             # Two linear layers in a row are one. At 64 channels this is a fifth of the work of applying both to each
             # of the positions; weights and gradients are the same.
-            with exact(audio):
+            with autocast_disabled(audio):
                 weight, bias = self.affine_video.weight @ front.weight, self.affine_video(front.bias)
             projected = F.linear(visual, weight, bias)
-        seen = self.affine_v(F.relu(projected))  # [B, T, P, 49]
-        heard = self.affine_g(F.relu(self.affine_audio(audio)))  # [B, T, P]: one number a position
-        scores = self.affine_h(torch.tanh(seen + heard.unsqueeze(-1))).squeeze(-1)
+        visual_scores = self.affine_v(F.relu(projected))  # [B, T, P, 49]
+        audio_scores = self.affine_g(F.relu(self.affine_audio(audio)))  # [B, T, P]: one number a position
+        scores = self.affine_h(torch.tanh(visual_scores + audio_scores.unsqueeze(-1))).squeeze(-1)
         attention = F.softmax(scores.to(audio.dtype), dim=-1)
         attended = torch.matmul(attention.to(visual.dtype).unsqueeze(-2), visual).squeeze(-2).to(audio.dtype)
         if front is not None:
-            with exact(audio):
+            with autocast_disabled(audio):
                 attended = front(attended)  # the weights of the positions sum to 1: before or after is the same
         return attended, attention
 

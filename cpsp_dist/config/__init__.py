@@ -1,0 +1,11 @@
+"""The configuration of a run: typed, strict, from YAML with `extends:` and dotted overrides.
+
+`schema` has the settings, `loading` reads them and reports every mistake at once, `reference` prints them all.
+"""
+
+from cpsp_dist.config.loading import check_config, load_config
+from cpsp_dist.config.schema import Config, TrainSettings, flat
+from cpsp_dist.losses.settings import ObjectiveSettings
+from cpsp_dist.models.settings import ModelSettings
+
+__all__ = ["Config", "ModelSettings", "ObjectiveSettings", "TrainSettings", "check_config", "flat", "load_config"]

@@ -1,0 +1,182 @@
+"""The settings of a run: one class for each section. The published settings are the defaults.
+
+The sections `model` and `objectives` are made of the settings of the registered networks and objectives, which stand
+beside these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, model_validator
+
+from cpsp_dist.data.urls import is_url, without_secrets
+from cpsp_dist.losses import OBJECTIVES
+from cpsp_dist.losses.settings import ObjectiveSettings
+from cpsp_dist.models.settings import ModelSettings
+from cpsp_dist.utils.sections import Section
+
+
+class DataSettings(Section):
+    """Where the shards are and how they are read."""
+
+    shards: str = Field(description="folder written by `cpsp-dist shards pack`, or a URL of one (https://, s3://, …)")
+    cache: str | None = Field(
+        None, description="folder that keeps what was fetched from a URL; by default that in CPSP_CACHE, or the user's"
+    )
+    cache_gb: float | None = Field(None, gt=0, description="what the cache may hold; null: what the disk has")
+    order: Literal["full", "lanes"] = Field(
+        "full",
+        description="full: any sample at any time, the default for a folder; lanes: few shards at a time, for a URL",
+    )
+    epoch_end: Literal["carry", "drop", "pad"] = Field(
+        "carry",
+        description="what an epoch leaves over, less than a global batch. carry: it begins the next epoch's batches; "
+        "drop: it is left out; pad: it is filled up with slots that count for nothing",
+    )
+    access: Literal["auto", "map", "read"] = Field(
+        "auto",
+        description="map: shards are mapped into memory, the fastest; read: by system calls, which survive a disk that "
+        "fails; auto: map on this machine's own file systems, read on any other (NFS, Lustre, …)",
+    )
+    threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
+    depth: int = Field(3, ge=1, le=64, description="batches read ahead")
+    check_crc: bool = Field(True, description="check each sample's crc32c as it is read")
+    on_error: Literal["raise", "skip"] = Field("raise", description="a damaged sample: stop, or skip it and count")
+    skip_budget: int = Field(100, ge=0, description="damaged samples a rank may skip before it stops")
+    audit: bool = Field(False, description="list in OUTPUT/audit which samples each rank trained on at each step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _order_suits_shards(cls, content: Any) -> Any:
+        """Decided here, so that a checkpoint records in which order its position was reached."""
+        if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
+            return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
+        return content
+
+    @field_serializer("shards")
+    def _keep_secrets(self, shards: str) -> str:
+        """Passwords in URLs are not written to checkpoints and tracked settings."""
+        return without_secrets(shards)
+
+
+class PoolSettings(Section):
+    """The pool of videos that PSA_V mines from (and SSPSP's segments)."""
+
+    scope: Literal["gather", "local"] = Field("gather", description="videos of all ranks, or each rank's own")
+    bank: int = Field(
+        0,
+        ge=0,
+        description="videos of earlier steps that PSA_V's pool has besides, without gradient; fewer than an epoch's, "
+        "for a video is remembered each time it is seen",
+    )
+
+    @model_validator(mode="after")
+    def _bank_is_gathered(self) -> PoolSettings:
+        if self.bank and self.scope == "local":
+            raise ValueError(f"bank={self.bank} needs scope=gather: every rank remembers the same videos")
+        return self
+
+
+class TrainSettings(Section):
+    """Optimisation. The global batch is what one optimizer step sees, over all ranks and accumulation steps."""
+
+    seed: int = Field(1, ge=0, lt=2**31, description="of the first weights, the order of samples and dropout")
+    global_batch: int = Field(64, ge=1, description="samples of an optimizer step, over all ranks")
+    accumulation: int = Field(1, ge=1, description="parts of a global batch, one after the other; pools do not grow")
+    epochs: int = Field(45, ge=1, description="passes over the training split")
+    steps: int | None = Field(None, ge=1, description="stop after so many steps, before `epochs` are over")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd is without momentum")
+    learning_rate: float = Field(1e-3, gt=0, description="before the first milestone")
+    milestones: tuple[int, ...] = Field((10, 20, 30), description="epochs after which the learning rate falls")
+    gamma: float = Field(0.5, gt=0, le=1, description="factor by which it falls")
+    nonfinite_budget: int = Field(
+        10, ge=0, description="steps left out for a loss or gradient that is not finite, before the run stops"
+    )
+    clip: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
+    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 with engine.kind=ddp only")
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self) -> TrainSettings:
+        if self.global_batch % self.accumulation:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class EngineSettings(Section):
+    """How the ranks train together."""
+
+    kind: Literal["deepspeed", "ddp"] = Field(
+        "deepspeed", description="ddp: torch's DistributedDataParallel, without ZeRO"
+    )
+    zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
+    deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
+    timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
+    silence: int = Field(60, ge=5, description="seconds without a rank's heartbeat after which the others end")
+
+
+class CheckpointSettings(Section):
+    """When a run is saved."""
+
+    every_steps: int | None = Field(None, ge=1, description="also save each so many steps; always at an epoch's end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
+
+
+class EvaluationSettings(Section):
+    """Evaluation on the val split during training."""
+
+    every_epochs: int = Field(1, ge=1, description="epochs between two evaluations; also after the last one")
+    batch: int = Field(64, ge=1, description="videos a step, over all ranks")
+
+
+class TrackingSettings(Section):
+    """MLflow. Its store is MLFLOW_TRACKING_URI where that is set, else the SQLite file beside the run folders."""
+
+    enabled: bool = Field(True, description="whether MLflow is used; metrics.jsonl is written in any case")
+    experiment: str = Field("cpsp", description="MLflow experiment")
+    run_name: str | None = Field(None, description="MLflow run; by default the name of the output folder")
+    parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
+    every_steps: int = Field(10, ge=1, description="steps between two logged points")
+    patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
+
+
+class Config(Section):
+    """One run."""
+
+    output: str = Field("runs/cpsp", description="folder of checkpoints, log and results")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    objectives: ObjectiveSettings = ObjectiveSettings()
+    pool: PoolSettings = PoolSettings()
+    train: TrainSettings = TrainSettings()
+    engine: EngineSettings = EngineSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.train.precision == "fp64" and self.engine.kind != "ddp":
+            raise ValueError("train.precision=fp64 needs engine.kind=ddp: DeepSpeed's ZeRO has no float64")
+        by_segment = [
+            f"objectives.{name}"
+            for name, objective in OBJECTIVES.items()
+            if objective.segment_labels and getattr(self.objectives, name)
+        ]
+        if self.model.supervision == "weak" and by_segment:
+            raise ValueError(f"model.supervision=weak has no segment labels: set {', '.join(by_segment)} to 0")
+        return self
+
+
+def flat(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """{'train.seed': 1, …}: a configuration, or its dump, with dotted keys, as tracked and compared."""
+    return dict(_flatten(config.model_dump(mode="json") if isinstance(config, Config) else config, ""))
+
+
+def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

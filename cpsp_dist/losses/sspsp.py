@@ -1,0 +1,49 @@
+"""SSPSP: self-supervised, an audio segment against all visual segments of the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpsp_dist.losses.objective import Context, Objective, Step
+from cpsp_dist.models.layers import Output, l2_normalize
+from cpsp_dist.utils.registry import setting
+
+
+def sspsp(audio: Tensor, own: Tensor, visual: Tensor, temperature: float) -> Tensor:
+    """Self-supervised: each audio segment finds the visual segment of its second among all of the pool.
+
+    Mean over T of −log( exp(c_own/τ) / Σ_j exp(c_j/τ) ), c the cosine with the audio segment. audio [B, T, D];
+    own [B], the videos' indices in the pool; visual [N, T, D], the pool -> [B].
+    """
+    videos, segments, width = audio.shape
+    sounds, images = l2_normalize(audio).reshape(-1, width), l2_normalize(visual).reshape(-1, width)
+    scaled = sounds @ images.t() / temperature  # [B·T, N·T]
+    target = own.unsqueeze(1) * segments + torch.arange(segments, device=own.device)
+    return F.cross_entropy(scaled, target.flatten(), reduction="none").view(videos, segments).mean(1)
+
+
+@dataclass(frozen=True)
+class SSPSPSettings:
+    sspsp_temperature: float = setting(0.1, "of SSPSP", gt=0)
+
+
+class SSPSP(Objective):
+    inputs = ("audio", "visual")
+    Settings = SSPSPSettings
+
+    def __init__(self, settings: SSPSPSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self.settings = settings
+
+    def pooled_features(self, output: Output) -> Tensor:
+        return output.visual
+
+    def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
+        assert step.pooled is not None
+        visual, own = step.pooled.rows(step.batch.valid, step.batch)
+        values = sspsp(step.output.audio[step.rows], own, visual, self.settings.sspsp_temperature)
+        return values, step.batch.valid
