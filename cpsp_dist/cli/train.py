@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
-from cpsp_dist.train import DESCRIPTION, add_arguments, epilog, run
+#: The module; to type checkers `cpsp_dist.train` is the function for programs.
+train = import_module("cpsp_dist.train")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model, or resume a run",
-        description=DESCRIPTION,
-        epilog=epilog("cpsp-dist train"),
+        description=train.DESCRIPTION,
+        epilog=train.epilog("cpsp-dist train"),
     )
-    add_arguments(parser)
-    parser.set_defaults(handler=run)
+    train.add_arguments(parser)
+    parser.set_defaults(handler=train.run)
