@@ -86,7 +86,7 @@ def train(
     joined = dist.is_initialized()
     group: Any = nullcontext()
     if not joined:
-        group = process_group.connected(ranks, config.engine.timeout, config.engine.silence, signals)
+        group = process_group.connected(ranks, config.engine.timeout, config.engine.heartbeat_timeout, signals)
     try:
         with group:
             results = trainer.train(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)

@@ -82,7 +82,7 @@ def export(run: str | Path, out: str | Path) -> Path:
             "visual_channels": manifest.fields["visual"].shape[-1],
             "audio_channels": manifest.fields["audio"].shape[-1],
             "categories": len(manifest.categories),
-            "modality": config.model.sees,
+            "modality": config.model.modality,
             **vars(settings_from(MODELS[config.model.name].Settings, config.model)),
         },
         "inputs": {name: ["B", *manifest.fields[name].shape] for name in ("visual", "audio")},

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(
                     "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
                 )
-            with process_group.connected(ranks, config.engine.timeout, config.engine.silence, signals):
+            with process_group.connected(ranks, config.engine.timeout, config.engine.heartbeat_timeout, signals):
                 if args.dry_run:
                     from cpsp_dist.training.dry_run import dry_run
 

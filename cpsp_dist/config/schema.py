@@ -40,12 +40,12 @@ class DataSettings(Section):
         description="map: shards are mapped into memory, the fastest; read: by system calls, which survive a disk that "
         "fails; auto: map on this machine's own file systems, read on any other (NFS, Lustre, …)",
     )
-    threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
-    depth: int = Field(3, ge=1, le=64, description="batches read ahead")
+    reader_threads: int = Field(2, ge=1, le=64, description="reader threads of each rank")
+    prefetch_batches: int = Field(3, ge=1, le=64, description="batches read ahead")
     check_crc: bool = Field(True, description="check each sample's crc32c as it is read")
     on_error: Literal["raise", "skip"] = Field("raise", description="a damaged sample: stop, or skip it and count")
-    skip_budget: int = Field(100, ge=0, description="damaged samples a rank may skip before it stops")
-    audit: bool = Field(False, description="list in OUTPUT/audit which samples each rank trained on at each step")
+    max_skipped_samples: int = Field(100, ge=0, description="damaged samples a rank may skip before it stops")
+    log_samples: bool = Field(False, description="list in OUTPUT/audit which samples each rank trained on at each step")
 
     @model_validator(mode="before")
     @classmethod
@@ -91,10 +91,10 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="before the first milestone")
     milestones: tuple[int, ...] = Field((10, 20, 30), description="epochs after which the learning rate falls")
     gamma: float = Field(0.5, gt=0, le=1, description="factor by which it falls")
-    nonfinite_budget: int = Field(
+    max_nonfinite_steps: int = Field(
         10, ge=0, description="steps left out for a loss or gradient that is not finite, before the run stops"
     )
-    clip: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
+    grad_clip_norm: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 with engine.kind=ddp only")
 
     @model_validator(mode="after")
@@ -113,7 +113,9 @@ class EngineSettings(Section):
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
-    silence: int = Field(60, ge=5, description="seconds without a rank's heartbeat after which the others end")
+    heartbeat_timeout: int = Field(
+        60, ge=5, description="seconds without a rank's heartbeat after which the others end"
+    )
 
 
 class CheckpointSettings(Section):
@@ -127,7 +129,7 @@ class EvaluationSettings(Section):
     """Evaluation on the val split during training."""
 
     every_epochs: int = Field(1, ge=1, description="epochs between two evaluations; also after the last one")
-    batch: int = Field(64, ge=1, description="videos a step, over all ranks")
+    global_batch: int = Field(64, ge=1, description="videos a step, over all ranks")
 
 
 class TrackingSettings(Section):
@@ -138,7 +140,9 @@ class TrackingSettings(Section):
     run_name: str | None = Field(None, description="MLflow run; by default the name of the output folder")
     parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
-    patience: float = Field(30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points")
+    flush_timeout: float = Field(
+        30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points"
+    )
 
 
 class Config(Section):

@@ -168,7 +168,7 @@ class RankChecks:
 
     def _judge(self, config: Config | None, answers: dict[int, dict[str, Any]]) -> list[Finding]:
         """What only shows when all ranks' facts lie side by side."""
-        readers = config.data.threads if config is not None else 1
+        readers = config.data.reader_threads if config is not None else 1
         cores = {rank: here["cores"] for rank, here in answers.items()}
         facts = {rank: here["facts"] for rank, here in answers.items()}
         return machine.threads(self.rendezvous.nodes, cores, readers) + paths.agreement(self.rendezvous, facts)

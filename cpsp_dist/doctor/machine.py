@@ -180,7 +180,7 @@ def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 
 def threads(nodes: dict[str, list[int]], found: dict[int, dict[str, Any]], readers: int) -> list[Finding]:
-    """`cores()` of all ranks, node by node. readers: `data.threads`."""
+    """`cores()` of all ranks, node by node. readers: `data.reader_threads`."""
     findings = []
     for host, ranks in nodes.items():
         here = [found[rank] for rank in ranks if rank in found]
@@ -201,7 +201,7 @@ def threads(nodes: dict[str, list[int]], found: dict[int, dict[str, Any]], reade
             findings.append((host, Finding(WARNING, "threads", f"{summary}: the CPU is oversubscribed", fix)))
         elif fewest < readers and fewest < here[0]["machine"]:
             text = f"{summary}; a rank is bound to {fewest} core{'s' * (fewest > 1)} of {here[0]['machine']}"
-            text += f", and data.threads={readers} read beside the computation"
+            text += f", and data.reader_threads={readers} read beside the computation"
             fix = (
                 f"--cpus-per-task={readers + 1} and export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK (Slurm), or taskset"
             )

@@ -54,7 +54,7 @@ def model_for(settings: ModelSettings, manifest: Manifest) -> Network:
         visual_channels=manifest.fields["visual"].shape[-1],
         audio_channels=manifest.fields["audio"].shape[-1],
         categories=len(manifest.categories),
-        modality=settings.sees,
+        modality=settings.modality,
         **vars(settings_from(MODELS[settings.name].Settings, settings)),
     )
 

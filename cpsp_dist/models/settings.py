@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
         name: str
         supervision: Literal["full", "weak"]
-        sees: Literal["both", "audio", "visual"]
+        modality: Literal["both", "audio", "visual"]
         weights: str | None
 
         def __init__(self, **values: Any) -> None: ...
@@ -37,7 +37,7 @@ else:
                 Literal["full", "weak"],
                 Field("full", description="full: a label for each second; weak: a video's"),
             ),
-            "sees": (
+            "modality": (
                 Literal["both", "audio", "visual"],
                 Field("both", description="the modality that is used; the other one is blanked"),
             ),

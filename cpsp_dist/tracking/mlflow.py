@@ -114,8 +114,8 @@ class Tracker:
         self._ended = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
         self._wake.set()
         # A scheduler that asked for the end has little patience itself.
-        self.sender.join(min(PATIENCE_WHEN_STOPPED, self.config.tracking.patience) if stopped else
-                         self.config.tracking.patience)  # fmt: skip
+        self.sender.join(min(PATIENCE_WHEN_STOPPED, self.config.tracking.flush_timeout) if stopped else
+                         self.config.tracking.flush_timeout)  # fmt: skip
         if self.sender.is_alive():
             self._warn("send", f"MLflow has not taken all points; they are in {self.file}, and are sent when the same "
                        "command is given again")  # fmt: skip

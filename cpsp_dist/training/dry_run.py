@@ -165,7 +165,7 @@ def memory_of_a_rank(
         "gradients": parameters * weight * share[2] * (2 if ddp_buckets else 1),
         "float32 weights": parameters * 4 * share[1] if stage else 0,
         "Adam": parameters * 2 * state * share[1] if config.train.optimizer == "adam" else 0,
-        "reader": (config.data.depth + 1) * batch,
+        "reader": (config.data.prefetch_batches + 1) * batch,
         "activations": activations,
     }
     if config.objectives.psa_v:
@@ -210,7 +210,7 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
         "weights": f"{parameters:,} parameters, {config.train.precision}",
         "float32 weights": "ZeRO's own",
         "Adam": "two moments of each weight",
-        "reader": f"data.depth + 1 = {config.data.depth + 1} batches (not on a GPU)",
+        "reader": f"data.prefetch_batches + 1 = {config.data.prefetch_batches + 1} batches (not on a GPU)",
         "activations": "measured: kept for the backward pass of a micro-batch",
         "pool": "gathered rows and distances" if config.pool.scope == "gather" else "distances",
     }

@@ -15,7 +15,7 @@ from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.training.step_metrics import say
 
 #: Settings that do not change what is computed: a run may be resumed with others.
-KEYS_SAFE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.batch")
+KEYS_SAFE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.global_batch")
 #: But these say which samples a position stands for.
 POSITION_KEYS = ("data.order", "data.epoch_end")
 

@@ -36,11 +36,11 @@ def reader_options(config: Config, ranks: Ranks) -> ReaderOptions:
     """How this rank reads, by the settings `data.*`."""
     data = config.data
     return ReaderOptions(
-        threads=data.threads,
-        depth=data.depth,
+        threads=data.reader_threads,
+        depth=data.prefetch_batches,
         check_crc=data.check_crc,
         on_error=data.on_error,
-        skip_budget=data.skip_budget,
+        skip_budget=data.max_skipped_samples,
         pin=ranks.device.type == "cuda",
         access=data.access,
         order=data.order,
@@ -67,7 +67,7 @@ def open_eval_stream(config: Config, manifest: Manifest, split: str, ranks: Rank
     return EvalStream(
         manifest,
         split,
-        batch=config.evaluation.batch,
+        batch=config.evaluation.global_batch,
         rank=ranks.rank,
         world=ranks.world,
         options=reader_options(config, ranks),

@@ -86,7 +86,7 @@ class Audit:
 
     def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
         """Resume after `step`: later lines of existing files, of any number of ranks, are removed."""
-        self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.audit else None
+        self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.log_samples else None
         self.samples, self.rows = manifest.samples, list[int]()
         if self.file is None:
             return
@@ -97,7 +97,7 @@ class Audit:
         process_group.barrier()
 
     def recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; their samples are noted where `data.audit` asks for it."""
+        """The same batches; their samples are noted where `data.log_samples` asks for it."""
         return batches if self.file is None else self._record(batches)
 
     def _record(self, batches: Iterator[Batch]) -> Iterator[Batch]:

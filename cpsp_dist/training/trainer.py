@@ -221,8 +221,8 @@ class Trainer:
             )
 
     def _handle_nonfinite_step(self, result: StepResult) -> None:
-        """Name the cause. Raises UserError where there were more such steps than `train.nonfinite_budget`."""
-        samples, budget, step = self.manifest.samples, self.config.train.nonfinite_budget, self.progress.step
+        """Name the cause. Raises UserError where there were more such steps than `train.max_nonfinite_steps`."""
+        samples, budget, step = self.manifest.samples, self.config.train.max_nonfinite_steps, self.progress.step
 
         def key(row: int) -> str:
             return samples[row]["key"].decode()
@@ -232,8 +232,9 @@ class Trainer:
         text = f"step {step}: the loss or its gradient is not finite: {cause}"
         if self.progress.nonfinite > budget:
             raise UserError(
-                f"{text}; this is step {self.progress.nonfinite} of that kind, and train.nonfinite_budget is {budget}; "
-                "look at these videos, lower train.learning_rate, or use train.precision=fp32"
+                f"{text}; this is step {self.progress.nonfinite} of that kind, "
+                f"and train.max_nonfinite_steps is {budget}; look at these videos, "
+                "lower train.learning_rate, or use train.precision=fp32"
             )
         if self.ranks.first:
             say(f"warning: {text}; step left out ({self.progress.nonfinite} of at most {budget})")

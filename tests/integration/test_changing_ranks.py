@@ -14,7 +14,7 @@ from cpsp_dist.errors import EXIT_REQUEUE
 from tests.support.runs import arguments, audited, newest_state
 
 STEPS = ["model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]
-STEPS += ["data.audit=true", "train.milestones=[]"]
+STEPS += ["data.log_samples=true", "train.milestones=[]"]
 #: (ranks, the step that stops them), and who makes the rest of so many steps.
 SHORT = ([(3, 6)], 2, 14)
 FULL = ([(4, 10), (2, 22), (3, 34)], 4, 50)

@@ -45,7 +45,7 @@ def test_killed_at_random_moments(
     seed = random.randrange(10_000)
     print("seed", seed)  # pytest shows it on failure
     chance = random.Random(seed)
-    more = [f"engine.zero={zero}", f"train.steps={steps}", "data.audit=true", "checkpoint.every_steps=1"]
+    more = [f"engine.zero={zero}", f"train.steps={steps}", "data.log_samples=true", "checkpoint.every_steps=1"]
     began = time.monotonic()
     prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
     whole = time.monotonic() - began
@@ -207,7 +207,7 @@ def test_a_rank_killed_inside_a_save(
 ) -> None:
     """One training, killed on `victim` at `every`-th stage of the save, start after start; the ranks' own end is
     awaited once, and hurried otherwise."""
-    more = ["train.steps=12", "checkpoint.every_steps=1", "data.audit=true"]
+    more = ["train.steps=12", "checkpoint.every_steps=1", "data.log_samples=true"]
     prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
     run = arguments(keypad_shards, tmp_path / "killed", *more)
     for step in (1, 2):

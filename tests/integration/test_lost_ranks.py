@@ -43,7 +43,8 @@ def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
 def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """Collectives alone would wait for engine.timeout, 600 s. Both cases at once: it is waiting, mostly."""
     attempts = [
-        prefork.start(arguments(keypad_shards, tmp_path / f"run{victim}", "engine.silence=5"), 2) for victim in (0, 1)
+        prefork.start(arguments(keypad_shards, tmp_path / f"run{victim}", "engine.heartbeat_timeout=5"), 2)
+        for victim in (0, 1)
     ]
     for victim, launch in enumerate(attempts):
         assert launch.until_step(2)

@@ -70,7 +70,7 @@ def test_the_documented_loop_trains_as_the_trainer(keypad_shards, tmp_path, monk
     losses = names["losses"]
     assert len(losses) == 20
     assert sum(losses[-5:]) < sum(losses[:5])
-    more = ["engine.kind=ddp", "train.clip=null", "tracking.every_steps=1", "tracking.enabled=false"]
+    more = ["engine.kind=ddp", "train.grad_clip_norm=null", "tracking.every_steps=1", "tracking.enabled=false"]
     result = cpsp_dist.train(KEYPAD, overrides(keypad_shards, tmp_path / "run", *more))
     trained = [line["loss/total"] for line in loss_history(result.output)]
     assert losses == pytest.approx(trained, rel=1e-5)

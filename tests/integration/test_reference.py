@@ -238,7 +238,7 @@ def test_reference_settings_are_those_of_the_configs(config: str, name: str) -> 
     run, ours = reference.meta()[name], load_config(REPO / "configs" / f"{config}.yaml")
     weights = {key: getattr(ours.objectives, key) for key in ("event", "category", "avps", "psa_s", "psa_v")}
     assert {key: value for key, value in weights.items() if value} == run["loss_weights"]
-    assert (ours.train.learning_rate, ours.train.clip) == (run["lr"], run["clip"])
+    assert (ours.train.learning_rate, ours.train.grad_clip_norm) == (run["lr"], run["clip"])
     assert ours.model.threshold == run["threshold"]
     for key in ("margin", "negatives"):
         assert getattr(ours.objectives, key) == run.get(key, {"margin": 0.2, "negatives": 3}[key])

@@ -245,7 +245,7 @@ def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tm
 def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """The training is saved: the evaluation is left at once, and done by the next start; its results are told once."""
     output = tmp_path / "run"
-    more = ["train.steps=2", "evaluation.batch=4", "tracking.enabled=true"]
+    more = ["train.steps=2", "evaluation.global_batch=4", "tracking.enabled=true"]
     run = arguments(keypad_shards, output, *more)
     where = ["cpsp_dist.training.trainer", "evaluate_best", 1, str(tmp_path / "go")]
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)

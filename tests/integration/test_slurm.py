@@ -211,7 +211,7 @@ def history(folder: Path, experiment: str, metric: str) -> list[int]:
 
 def test_goes_on_on_another_number_of_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """A job that may not be requeued says so; submitted again on 2 nodes in place of 4, the same global batches."""
-    more = ["train.steps=30", "engine.kind=ddp", "data.audit=true", "train.epochs=99", "tracking.enabled=false"]
+    more = ["train.steps=30", "engine.kind=ddp", "data.log_samples=true", "train.epochs=99", "tracking.enabled=false"]
     prefork.start(["--config", str(CONFIG), *settings(keypad_shards, tmp_path / "alone", *more)], 2).finish()
     run = settings(keypad_shards, tmp_path / "moved", *more)
     first = Job(slurm, tmp_path, "train_100k.sh", [*NODES, "--nodes=4", "--no-requeue"], run)

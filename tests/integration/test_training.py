@@ -41,7 +41,7 @@ def train_each(shards: Path, folder: Path, kinds: dict[str, list[str]]) -> None:
 SGD = ["train.optimizer=sgd", "train.learning_rate=0.01", "tracking.every_steps=1"]
 #: Clipping would hide a gradient of a wrong uniform scale. The rate is one that SGD bears unclipped: at 0.01 the first
 #: steps overshoot, and float32's rounding grows to 3e-4 of a weight, where float64's stays at 2e-16.
-UNCLIPPED = [*SGD, "train.learning_rate=1e-3", "train.clip=null", "evaluation.batch=7"]
+UNCLIPPED = [*SGD, "train.learning_rate=1e-3", "train.grad_clip_norm=null", "evaluation.global_batch=7"]
 ENGINES = {
     "ddp-fp64": [*UNCLIPPED, "engine.kind=ddp", "train.precision=fp64"],
     **{f"zero{stage}": [*UNCLIPPED, f"engine.zero={stage}"] for stage in range(4)},

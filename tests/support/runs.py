@@ -29,7 +29,7 @@ def overrides(shards: Path, output: Path, *more: str) -> list[str]:
         "train.steps=20",
         "model.dropout=0",
         "evaluation.every_epochs=99",
-        "data.threads=1",
+        "data.reader_threads=1",
     ]
     return [f"data.shards={shards}", f"output={output}", *small, *more]
 

@@ -27,8 +27,8 @@ REPO = Path(__file__).resolve().parents[2]
 KINDS = {
     "cpsp": [],
     "psp": ["objectives.avps=0", "objectives.psa_s=0", "objectives.psa_v=0"],
-    "audio-only": ["model.sees=audio"],
-    "visual-only": ["model.sees=visual"],
+    "audio-only": ["model.modality=audio"],
+    "visual-only": ["model.modality=visual"],
 }
 METRICS = ("accuracy/test", "event_accuracy/test", "boundary_f1/test")
 CHOOSES = "accuracy/best_val"

@@ -62,7 +62,7 @@ class DDPEngine:
         if self.micro_batch < self.config.train.accumulation:
             return float("nan")
         self.micro_batch = 0
-        limit = self.config.train.clip
+        limit = self.config.train.grad_clip_norm
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
         if norm.isfinite():
             for group in self.optimizer.param_groups:

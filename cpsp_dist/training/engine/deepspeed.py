@@ -96,7 +96,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     owned: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.train.clip or 0.0,
+        "gradient_clipping": config.train.grad_clip_norm or 0.0,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -69,7 +69,7 @@ def test_schedule_is_the_published_one(name, milestones, rates):
     """As the published training scripts have it: Adam 1e-3, clip 0.1, batch 64, 45 epochs, halved at 10/20/30 (fully
     supervised) and 5/20/40 (weakly)."""
     settings = load_config(REPO / f"configs/{name}.yaml").train
-    assert (settings.optimizer, settings.learning_rate, settings.clip) == ("adam", 1e-3, 0.1)
+    assert (settings.optimizer, settings.learning_rate, settings.grad_clip_norm) == ("adam", 1e-3, 0.1)
     assert (settings.epochs, settings.global_batch, settings.milestones, settings.gamma) == (45, 64, milestones, 0.5)
     schedule = TrainingSchedule(settings, 3339)  # AVE's training videos
     assert schedule.steps == math.ceil(45 * 3339 / 64)
@@ -122,8 +122,8 @@ def test_missing_file_is_one_line(tmp_path):
 def test_extends_and_overrides_win_in_order(tmp_path):
     write(tmp_path, "data: {shards: base}\ntrain: {epochs: 7, clip: 2.0}\n", "base.yaml")
     path = write(tmp_path, "extends: base.yaml\ntrain: {epochs: 8}\n")
-    config = load_config(path, ["train.clip=null", "train.learning_rate=1e-4", "train.milestones=[1, 2]"])
-    assert (config.train.epochs, config.train.clip, config.data.shards) == (8, None, "base")
+    config = load_config(path, ["train.grad_clip_norm=null", "train.learning_rate=1e-4", "train.milestones=[1, 2]"])
+    assert (config.train.epochs, config.train.grad_clip_norm, config.data.shards) == (8, None, "base")
     assert (config.train.learning_rate, config.train.milestones) == (1e-4, (1, 2))
 
 

@@ -27,7 +27,7 @@ def test_every_setting_is_listed_with_a_meaning() -> None:
 
 def test_types_bounds_and_defaults() -> None:
     assert rows()["train.milestones"][:2] == ["list of integers", "`[10, 20, 30]`"]
-    assert rows()["train.clip"][:2] == ["number or null, > 0", "`0.1`"]
+    assert rows()["train.grad_clip_norm"][:2] == ["number or null, > 0", "`0.1`"]
     assert rows()["model.threshold"][:2] == ["number, ≥ 0, < 1", "`0.099`"]
     assert rows()["pool.scope"][:2] == ["`gather`, `local`", '`"gather"`']
     assert rows()["data.shards"][1] == "required"

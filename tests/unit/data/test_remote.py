@@ -216,9 +216,9 @@ def test_training_from_a_url(front, keypad_shards, tmp_path):
     output = tmp_path / "out" / "run"
     settings = ["train.global_batch=8", "train.steps=3", "tracking.every_steps=1", "evaluation.every_epochs=99"]
     settings += [
-        "tracking.patience=120",
+        "tracking.flush_timeout=120",
         "engine.kind=ddp",
-        "data.audit=true",
+        "data.log_samples=true",
         f"output={output}",
         f"data.cache={tmp_path / 'cache'}",
     ]

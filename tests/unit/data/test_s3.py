@@ -114,7 +114,7 @@ def test_packed_and_uploaded_shards_are_verified_and_train_as_the_folder(
 
     def train(shards: str, name: str) -> list[str]:
         settings = ["train.steps=3", "engine.kind=ddp", "tracking.every_steps=1", "data.order=lanes"]
-        settings += [f"data.cache={tmp_path}/training", "tracking.patience=100"]
+        settings += [f"data.cache={tmp_path}/training", "tracking.flush_timeout=100"]
         arguments = ["--config", str(REPO / "configs" / "keypad.yaml")]
         arguments += overrides(Path("x"), tmp_path / "out" / name, *settings, f"data.shards={shards}")
         output = prefork.start(arguments, 1, **moto).finish(timeout=200)

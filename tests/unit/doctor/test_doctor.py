@@ -402,7 +402,7 @@ def test_threads_against_cores() -> None:
     bound = {rank: core(rank) for rank in range(4)}
     (found,) = machine.threads(nodes, bound, 2)
     assert found.status == "warning"
-    assert "a rank is bound to 1 core of 8, and data.threads=2 read beside" in found.found
+    assert "a rank is bound to 1 core of 8, and data.reader_threads=2 read beside" in found.found
     assert "SRUN_CPUS_PER_TASK" in found.fix
 
 

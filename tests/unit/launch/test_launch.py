@@ -83,19 +83,26 @@ def test_keys_with_one_last_part_are_named_in_full():
 
 
 def test_every_mistake_of_a_sweep_is_told_at_once():
-    sweeps = ["train.seed=1,x", "train.gama=1", "output=a,b", "pool.bank=0,8", "data.threads=1,1", "train.epochs"]
-    sweeps += ["pool.bank=1", "data.depth=2"]
+    sweeps = [
+        "train.seed=1,x",
+        "train.gama=1",
+        "output=a,b",
+        "pool.bank=0,8",
+        "data.reader_threads=1,1",
+        "train.epochs",
+    ]
+    sweeps += ["pool.bank=1", "data.prefetch_batches=2"]
     with pytest.raises(ConfigError) as raised:
-        plan(KEYPAD, ["pool.scope=local", "evaluation.bach=3", "data.depth=4"], sweeps)
+        plan(KEYPAD, ["pool.scope=local", "evaluation.bach=3", "data.prefetch_batches=4"], sweeps)
     assert str(raised.value).splitlines() == [
         f"{KEYPAD}: ",
         "  --sweep output: a sweep sets it for each of its runs",
-        "  --sweep 'data.threads=1,1': a value stands there twice",
+        "  --sweep 'data.reader_threads=1,1': a value stands there twice",
         "  --sweep 'train.epochs': write it as section.key=value,value,...",
         "  --sweep pool.bank: is given twice; list all values in one",
-        "  --sweep data.depth: also stands among the overrides; take it out of there",
+        "  --sweep data.prefetch_batches: also stands among the overrides; take it out of there",
         "  unknown key 'train.gama'; did you mean 'train.gamma'?",
-        "  unknown key 'evaluation.bach'; did you mean 'evaluation.batch'?",
+        "  unknown key 'evaluation.bach'; did you mean 'evaluation.global_batch'?",
         "  gama=1,bank=8,seed=1: pool: bank=8 needs scope=gather: every rank remembers the same videos",
         "  gama=1,bank=0,seed=x: train.seed='x': input should be a valid integer",
     ]

@@ -192,7 +192,7 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
 
 
 def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=20")
+    run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
     dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     told = prefork.start(run, 1, **dead).finish()
     assert "warning: MLflow: " in told
@@ -229,7 +229,7 @@ def test_a_server_that_never_answers_holds_nothing_up(prefork: Any, keypad_shard
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.getsockname()[1]}",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",
         }
-        run = arguments(keypad_shards, tmp_path / "run", "tracking.patience=2")
+        run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=2")
         told = prefork.start(run, 1, **silent).finish()
     assert "MLflow has not taken all points" in told
     assert told_steps(tmp_path / "run") == [2, 4, 6]

@@ -35,7 +35,7 @@ SETTINGS = [
     "tracking.enabled=false",
     "tracking.every_steps=1",
     "checkpoint.every_steps=1",
-    "data.audit=true",
+    "data.log_samples=true",
 ]
 
 

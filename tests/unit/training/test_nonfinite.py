@@ -53,7 +53,7 @@ def test_a_bad_step_is_named_and_left_out(prefork: Any, keypad_shards: Path, tmp
         engine,
         "pool.bank=16",
         "train.steps=12",
-        "data.audit=true",
+        "data.log_samples=true",
         "checkpoint.every_steps=1",
         "checkpoint.keep=99",
     ]
@@ -91,11 +91,11 @@ def rank_keys(output: Path, rank: int) -> dict[int, list[str]]:
 
 def test_too_many_bad_steps_stop_the_run(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     row = Manifest.load(keypad_shards).rows("train")[11]
-    run = arguments(keypad_shards, tmp_path / "run", "train.steps=12", "train.nonfinite_budget=0")
+    run = arguments(keypad_shards, tmp_path / "run", "train.steps=12", "train.max_nonfinite_steps=0")
     launch = prefork.start(run, 2, patch="tests.unit.training.test_nonfinite:poison", patch_args=[row])
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     last = launch.ranks[0].output.strip().splitlines()[-1]
-    assert "this is step 1 of that kind, and train.nonfinite_budget is 0" in last
+    assert "this is step 1 of that kind, and train.max_nonfinite_steps is 0" in last
     assert "Traceback" not in launch.outputs()
 
 
@@ -160,7 +160,9 @@ def test_an_overflow_on_the_way_back_is_named(
     key = manifest.samples[row]["key"].decode()
     with EvalStream(manifest, "train", batch=1) as stream:
         heard = stream.read(np.array([row])).audio[0, 0, :8].tolist()
-    run = arguments(keypad_shards, tmp_path / "run", "train.steps=6", "train.global_batch=8", "data.audit=true", *more)
+    run = arguments(
+        keypad_shards, tmp_path / "run", "train.steps=6", "train.global_batch=8", "data.log_samples=true", *more
+    )
     output = prefork.start(
         run, 2, patch="tests.unit.training.test_nonfinite:overflow_backwards", patch_args=[heard]
     ).finish()
