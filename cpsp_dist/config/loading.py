@@ -72,15 +72,23 @@ def _without(content: Any, paths: list[tuple[Any, ...]]) -> Any:
     return {k: _without(v, [p[1:] for p in paths if p[0] == k]) for k, v in content.items() if k not in dropped}
 
 
+def _nearest(key: str) -> str | None:
+    """The key that an unknown one may be a typo of: of its section first, then of all, then one that ends alike."""
+    known = keys(Config)
+    section, _, leaf = key.rpartition(".")
+    in_section = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    near = [in_section[name] for name in in_section if leaf in name.split("_")]
+    near += [in_section[name] for name in difflib.get_close_matches(leaf, in_section, n=1, cutoff=0.5)]
+    near += difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near += [k for k in known if k.rpartition(".")[2] == leaf]
+    return near[0] if near else None
+
+
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = keys(Config)
-        # A typo's neighbours: keys of the same section first, then any key that ends alike.
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-            k for k in known if k.rpartition(".")[2] == str(error["loc"][-1])
-        ]
-        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+        near = _nearest(key)
+        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else "")
     if error["type"] == "missing":
         return f"'{key}' is missing; set it in the file or as {key}=…"
     if error["type"] == "value_error":

@@ -33,7 +33,7 @@ def train(kinds: list[tuple[str, int]]) -> dict[tuple[str, str, int], dict[str, 
                     "model": {"name": name, "supervision": supervision},
                     "objectives": objectives,
                     "engine": {"kind": kind, "zero": zero},
-                    "train": {"optimizer": "sgd", "clip": None, "global_batch": 12},
+                    "train": {"optimizer": "sgd", "grad_clip_norm": None, "global_batch": 12},
                 }
             )
             engine = build_engine(network(name, supervision), config, ranks)

@@ -203,10 +203,12 @@ def trajectory(name: str) -> dict[str, Tensor]:
         total.backward()
         for parameter in model.parameters():
             average(parameter.grad)
-        counts = confusion(output, batch).double()
+        counts = confusion(output, batch)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
         record = {key: average(value.clone()) for key, value in terms.items()}
         record["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), run["clip"])
-        record["accuracy_percent"] = torch.tensor(100 * accuracy(average(counts)), dtype=torch.float64)
+        record["accuracy_percent"] = torch.tensor(100 * accuracy(counts), dtype=torch.float64)
         optimizer.step()
         for key, value in record.items():
             records.setdefault(key, []).append(value.detach())

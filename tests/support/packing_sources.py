@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import sys
@@ -13,13 +12,11 @@ from typing import Any
 
 import h5py
 import numpy as np
+import webdataset
 
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.source import SourceOptions, open_source
-
-os.environ["WDS_SECURE"] = "1"
-import webdataset
 
 CATEGORIES = ["bark", "bell", "cat"]
 

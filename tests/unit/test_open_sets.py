@@ -165,7 +165,7 @@ if __name__ == "__main__":
 """
 CONFIG = """
 output: runs/toy
-data: {shards: shards, threads: 1}
+data: {shards: shards, reader_threads: 1}
 model: {name: toy, width: 4}
 objectives: {toy_size: 1, toy_power: 3, avps: 0, psa_s: 0, psa_v: 0}
 train: {global_batch: 4, steps: 2}

@@ -120,7 +120,7 @@ def test_missing_file_is_one_line(tmp_path):
 
 
 def test_extends_and_overrides_win_in_order(tmp_path):
-    write(tmp_path, "data: {shards: base}\ntrain: {epochs: 7, clip: 2.0}\n", "base.yaml")
+    write(tmp_path, "data: {shards: base}\ntrain: {epochs: 7, grad_clip_norm: 2.0}\n", "base.yaml")
     path = write(tmp_path, "extends: base.yaml\ntrain: {epochs: 8}\n")
     config = load_config(path, ["train.grad_clip_norm=null", "train.learning_rate=1e-4", "train.milestones=[1, 2]"])
     assert (config.train.epochs, config.train.grad_clip_norm, config.data.shards) == (8, None, "base")

@@ -124,7 +124,12 @@ def gradients(
     ranks, results = process_group.discover(), {}
     for name, run in runs.items():
         model = network(run.network, run.supervision)
-        train = {"precision": precision, "optimizer": "sgd", "clip": None, "global_batch": SLOTS * len(run.steps[0])}
+        train = {
+            "precision": precision,
+            "optimizer": "sgd",
+            "grad_clip_norm": None,
+            "global_batch": SLOTS * len(run.steps[0]),
+        }
         train["accumulation"] = len(run.steps[0])
         described = {"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train}
         engine = build_engine(model, Config.model_validate(described), ranks)

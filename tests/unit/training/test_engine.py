@@ -50,7 +50,7 @@ class Small(nn.Module):
 def engine(
     kind: str, zero: int, precision: str, state: TrainingState | None, accumulation: int = 1, optimizer: str = "adam"
 ) -> Engine:
-    train = {"precision": precision, "global_batch": 12, "clip": 0.5, "accumulation": accumulation}
+    train = {"precision": precision, "global_batch": 12, "grad_clip_norm": 0.5, "accumulation": accumulation}
     train["optimizer"] = optimizer
     config = Config.model_validate({"data": {"shards": "-"}, "engine": {"kind": kind, "zero": zero}, "train": train})
     return build_engine(Small(), config, process_group.discover(), state)
