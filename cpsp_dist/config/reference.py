@@ -9,7 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from cpsp_dist.config.schema import Config
 
@@ -74,7 +73,7 @@ def _number(value: float) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
     return f"`{json.dumps(field.default, ensure_ascii=False)}`"
 

@@ -43,10 +43,14 @@ def run_program(shards: Path, runs: dict[Path, list[str]]) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-def test_trainings_in_one_process_are_those_of_processes_of_their_own(prefork, keypad_shards, tmp_path):
+@pytest.mark.parametrize(
+    "kinds", [["zero2"], pytest.param(list(ENGINES), marks=pytest.mark.long)], ids=["zero2", "all"]
+)
+def test_trainings_in_one_process_are_those_of_processes_of_their_own(prefork, keypad_shards, tmp_path, kinds):
     """Each engine twice, in one process without a launcher, each time with an evaluation after it."""
-    run_program(keypad_shards, {tmp_path / f"{n}-{k}": ENGINES[k] for n in (1, 2) for k in ENGINES})
-    for kind, settings in ENGINES.items():
+    run_program(keypad_shards, {tmp_path / f"{n}-{k}": ENGINES[k] for n in (1, 2) for k in kinds})
+    for kind in kinds:
+        settings = ENGINES[kind]
         prefork.start(arguments(keypad_shards, tmp_path / kind, *SHORT, *settings), 1).finish()
         expected = newest_state(tmp_path / kind)
         for number in (1, 2):

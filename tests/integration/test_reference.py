@@ -224,9 +224,15 @@ def average(x: Tensor | None) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)])
-def test_reference_training(ranks, world: int) -> None:
-    names = list(TRAININGS)
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [
+        (2, ["training_as_released"]),
+        *(pytest.param(world, list(TRAININGS), marks=pytest.mark.long) for world in (1, 2, 4)),
+    ],
+    ids=["one training on 2 ranks", "1", "2", "4"],
+)
+def test_reference_training(ranks, world: int, names: list[str]) -> None:
     for result in [trajectories(names)] if world == 1 else ranks(trajectories, world, names, timeout=300):
         for name, ours in result.items():
             keys = [key.removeprefix(name + "/") for key in reference.vectors() if key.startswith(name + "/")]

@@ -22,11 +22,18 @@ from tests.support.runs import KEYPAD, arguments, newest_state, tracked_points
 ASKING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 
-def test_each_signal_saves_and_asks_for_a_new_start(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM, signal.SIGINT], pytest.param(ASKING, marks=pytest.mark.long)],
+    ids=["SIGTERM and SIGINT", "all"],
+)
+def test_each_signal_saves_and_asks_for_a_new_start(
+    prefork: Any, keypad_shards: Path, tmp_path: Path, signals: list[signal.Signals]
+) -> None:
     """Stopped by each signal in turn, sent to one rank only: bit for bit the run that was left alone."""
     prefork.start(arguments(keypad_shards, tmp_path / "alone"), 2).finish()
     stopped, before = arguments(keypad_shards, tmp_path / "stopped"), 0
-    for turn, number in enumerate(ASKING):
+    for turn, number in enumerate(signals):
         launch = prefork.start(stopped, 2)
         assert launch.until_step(before + 2)
         launch.ranks[turn % 2].signal(number)

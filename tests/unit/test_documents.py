@@ -151,7 +151,7 @@ def test_settings_in_the_documents_exist():
         if path.name == "CHANGELOG.md":
             continue
         for text in [*inline_code(path), *code_lines(path)]:
-            for key in re.findall(rf"(?<![\w./-])(?:{'|'.join(sections)})\.[a-z]\w*", text):
+            for key in re.findall(rf"(?<![\w./-])(?:{'|'.join(sections)})\.[a-z]\w*(?![\w(])", text):
                 if key not in keys and not key.endswith((".py", ".md", ".yaml")):
                     wrong.append(f"{name_of(path)}: {key}")
     assert not wrong

@@ -41,6 +41,7 @@ def trained(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.mark.long
 def test_evaluate_finds_again_what_the_run_found(
     trained: Path, keypad_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,7 +85,7 @@ def delivered(written: Written, access: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("access", ["map", "read"])
+@pytest.mark.parametrize("access", ["map", pytest.param("read", marks=pytest.mark.long)])
 def test_every_flip_of_an_array_is_found_and_every_other_flip_is_harmless(damaged, access):
     assert delivered(damaged, access)
     shard = damaged.folder / "train-0000.tar"

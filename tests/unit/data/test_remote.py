@@ -208,6 +208,7 @@ def test_verify_info_and_preview_of_a_url(site, keypad_shards, tmp_path):
     assert str(kept) in output_of("verify", url, code=2)
 
 
+@pytest.mark.long
 def test_training_from_a_url(front, keypad_shards, tmp_path):
     """It trains on the samples that the folder has at the same positions in lanes; resuming in another order is
     refused; and nothing written holds the password."""

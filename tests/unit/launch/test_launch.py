@@ -395,6 +395,7 @@ def test_credentials_of_the_environment_serve_and_are_written_nowhere(private_ur
 # One MLflow run above a sweep
 
 
+@pytest.mark.long
 def test_a_sweep_is_one_run_with_its_runs_below(prefork, keypad_shards, tmp_path, monkeypatch, capsys):
     from mlflow import MlflowClient
 

@@ -85,6 +85,7 @@ def skips() -> None:
     pytest.skip("nothing here")
 
 
+@pytest.mark.long
 def test_a_rank_that_skips_fails_with_the_cause(ranks) -> None:
     with pytest.raises(AssertionError, match=r"AssertionError: rank \d raised Skipped: nothing here"):
         ranks(skips, 2)
@@ -110,6 +111,7 @@ def test_marked():
 """
 
 
+@pytest.mark.long
 def test_only_slurm_nginx_and_a_gpu_may_be_missing(tmp_path: Path) -> None:
     """In a suite of its own with the hooks that this one has, over two workers."""
     (tmp_path / "test_planted.py").write_text(PLANTED)

@@ -182,6 +182,7 @@ def test_tables_align():
     assert format_table(rows) == "run     value\n------  -----\na           1\nlonger      -"
 
 
+@pytest.mark.long
 def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_path: Path):
     store = tmp_path / "elsewhere.db"
     run = arguments(keypad_shards, tmp_path / "out" / "run")
@@ -191,6 +192,7 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
     assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
 
 
+@pytest.mark.long
 def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
     run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
     dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -250,6 +252,7 @@ def killed_making_the_store(rank: int) -> None:
     DefaultImpl.create_table = create
 
 
+@pytest.mark.long
 def test_killed_while_the_store_is_made(prefork: Any, keypad_shards: Path, tmp_path: Path):
     """A half-made SQLite file would be one that no later start can use."""
     run = arguments(keypad_shards, tmp_path / "run")

@@ -184,6 +184,7 @@ def steps_told(output: Path) -> list[int]:
     return [line["step"] for line in lines if "loss/total" in line]
 
 
+@pytest.mark.long
 def test_full_disk_ends_a_run_only_at_a_checkpoint(
     prefork: Any, keypad_shards: Path, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -214,6 +215,7 @@ def test_full_disk_ends_a_run_only_at_a_checkpoint(
     assert steps_told(output) == list(range(1, 25))
 
 
+@pytest.mark.long
 def test_folder_that_becomes_unwritable(prefork: Any, keypad_shards: Path, small_disk: Path) -> None:
     output = small_disk / "run"
     run = arguments(keypad_shards, output, "train.steps=12", "checkpoint.every_steps=6")

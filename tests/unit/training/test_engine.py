@@ -170,7 +170,7 @@ def restore_by_dead_setters() -> dict[tuple, str]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_setter_that_does_nothing_fails_the_restore(ranks, world):
     for found in ranks(restore_by_dead_setters, world, timeout=200):
         texts = {kind[1:3]: text for kind, text in found.items() if kind[3]}
@@ -255,7 +255,7 @@ def train_in_new_groups(folder: Path, groups: int) -> list[dict[tuple, TrainingS
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_engines_work_in_a_second_process_group(ranks, tmp_path, world):
     """DeepSpeed keeps groups in globals. The states are those of a process that had one group only, bit for bit."""
     alone = ranks(train_in_new_groups, world, tmp_path, 1)

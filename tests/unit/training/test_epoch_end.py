@@ -48,7 +48,8 @@ def epochs(output: Path, steps: int) -> list[Counter[str]]:
     ]
 
 
-@pytest.mark.parametrize(("epoch_end", "steps"), [pytest.param("drop", 2, marks=pytest.mark.long), ("pad", 3)])
+@pytest.mark.parametrize(("epoch_end", "steps"), [pytest.param("drop", 2), pytest.param("pad", 3)])
+@pytest.mark.long
 def test_epochs_are_the_same_for_any_ranks_and_parts_and_over_a_kill(
     prefork, keypad_shards, tmp_path, epoch_end, steps
 ):

@@ -130,7 +130,7 @@ def overflow_backwards(rank: int, heard: list[float]) -> None:
         return event, classify(self, Steep.apply(fusion))[1], video
 
     def compare(self: NonFiniteDiagnostics, replay: Replay, video: Any) -> str:
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(self._micro_batches):
             again = replay.run(number, replay.read(part.index))._asdict()
             for name, x in part.outputs.items():
                 torch.testing.assert_close(again[name], x, rtol=1e-5, atol=1e-6)
