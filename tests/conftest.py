@@ -25,8 +25,19 @@ for _name in [name for name in os.environ if name.startswith(LAUNCHER)]:
 gc.disable()  # until all is imported: what that makes stays
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
-LONG = ["slurm", "launch_slurm", "crashes", "changing_ranks", "training", "launchers", "pool", "avdigits", "reference"]
-LONG += ["demo", "launch", "dry_run", "checkpoint", "remote", "signals", "nonfinite", "packing_resume", "tracking"]
+LONG = ["slurm", "launch_slurm", "training", "crashes", "changing_ranks", "pool", "launchers", "signals", "reference"]
+LONG += [
+    "demo",
+    "launch",
+    "checkpoint",
+    "engine",
+    "avdigits",
+    "installed",
+    "tracking",
+    "models_under_engines",
+    "losses",
+]
+LONG += ["nonfinite", "python_api", "dry_run", "remote", "s3", "export", "reader", "packing_resume", "doctor"]
 
 
 def pytest_collection_finish() -> None:

@@ -249,6 +249,7 @@ def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tm
     assert parting.output.strip().splitlines()[-1] == "SIGTERM again: ending at once"
 
 
+@pytest.mark.long
 def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """The training is saved: the evaluation is left at once, and done by the next start; its results are told once."""
     output = tmp_path / "run"

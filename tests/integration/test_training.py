@@ -121,6 +121,7 @@ def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path,
         assert other[-1]["loss/total"] == pytest.approx(first[-1]["loss/total"], rel=0.05)
 
 
+@pytest.mark.long
 def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
     """SIGKILL before the first checkpoint and later, started again each time: one run with every step once."""
     more = ["tracking.every_steps=1", "checkpoint.every_steps=6"]

@@ -37,6 +37,7 @@ def test_reads_at_half_the_rate_of_memcpy_or_more():
     assert is_right(results[-1]), results
 
 
+@pytest.mark.long
 def test_command_prints_json_and_cleans_up(tmp_path):
     command = [sys.executable, "-c", "import sys; from cpsp_dist.cli import main; sys.exit(main())"]
     command += [

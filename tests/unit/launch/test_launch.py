@@ -320,6 +320,7 @@ def test_what_is_submitted_is_two_paths(trained, keypad_shards, capsys):
     assert f"step 3/3  loss {loss_history(output)[-1]['loss/total']:.4f}" in Path(log).read_text()
 
 
+@pytest.mark.long
 def test_a_failing_local_run_is_told_as_failed(tmp_path):
     done = launch(str(KEYPAD), f"output={tmp_path}/out", f"data.shards={tmp_path}/none", "--local")
     assert done.returncode == 2

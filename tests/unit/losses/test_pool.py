@@ -349,7 +349,7 @@ def alone() -> dict[str, Any]:
 FOUR = pytest.param(4, marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize("world", [1, 2, FOUR])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, FOUR])
 def test_ranks_equal_one_process(worlds: Any, alone: Any, world: int) -> None:
     """Every objective, every way of mining, uneven and empty ranks, parts, banks: float64, DDP, 1e-12."""
     assert {run.objectives.mining for run in RUNS.values()} == set(

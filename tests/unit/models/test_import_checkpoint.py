@@ -159,6 +159,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
             load_weights(tmp_path / f"{name}.safetensors", model)
 
 
+@pytest.mark.long
 def test_reference_checkpoint_starts_a_run(folder: Path) -> None:
     """A run of one vanishing step ends with the published weights it was told to start from."""
     checkpoint, weights, output = folder / "p.pth.tar", folder / "out" / "weights.safetensors", folder / "run"

@@ -178,7 +178,8 @@ def test_avdigits_zip(tmp_path: Path, dtype: str) -> None:
 # --- the AVE layout --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("splits", "header"), [("order", False), pytest.param("text", True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("splits", "header"), [("order", False), ("text", True)])
+@pytest.mark.long
 def test_ave_metadata_at_its_real_size(tmp_path: Path, splits: str, header: bool) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -210,6 +210,7 @@ def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 
 
+@pytest.mark.long
 def test_points_are_sent_when_the_store_comes_back(prefork: Any, keypad_shards: Path, tmp_path: Path):
     (tmp_path / "place").touch()  # a file where the store's folder should be
     store = tmp_path / "place" / "mlflow.db"

@@ -112,6 +112,7 @@ def same(one: TrainingState, two: TrainingState) -> bool:
     return one.updates == two.updates and all(torch.equal(a[n], b[n].to(a[n])) for a, b in parts for n in a)
 
 
+@pytest.mark.long
 def test_state_is_whole_and_moves_between_all_engines(ranks):
     (one,) = ranks(exchange, 1, {}, timeout=200)
     on_three = ranks(exchange, 3, one["states"], timeout=300)
