@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cpsp_dist.losses.objectives import Objectives
     from cpsp_dist.models import build_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Config": "config",

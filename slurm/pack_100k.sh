@@ -6,7 +6,7 @@
 #   sbatch --array 0-63 slurm/pack_100k.sh ...               as many jobs as you like
 #   sbatch slurm/pack_100k.sh --layout ave-h5 --source ...   another layout
 #
-# Everything behind the script's name goes to `cpsp-dist shards pack`. The same sbatch command once more goes on where an
+# Everything behind the script's name goes to `cpsp-dist shards pack`. The same sbatch command once more resumes where an
 # earlier one ended: finished shards are kept.
 #
 #SBATCH --job-name=cpsp-pack

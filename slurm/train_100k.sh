@@ -49,17 +49,17 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-
 srun --cpu-bind=cores --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
     python -m cpsp_dist.train --config "$config" "$@" &
 
-# Slurm tells this script 5 minutes before the time is over, and before a preemption; the ranks then save and end with
+# Slurm signals this script 5 minutes before the time is over, and before a preemption; the ranks then save and end with
 # exit code 75. TERM comes from a cancellation or a requeue that Slurm itself has under way, to the ranks too.
-told='' ending=''
-trap 'told=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-trap 'told=1 ending=1' TERM
+signalled='' ending=''
+trap 'signalled=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'signalled=1 ending=1' TERM
 code=130
 while [ $code -gt 128 ]; do
-    told=''
+    signalled=''
     wait $!
     code=$?
-    [ -n "$told" ] || break
+    [ -n "$signalled" ] || break
 done
 
 # `again` is set where a new start is right: never after a user's mistake, nor where Slurm is ending the job itself.
@@ -73,7 +73,7 @@ fi
 if [ $code != 0 ] && [ -n "$again" ] && [ -z "$ending" ]; then
     echo "exit code $code: $again; requeued"
     scontrol requeue "$SLURM_JOB_ID" && exit $code
-    echo "cannot requeue this job: give the same sbatch command again, it goes on from the newest checkpoint"
+    echo "cannot requeue this job: give the same sbatch command again, it resumes from the newest checkpoint"
 elif [ $code != 0 ]; then
     # The last error in the log, its lines made one; other ranks' and Slurm's own may stand between them.
     reason=$(tail -n 1000 "$log" | awk '

@@ -33,7 +33,7 @@ from cpsp_dist.packing.source import Entry, Features, SourceOptions
 
 #: The published size of a video: ten seconds of 7 x 7 x 512 visual and 128 audio channels.
 SEGMENTS, CHANNELS, AUDIO = 10, 512, 128
-#: Rounds go on until the middle half of the ratios lies within this share of their median, or there are 4 times more.
+#: Rounds continue until the middle half of the ratios lies within this share of their median, or 4 times as many.
 STEADY = 0.1
 #: Bytes that stay in a core's cache.
 BLOCK = 64 * 1024

@@ -36,7 +36,7 @@ from cpsp_dist.training.engine import build_engine, tune_cpu
 
 #: The published sizes.
 SEGMENTS, VISUAL, AUDIO, CATEGORIES, WIDTH = 10, 512, 128, 28, 256
-#: The pool whose share of a training step is told.
+#: The pool whose share of a training step is reported.
 SHARE_OF = 4096
 #: N × N matrices beyond this many rows do not fit a laptop.
 REPLICATED_LIMIT = 4096

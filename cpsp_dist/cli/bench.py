@@ -152,6 +152,6 @@ def _pool(args: argparse.Namespace) -> None:
         print(f"{size:>6} {row['ms']:9.2f} {row['floor_ms']:10.2f} {kept[0]:>12} {kept[1]:>13} {kept[2]:>15}")
     if "share" in result:
         share = result["share"]
-        told = f"{share['share']:.2%} of a training step's CPU time ({share['least']:.2%} to {share['most']:.2%})"
-        print(f"A pool of {share['pool']:,} at {args.batch} videos a rank: {told}; its bare product", end=" ")
+        shares = f"{share['share']:.2%} of a training step's CPU time ({share['least']:.2%} to {share['most']:.2%})"
+        print(f"A pool of {share['pool']:,} at {args.batch} videos a rank: {shares}; its bare product", end=" ")
         print(f"{share['floor_share']:.2%}")

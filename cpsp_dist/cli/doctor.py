@@ -12,7 +12,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="check this environment, on all ranks: packages, GPUs, rendezvous, shards, disks, MLflow, clocks",
         description="Check what a training needs, a line each, with the fix for what is not right. Under a launcher "
         "(srun, torchrun, accelerate) on all its ranks, which then have to meet. Nothing is trained or kept. Exit code "
-        "2 where something has to be mended, 0 else, also with warnings.",
+        "2 where something has to be fixed, 0 else, also with warnings.",
         epilog="Example: srun -N 4 --ntasks-per-node 8 python -m cpsp_dist doctor --config configs/avel100k_full.yaml",
     )
     parser.add_argument("--config", metavar="CONFIG", help="also check what this configuration reads and writes")

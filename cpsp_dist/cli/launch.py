@@ -15,7 +15,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "launch",
         help="train as Slurm jobs, sweeps as one job array; or on this machine (--local)",
         description="Submit a training, or a sweep of trainings as one job array under one MLflow run. A job that is "
-        "preempted, runs out of time or loses a rank goes on from its newest checkpoint.",
+        "preempted, runs out of time or loses a rank resumes from its newest checkpoint.",
         epilog="Example: cpsp-dist launch configs/avel100k_full.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 "
         "--sweep train.seed=1,2,3 --parallel 2 --follow",
     )
@@ -103,8 +103,8 @@ def _launch(args: argparse.Namespace) -> int:
     if args.local and args.nodes > 1:
         raise UserError("--local is one machine: leave out --nodes, and give --ranks-per-node")
     if args.dry_run:
-        told = [f"{run.name or name}: output {run.config.output}" for run in runs]
-        print(*told, f"each: {resources}", sep="\n", file=sys.stderr)
+        planned = [f"{run.name or name}: output {run.config.output}" for run in runs]
+        print(*planned, f"each: {resources}", sep="\n", file=sys.stderr)
         if args.local:
             print("--local needs no sbatch file; nothing was started", file=sys.stderr)
         else:
@@ -141,8 +141,8 @@ def _follow(found: list[Job]) -> int:
     except KeyboardInterrupt:
         main = found[0].id.partition("_")[0]
         print(
-            f"\nno longer following; job {main} goes on. Again: cpsp-dist launch --status {found[0].folder} --follow; "
-            f"to end it: scancel {main}",
+            f"\nno longer following; job {main} keeps running. Again: "
+            f"cpsp-dist launch --status {found[0].folder} --follow; to end it: scancel {main}",
             file=sys.stderr,
         )
         return 130

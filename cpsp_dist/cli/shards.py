@@ -58,7 +58,7 @@ def _register_plan(actions: argparse._SubParsersAction) -> None:
     plan.add_argument("--batch", type=int, default=64, help="videos of a rank in each step (default: %(default)s)")
     plan.add_argument("--order", choices=("full", "lanes"), default="full", help="lanes: for shards fetched from afar")
     plan.add_argument("--epoch-end", choices=("carry", "drop", "pad"), default="carry", help="as data.epoch_end")
-    plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: tells the bandwidth it needs")
+    plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: gives the bandwidth it needs")
     plan.set_defaults(handler=_plan)
 
 
@@ -174,7 +174,7 @@ def _subset(args: argparse.Namespace) -> int:
         raise UserError(f"--fraction {args.fraction:g}: has to be above 0, and 1 at most")
     source = _packed(args)
     for split in args.split or ():
-        source.manifest.rows(split)  # tells which splits there are, if not this one
+        source.manifest.rows(split)  # names the splits that there are, if not this one
     entries = [e for e in source.entries if not args.split or e.split in args.split]
     source.entries = subset(entries, first=args.first, fraction=args.fraction, seed=args.seed)
     _repack(args, source, args.out)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """One rank's share of a global batch; every rank has the same number of slots, `valid` tells the real ones.
+    """One rank's share of a global batch; every rank has the same number of slots, `valid` marks the real ones.
 
     A slot with `valid=False` is padding (an uneven share, or the end of an evaluation): its features are finite but
     meaningless, and it must change nothing.

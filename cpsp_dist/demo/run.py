@@ -33,7 +33,7 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     Raises:
         UserError: a mistake in the configuration, `output` is somebody else's folder, or a run that failed.
     """
-    load_config(config, overrides)  # mistakes are told before anything is made
+    load_config(config, overrides)  # mistakes are reported before anything is made
     require("sklearn", "demo", "the demo")
     began = time.monotonic()
     folder = Path(output)

@@ -70,7 +70,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
         follower.kill()
         follower.wait()
     assert most <= 2
-    assert f"no longer following; job {job} goes on" in told.read_text()
+    assert f"no longer following; job {job} keeps running" in told.read_text()
 
     done = launch(slurm, "launch", "--status", str(output), "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
