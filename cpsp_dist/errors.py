@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -69,9 +70,12 @@ def should_print(error: BaseException, env: Mapping[str, str] = os.environ) -> b
 
 
 def report_errors(main: Callable[[], int | None]) -> int:
-    """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130."""
+    """Run `main`; turn the errors above into one line on stderr and their exit code, Ctrl-C into 130, a reader
+    of the output that has ended into 141, as in a shell."""
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if should_print(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -87,3 +91,6 @@ def report_errors(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough; Python would write the rest again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

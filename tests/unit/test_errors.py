@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from cpsp_dist.errors import DataError, LostRank, RankError, Stopped, UserError, report_errors, should_print
+from tests.support.environment import environment
 
 #: Two machines of two ranks each.
 RANKS = [{"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2)} for rank in range(4)]
@@ -64,3 +69,14 @@ def test_one_line_and_an_exit_code(
 
     assert report_errors(main) == code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_ended_is_no_traceback(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "cpsp_dist", "configs"]
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
