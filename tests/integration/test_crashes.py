@@ -52,10 +52,12 @@ def test_killed_at_random_moments(
     killed = arguments(keypad_shards, tmp_path / "killed", *more)
     checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
     hold = ["cpsp_dist.training.trainer", "evaluate_best", 0, str(tmp_path / "never")]
-    for _ in range(kills):
+    for turn in range(kills):
         launch = prefork.start(killed, 2, patch="tests.integration.test_signals:wait_inside", patch_args=hold)
         saved = max([0, *checkpoints.steps()])
-        if chance.random() < 0.2 or saved >= steps - 3:
+        if not turn:  # so that something is saved, however few kills there are
+            assert launch.until_step(2)
+        elif chance.random() < 0.2 or saved >= steps - 3:
             time.sleep(chance.uniform(0, whole / 10))
         else:
             assert launch.until_step(saved + chance.choice([1, 1, 2]))

@@ -111,7 +111,7 @@ def total(tensors: dict[str, torch.Tensor]) -> float:
     return torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
 
 
-@pytest.mark.parametrize("stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["0 and 3", "all"])
+@pytest.mark.parametrize("stages", [(2,), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["2", "all"])
 def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path, stages):
     kinds = {f"bf16-zero{z}": ["train.precision=bf16", f"engine.zero={z}", "train.steps=12"] for z in stages}
     ranks(train_each, 2, keypad_shards, tmp_path, kinds, timeout=300)

@@ -59,6 +59,7 @@ def test_evaluate_finds_again_what_the_run_found(
     assert f"segment accuracy {accuracy:.2f} %" in second
 
 
+@pytest.mark.long
 def test_mistakes_of_evaluate_are_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ave(tmp_path / "source")
     pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(tmp_path / "source")]

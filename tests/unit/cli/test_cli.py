@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import fsspec  # noqa: F401, its registry is looked at
 import pytest
 
 from cpsp_dist import cli, train
@@ -73,6 +74,8 @@ def test_help_lists_every_command(capsys):
 def test_a_missing_extra_is_one_line(module, arguments, extra, keypad_shards, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
+    # Where another test of this process has used it.
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     capfd.readouterr()
     assert main([str(keypad_shards) if text == "SHARDS" else text for text in arguments]) == 2
     error = capfd.readouterr().err

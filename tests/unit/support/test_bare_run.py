@@ -12,7 +12,8 @@ from tests.support import only_clone
 from tests.support.environment import DATA, REPO, environment
 from tests.support.skips import COMMANDS, is_allowed
 
-START = "import sys; sys.path.insert(0, {folder!r}); import only_clone; only_clone.activate([{clone!r}], {record!r}); "
+START = "import sys; sys.path.insert(0, {folder!r}); import only_clone; sys.path.pop(0); "
+START += "only_clone.activate([{clone!r}], {record!r}); "
 
 
 @pytest.fixture
