@@ -81,7 +81,8 @@ def _launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, A
         finally:
             for process in context.processes:
                 process.kill()
-        return json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+        return result
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.models import MODELS
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "import-checkpoint",
         help="turn a published checkpoint into weights that a run can start from",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cpsp_dist.packing.packed import Packed
 
 
-def register(commands: argparse._SubParsersAction) -> None:
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     shards = commands.add_parser("shards", help="pack features into shards, verify, look at them")
     actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
     _register_pack(actions)
@@ -49,7 +49,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     keypad.set_defaults(handler=_keypad)
 
 
-def _register_plan(actions: argparse._SubParsersAction) -> None:
+def _register_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = actions.add_parser("plan", help="simulate an epoch on a cluster, from the manifest alone")
     plan.add_argument("folder", help="folder of shards, or its URL")
     plan.add_argument("--split", default="train", help="(default: %(default)s)")
@@ -68,7 +68,7 @@ def _local_folder(text: str) -> Path:
     return Path(text)
 
 
-def _register_pack(actions: argparse._SubParsersAction) -> None:
+def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     pack = actions.add_parser(
         "pack",
         help="pack features in a published layout into tar shards",
@@ -113,7 +113,7 @@ def _register_pack(actions: argparse._SubParsersAction) -> None:
     pack.set_defaults(handler=_pack)
 
 
-def _register_rework(actions: argparse._SubParsersAction) -> None:
+def _register_rework(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
     index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see docs/shard-format.md)")
     index.add_argument("--categories", type=Path, help="class names, one a line, in class order")

@@ -128,7 +128,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     if is_s3 and "@" in rest.partition("/")[0]:
         raise DataError(f"{name}: credentials in an s3:// URL are not supported; {_SET_CREDENTIALS}")
     try:
-        return url_to_fs(url)
+        opened: tuple[Any, str] = url_to_fs(url)
+        return opened
     except ImportError as error:
         if is_s3:
             raise DataError(f"{name}: s3:// needs the package s3fs: pip install 'cpsp-dist[s3]'") from None
@@ -141,7 +142,7 @@ def _read_range(filesystem: Any, path: str, start: int | None = None, end: int |
     """Bytes [start, end) of a file, fewer if it ends before; by one request."""
     limit = {"timeout": PIECE_SECONDS} if filesystem.async_impl else {}
     try:
-        data = filesystem.cat_file(path, start=start, end=end, **limit)
+        data: bytes = filesystem.cat_file(path, start=start, end=end, **limit)
     except Exception as error:
         if _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return b""

@@ -248,7 +248,7 @@ def _load_table(path: Path, index: _Index, remedy: str) -> np.ndarray:
     try:
         if _sha256(path) != index.table_sha256:
             raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: sample table missing or damaged ({error}); {remedy}") from None
     if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):

@@ -21,6 +21,7 @@ which model they favour.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -87,7 +88,7 @@ def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
     return result
 
 
-def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarray]) -> list[dict]:
+def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarray]) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, 2, number])
     videos = []
     for index in range(count):
@@ -163,10 +164,11 @@ def _hear(rng: np.random.Generator, tones: list[int]) -> np.ndarray:
             sound[second] += level * pair * ((time >= start) & (time < start + length))
     frames = sound[:, : RATE // FRAME * FRAME].reshape(len(tones), -1, FRAME) * np.hanning(FRAME)
     power = np.abs(np.fft.rfft(frames)[..., 1 : BANDS + 1]) ** 2  # without the constant
-    return np.log(power.mean(axis=1) / FRAME + 0.01).astype(np.float32)
+    bands: np.ndarray = np.log(power.mean(axis=1) / FRAME + 0.01).astype(np.float32)
+    return bands
 
 
-def _write(folder: Path, videos: list[dict]) -> None:
+def _write(folder: Path, videos: list[dict[str, Any]]) -> None:
     event = np.stack([v["mask"] for v in videos])
     category = np.array([v["category"] for v in videos])
     background = len(CATEGORIES)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import UserError
 
+T = TypeVar("T")
 OK, WARNING, ERROR = "ok", "warning", "error"
 #: Threads of checks that did not come back: they can keep a process from ending by itself.
 hung_threads: list[threading.Thread] = []
@@ -33,9 +34,9 @@ def one_line(text: object) -> str:
     return without_secrets(" ".join(str(text).split()))
 
 
-def within(limit: float, call: Callable[[], Any]) -> Any:
+def within(limit: float, call: Callable[[], T]) -> T:
     """What `call` returns, or raises; TimeoutError after `limit` seconds, whatever it hangs in."""
-    result: list[Any] = []
+    result: list[T] = []
     failure: list[BaseException] = []
 
     def work() -> None:

@@ -90,7 +90,8 @@ def dry_run(runs: Sequence[Planned], output: str, name: str, resources: Resource
     executor = _executor(new_folder(output), name, resources, array=len(runs) > 1)
     if len(runs) > 1:
         executor.parameters["map_count"] = len(runs)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return text
 
 
 def submit(runs: Sequence[Planned], output: str, name: str, source: str, resources: Resources) -> list[Job]:

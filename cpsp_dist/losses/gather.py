@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,8 @@ class CommStats:
         """Time spent waiting for collectives, without what overlapped with other work."""
         for _, end in self._events:
             end.synchronize()
-        return 1e3 * self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events)
+        on_gpu: float = sum(begin.elapsed_time(end) for begin, end in self._events)
+        return 1e3 * self._seconds + on_gpu
 
 
 class Gather:
@@ -69,14 +70,16 @@ class Gather:
         self.ranks, self.stats = rank_and_world()[1], stats or CommStats()
         self.work: Any = None
         self.sent = self.received = rows.detach()
-        self._rows: Tensor | None = rows if self.ranks == 1 else _Start.apply(rows, self)
+        self._rows: Tensor | None = rows if self.ranks == 1 else _Start.apply(rows, self)  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
         """[W·b, …]. To be called once."""
         # Kept, it would be a reference cycle through autograd, which Python cannot collect.
         rows, self._rows = self._rows, None
         assert rows is not None
-        return rows if self.ranks == 1 else _Finish.apply(rows, self)
+        if self.ranks == 1:
+            return rows
+        return cast(Tensor, _Finish.apply(rows, self))  # type: ignore[no-untyped-call]
 
     def begin(self, collective: Callable[..., Any], received: Tensor, sent: Tensor, size: int) -> None:
         self.received, self.sent = received, sent  # alive until both have done their part

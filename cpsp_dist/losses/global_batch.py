@@ -99,4 +99,5 @@ def gather_labels(
 def _sizes(*keys: Tensor) -> Tensor:
     """For each row, how many rows have the same keys. [n], … -> [n]."""
     _, group, sizes = torch.unique(torch.stack(keys, dim=1), dim=0, return_inverse=True, return_counts=True)
-    return sizes[group]
+    of_each_row: Tensor = sizes[group]
+    return of_each_row

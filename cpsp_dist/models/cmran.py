@@ -133,7 +133,8 @@ class Attention(nn.Module):
             for layer, x in ((self.query, query), (self.key, memory), (self.value, memory))
         )
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return output
 
 
 class Relation(nn.Module):
@@ -150,7 +151,8 @@ class Relation(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
         x = self.norm1(query + self.dropout(self.attention(query, memory)))
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        output: Tensor = self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        return output
 
 
 class Encoder(nn.Module):
@@ -178,7 +180,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         x = self.affine_matrix(x)
-        return self.layer(x, torch.cat([other, x], dim=1))
+        output: Tensor = self.layer(x, torch.cat([other, x], dim=1))
+        return output
 
 
 class Interaction(nn.Module):
@@ -192,4 +195,6 @@ class Interaction(nn.Module):
 
     def forward(self, audio: Tensor, visual: Tensor) -> Tensor:
         product = audio * visual
-        return self.norm(product + self.dropout(self.attention(product, torch.cat([audio, visual], dim=1))))
+        attended = self.attention(product, torch.cat([audio, visual], dim=1))
+        output: Tensor = self.norm(product + self.dropout(attended))
+        return output

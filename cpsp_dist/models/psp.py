@@ -106,7 +106,8 @@ class Propagation(nn.Module):
         return audio, visual
 
     def _branch(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        return self.dropout(F.relu(layer(x)))
+        output: Tensor = self.dropout(F.relu(layer(x)))
+        return output
 
     def _prune(self, similarity: Tensor) -> Tensor:
         share = similarity / (similarity.sum(-1, keepdim=True) + 1e-8)

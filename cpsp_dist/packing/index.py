@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from crc32c import crc32c
@@ -54,7 +54,7 @@ def index_shard(path: Path) -> IndexedShard:
     """
     digest = hashlib.sha256()
     rows: list[np.ndarray] = []
-    infos: list[dict] = []
+    infos: list[dict[str, Any]] = []
     fields: dict[str, Field] = {}
     seen: set[str] = set()
     missing: set[str] = set()
@@ -228,10 +228,10 @@ def _read_array(data: bytes, offset: int, name: str) -> tuple[np.ndarray, int]:
         raise _Fault(offset, f"'{name}' is not a plain .npy array ({error})") from None
 
 
-def _read_info(data: bytes, offset: int, name: str) -> dict:
+def _read_info(data: bytes, offset: int, name: str) -> dict[str, Any]:
     types = {"video_id": str, "category": int, "category_name": str | None, "split": str, "row": int}
     try:
-        info = json.loads(data)
+        info: dict[str, Any] = json.loads(data)
         if "category" not in info or not all(isinstance(info[key], types[key]) for key in types.keys() & info.keys()):
             raise ValueError("needs a category number, and video_id, category_name, split, row of their types, if any")
         return info

@@ -54,7 +54,7 @@ class _Dtype:
         self.code = str(code)
         self.order = "="
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         if any(part is not None for part in state[2:5]):
             raise _Refused("holds an array of records, not of numbers")
         self.order = state[1]
@@ -75,7 +75,7 @@ class _Array:
     fortran: bool
     raw: bytes
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         *_, shape, dtype, fortran, raw = state
         self.fill(shape, dtype, bool(fortran), raw)
 

@@ -322,9 +322,9 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
             if SWEEP in run.data.tags and run.data.tags.get("output") == place:
                 client.set_tag(run.info.run_id, SWEEP, str(runs))
                 client.update_run(run.info.run_id, "RUNNING")
-                return run.info.run_id
+                return str(run.info.run_id)
         tags = {SWEEP: str(runs), "output": place}
-        return client.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id
+        return str(client.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id)
     except Exception as error:  # whatever a client library or server throws
         first = str(error).strip().splitlines() or [repr(error)]
         raise UserError(
@@ -396,12 +396,12 @@ def _experiment(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     found = client.get_experiment_by_name(name)
     if found is not None:
-        return found.experiment_id
+        return str(found.experiment_id)
     uri = tracking_uri(config.output)
     # Beside a SQLite file; mlflow would take whatever folder the command was given in. A server decides for itself.
     local = uri.startswith("sqlite:///")
     place = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" if local else None
-    return client.create_experiment(name, artifact_location=place.as_uri() if place else None)
+    return str(client.create_experiment(name, artifact_location=place.as_uri() if place else None))
 
 
 def _git_state() -> dict[str, str]:

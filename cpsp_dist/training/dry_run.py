@@ -180,7 +180,8 @@ def samples_of_a_rank(config: Config, world: int) -> int:
 
 def _settings(config: Config) -> list[str]:
     content = config.model_dump(mode="json")
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True).splitlines()
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    return str(text).splitlines()
 
 
 def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, world: int) -> list[str]:

@@ -225,7 +225,7 @@ class Trainer:
         samples, budget, step = self.manifest.samples, self.config.train.max_nonfinite_steps, self.progress.step
 
         def key(row: int) -> str:
-            return samples[row]["key"].decode()
+            return str(samples[row]["key"], encoding="utf-8")
 
         diagnostics = result.diagnostics
         cause = diagnostics.diagnose_loss(key) or diagnostics.diagnose_backward(self._replay(step - 1), key)

@@ -64,7 +64,8 @@ class Lanes:
         key = _mix(_mix(self._key + lane) + block)
         mixed = start + _permute(inside, size, key)
         long_row = (lane * np.uint64(short) + np.minimum(lane, np.uint64(longer)) + mixed).astype(np.int64)
-        return long_row + self._shift[np.searchsorted(self._ends, long_row, side="right")]
+        rows: np.ndarray = long_row + self._shift[np.searchsorted(self._ends, long_row, side="right")]
+        return rows
 
 
 Order = Full | Lanes
@@ -116,7 +117,8 @@ def _scramble(x: np.ndarray, n: np.ndarray, keys: np.ndarray) -> np.ndarray:
     for left_key, right_key in zip(keys[::2], keys[1::2], strict=True):
         left = (left + _hash(right + left_key)) % a
         right = (right + _hash(left + right_key)) % b
-    return left * b + right
+    permuted: np.ndarray = left * b + right
+    return permuted
 
 
 def _key(seed: int, epoch: int) -> np.ndarray:
@@ -132,7 +134,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _hash(x: np.ndarray) -> np.ndarray:

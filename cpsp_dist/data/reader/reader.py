@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class _Stream:
         self._slots = []
         self._files.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

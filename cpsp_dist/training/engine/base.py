@@ -81,7 +81,8 @@ class PlainModel:
 
     def __call__(self, batch: Batch) -> Output:
         batch = batch.to(self.device, self.dtype)
-        return self.module(batch.visual, batch.audio)
+        output: Output = self.module(batch.visual, batch.audio)
+        return output
 
 
 def tune_cpu() -> None:

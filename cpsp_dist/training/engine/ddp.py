@@ -47,7 +47,8 @@ class DDPEngine:
         batch = batch.to(self.ranks.device, features)
         cast = self.dtype == torch.bfloat16
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=cast), self._sync():
-            return self.wrapped(batch.visual, batch.audio)
+            output: Output = self.wrapped(batch.visual, batch.audio)
+            return output
 
     def _sync(self) -> Any:
         last = self.micro_batch == self.config.train.accumulation - 1

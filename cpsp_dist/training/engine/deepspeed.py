@@ -47,7 +47,8 @@ class DeepSpeedEngine:
 
     def __call__(self, batch: Batch) -> Output:
         batch = batch.to(self.ranks.device, self.dtype)
-        return self.engine(batch.visual, batch.audio)
+        output: Output = self.engine(batch.visual, batch.audio)
+        return output
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(propagate_nonfinite(loss))

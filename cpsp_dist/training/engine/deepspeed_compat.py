@@ -117,8 +117,11 @@ def moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
     """A complete moment of Adam. From stage 1 on all ranks call it together."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    full = safe_get_full_optimizer_state(parameter, name)
-    return engine.optimizer.state[parameter][name] if full is None else full  # None at stage 0 (0.18.0 to 0.19.8)
+    full: Tensor | None = safe_get_full_optimizer_state(parameter, name)
+    if full is None:  # at stage 0 (0.18.0 to 0.19.8)
+        full = engine.optimizer.state[parameter][name]
+    assert full is not None
+    return full
 
 
 def step_without_update(engine: Any) -> None:
