@@ -62,15 +62,20 @@ while [ $code -gt 128 ]; do
     [ -n "$signalled" ] || break
 done
 
-# `again` is set where a new start is right: never after a user's mistake, nor where Slurm is ending the job itself.
+# requeue_reason CODE FILE RETRIES: why a job that ended with CODE is started again, or nothing. CODE is the highest of
+# the ranks': a user's mistake or an error ends the job. FILE keeps count of lost ranks over the starts of a job.
+requeue_reason() {
+    if [ "$1" -eq 75 ]; then
+        echo 'stopped by a signal, all is saved'
+    elif [ "$1" -eq 69 ] || [ "$1" -gt 128 ]; then # lost, or killed
+        echo "$1" >>"$2" && [ "$(wc -l <"$2")" -le "$3" ] && echo 'a rank was lost'
+    fi
+}
+
+# No new start where Slurm is ending the job itself.
 log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdErr=//p')
-again=''
-if [ $code = 75 ]; then
-    again='stopped by a signal, all is saved'
-elif [ $code = 69 ] || [ $code -gt 128 ]; then
-    [ "$(grep -ac 'a rank was lost; requeued$' "$log")" -ge $LOST_RANKS ] || again='a rank was lost'
-fi
-if [ $code != 0 ] && [ -n "$again" ] && [ -z "$ending" ]; then
+again=$(requeue_reason $code "${log%.log}.lost" $LOST_RANKS)
+if [ -n "$again" ] && [ -z "$ending" ]; then
     echo "exit code $code: $again; requeued"
     scontrol requeue "$SLURM_JOB_ID" && exit $code
     echo "cannot requeue this job: give the same sbatch command again, it resumes from the newest checkpoint"

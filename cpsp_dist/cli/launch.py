@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from cpsp_dist.launch.requeue import RETRIES
+
 if TYPE_CHECKING:
     from cpsp_dist.launch.jobs import Job, State
 
@@ -55,7 +57,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     asked.add_argument("--name", help="of the job (default: the output folder's)")
     asked.add_argument(
-        "--retries", type=_natural, default=3, metavar="N", help="new starts after a lost rank (default: %(default)s)"
+        "--retries",
+        type=_natural,
+        default=RETRIES,
+        metavar="N",
+        help="new starts after a lost rank (default: %(default)s)",
     )
     parser.set_defaults(handler=_launch)
 

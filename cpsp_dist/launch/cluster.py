@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
+from cpsp_dist.errors import UserError
 from cpsp_dist.launch.files import new_folder, prepared, write_snapshots
 from cpsp_dist.launch.job import run
 from cpsp_dist.launch.jobs import Job, save_jobs
+from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import Planned
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
@@ -58,7 +59,7 @@ class Resources:
     mem: str | None = None
     more: dict[str, str | bool] = field(default_factory=dict)  # sbatch flags
     setup: tuple[str, ...] = ()  # lines of the batch script, before the ranks start
-    retries: int = 3  # new starts after a lost or killed rank
+    retries: int = RETRIES  # new starts after a lost or killed rank
     parallel: int | None = None  # runs of a sweep at a time
 
     def __str__(self) -> str:
@@ -175,19 +176,12 @@ def _before(folder: Path, resources: Resources) -> list[str]:
 
 
 def _after(resources: Resources) -> list[str]:
-    """The highest exit code of the ranks decides: a user's mistake or an error ends the job."""
     return [
         "code=$?",
-        "again=",
-        f"# {EXIT_REQUEUE}: a signal asked for the end, and all is saved",
-        f"[ $code -ne {EXIT_REQUEUE} ] || again=yes",
-        f"# {EXIT_LOST_RANK}, 128 and more: a rank was lost or killed; {resources.retries} times, not for ever",
-        f"if [ $code -eq {EXIT_LOST_RANK} ] || [ $code -ge 128 ]; then",
-        '    echo $code >>"${files}_lost"',
-        f'    [ "$(wc -l <"${{files}}_lost")" -gt {resources.retries} ] || again=yes',
-        "fi",
+        *POLICY.splitlines(),
+        f'again=$(requeue_reason $code "${{files}}_lost" {resources.retries})',
         'if [ -n "$again" ]; then',
-        '    echo "exit code $code: to be started again"',
+        '    echo "exit code $code: $again; requeued"',
         "    # Slurm ends this script then",
         '    scontrol requeue "$job" && sleep 60',
         "fi",

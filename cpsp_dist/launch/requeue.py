@@ -1,0 +1,24 @@
+"""Whether a Slurm job that ended is started again: the one policy, of `cpsp-dist launch` and of slurm/train_100k.sh.
+
+It is bash, as it runs in the batch script, where Python may exist in the container of srun's ranks alone. The jobs of
+`cpsp-dist launch` hold `POLICY`; train_100k.sh holds the same text, which a test compares.
+"""
+
+from __future__ import annotations
+
+from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+
+#: New starts of a job after a lost rank (no memory left, a GPU gone); after a signal there is no limit.
+RETRIES = 3
+
+POLICY = f"""\
+# requeue_reason CODE FILE RETRIES: why a job that ended with CODE is started again, or nothing. CODE is the highest of
+# the ranks': a user's mistake or an error ends the job. FILE keeps count of lost ranks over the starts of a job.
+requeue_reason() {{
+    if [ "$1" -eq {EXIT_REQUEUE} ]; then
+        echo 'stopped by a signal, all is saved'
+    elif [ "$1" -eq {EXIT_LOST_RANK} ] || [ "$1" -gt 128 ]; then # lost, or killed
+        echo "$1" >>"$2" && [ "$(wc -l <"$2")" -le "$3" ] && echo 'a rank was lost'
+    fi
+}}
+"""

@@ -1,0 +1,46 @@
+"""Which ends of a Slurm job are followed by a new start: one policy, of `cpsp-dist launch` and of train_100k.sh."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cpsp_dist.launch.cluster import Resources, dry_run
+from cpsp_dist.launch.requeue import POLICY, RETRIES
+from cpsp_dist.launch.sweep import plan
+from tests.support.environment import REPO
+from tests.support.runs import KEYPAD
+
+
+def reasons(codes: list[int], count: Path, retries: int = 2) -> list[str]:
+    """Of ends with these codes, one after the other in one job's life."""
+    calls = "\n".join(f'echo "$(requeue_reason {code} "{count}" {retries})"' for code in codes)
+    done = subprocess.run(
+        ["bash", "-u", "-c", f"{POLICY}\n{calls}"], check=True, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_signal_without_limit_a_lost_rank_so_often_and_nothing_else(tmp_path: Path) -> None:
+    signal, lost = "stopped by a signal, all is saved", "a rank was lost"
+    assert reasons([0, 1, 2, 127, 75, 75, 75, 75], tmp_path / "a") == ["", "", "", "", *[signal] * 4]
+    assert reasons([69, 75, 137, 2, 139, 75, 69], tmp_path / "b") == [lost, signal, lost, "", "", signal, ""]
+    assert reasons([69], tmp_path / "c", retries=0) == [""]
+
+
+def test_it_ends_where_nothing_can_be_counted(tmp_path: Path) -> None:
+    """A count that stays at none would start a job again for ever."""
+    assert reasons([69, 75], tmp_path / "no folder" / "count") == ["", "stopped by a signal, all is saved"]
+
+
+@pytest.mark.parametrize("retries", [RETRIES, 7])
+def test_the_jobs_of_both_hold_it(tmp_path: Path, retries: int) -> None:
+    script = (REPO / "slurm/train_100k.sh").read_text()
+    assert POLICY in script
+    assert f"\nLOST_RANKS={RETRIES}\n" in script
+    _, runs = plan(KEYPAD, [f"output={tmp_path}/run"])
+    job = dry_run(runs, f"{tmp_path}/run", "name", Resources(retries=retries))
+    assert POLICY in job
+    assert f'requeue_reason $code "${{files}}_lost" {retries})' in job
