@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError, report_errors
 from cpsp_dist.training import gc_control
+from cpsp_dist.utils.redact import learn
 
 if TYPE_CHECKING:
     from cpsp_dist.api import TrainResult
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    learn(sys.argv if argv is None else argv)
     return run(build_parser().parse_intermixed_args(argv))
 
 

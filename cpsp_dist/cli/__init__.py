@@ -25,6 +25,7 @@ from cpsp_dist.cli import (
     train,
 )
 from cpsp_dist.errors import UserError, report_errors
+from cpsp_dist.utils.redact import learn
 
 #: In the order of --help.
 COMMANDS = (shards, configs, train, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor)
@@ -50,6 +51,7 @@ def _build() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*(sys.argv[1:] if argv is None else argv)]
+    learn(arguments)
     parser, names = _build()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         return report_errors(lambda: _unknown(arguments[0], names))

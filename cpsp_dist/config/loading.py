@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cpsp_dist.config.schema import Config
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
 
 
@@ -110,7 +111,9 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        text = path.read_text(encoding="utf-8")
+        learn([text])
+        content = yaml.load(text, Loader=_Loader) or {}
     except OSError as error:
         by = f" (extended by {above[-1]})" if above else ""
         raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, model_validator
 
-from cpsp_dist.data.urls import is_url, without_secrets
+from cpsp_dist.data.urls import is_url
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
@@ -54,11 +54,6 @@ class DataSettings(Section):
         if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
             return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
         return content
-
-    @field_serializer("shards")
-    def _keep_secrets(self, shards: str) -> str:
-        """Passwords in URLs are not written to checkpoints and tracked settings."""
-        return without_secrets(shards)
 
 
 class PoolSettings(Section):

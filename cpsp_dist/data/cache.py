@@ -29,9 +29,10 @@ from pathlib import Path
 
 from cpsp_dist.data import fetch
 from cpsp_dist.data.fetch import Cancelled
-from cpsp_dist.data.urls import join, without_secrets
+from cpsp_dist.data.urls import join
 from cpsp_dist.errors import DataError
 from cpsp_dist.utils.file_lock import lock_holder
+from cpsp_dist.utils.redact import without_secrets
 
 logger = logging.getLogger(__name__)
 

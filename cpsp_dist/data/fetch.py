@@ -15,8 +15,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils.redact import without_secrets
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

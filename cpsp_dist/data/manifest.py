@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from cpsp_dist.data.cache import Cache, Remote
-from cpsp_dist.data.urls import is_url, without_secrets
+from cpsp_dist.data.urls import is_url
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils.redact import learn, without_secrets
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -167,6 +168,7 @@ class Manifest:
                 byte, as they are fetched.
         """
         if is_url(place):
+            learn([str(place)])
             return _load_remote(Remote(str(place), cache or Cache()))
         folder = Path(place)
         index_path = folder / INDEX_NAME

@@ -1,4 +1,4 @@
-"""URLs as texts: what is one, what of it may be printed."""
+"""URLs as texts: what is one, and the URL of a file in a folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from pathlib import Path
 
 def is_url(place: str | Path) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
-
-
-def without_secrets(text: str) -> str:
-    """`text`, with users, passwords and queries (which hold signatures) removed from the URLs in it."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@", r"\1", text)
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
 
 
 def join(url: str, name: str) -> str:

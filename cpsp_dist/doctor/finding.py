@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils.redact import without_secrets
 
 T = TypeVar("T")
 OK, WARNING, ERROR = "ok", "warning", "error"

@@ -17,14 +17,14 @@ from crc32c import crc32c
 from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import file_system
-from cpsp_dist.data.urls import without_secrets
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
 from cpsp_dist.doctor.rendezvous import CLOCK_TOLERANCE, Rendezvous
 from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
-from cpsp_dist.tracking.mlflow import reach, tracking_uri
+from cpsp_dist.tracking.store import reach, sqlite_file, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
+from cpsp_dist.utils.redact import without_secrets
 
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4
@@ -177,8 +177,8 @@ def mlflow(config: Config | None, limit: float) -> list[Finding]:
     if config is None and not os.environ.get("MLFLOW_TRACKING_URI"):
         return [Finding(OK, "mlflow", "MLFLOW_TRACKING_URI is not set: a SQLite file beside the run folders")]
     uri = tracking_uri(config.output if config is not None else "runs/run")
-    if uri.startswith("sqlite:///"):
-        return _sqlite(Path(uri.removeprefix("sqlite:///")), limit)
+    if (file := sqlite_file(uri)) is not None:
+        return _sqlite(file, limit)
     try:
         reach(uri, limit)
     except Exception as error:

@@ -16,7 +16,7 @@ from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
-from cpsp_dist.tracking.mlflow import close_sweep, open_sweep, tracking_uri
+from cpsp_dist.tracking.store import close_sweep, open_sweep, tracking_uri
 
 
 @contextlib.contextmanager

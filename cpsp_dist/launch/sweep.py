@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cpsp_dist.config import Config, check_config
-from cpsp_dist.data.urls import without_secrets
+from cpsp_dist.config import Config, check_config, flat
 from cpsp_dist.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.
@@ -99,9 +99,17 @@ def _name(swept: dict[str, str]) -> str:
 
 def _secrets(config: Config) -> list[str]:
     """The settings are written beside the job's logs, a password in them would be too."""
-    if without_secrets(config.data.shards) == config.data.shards:
-        return []
     return [
-        f"data.shards: {without_secrets(config.data.shards)} is given with a password or signature, which would be "
-        "written to the job's files; give it in the environment (AWS_..., FSSPEC_...), which the job inherits"
+        f"{key}: {shown} is given with a password or signature, which would be written to the job's files; give it in "
+        "the environment (AWS_..., FSSPEC_...), which the job inherits"
+        for key, shown in flat(config).items()
+        if isinstance(shown, str) and shown != _value(config, key)
     ]
+
+
+def _value(config: Config, key: str) -> Any:
+    """As it was given; what `flat` returns is without secrets."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

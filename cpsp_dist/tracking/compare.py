@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpsp_dist.metrics import METRICS
-from cpsp_dist.tracking.mlflow import all_runs
+from cpsp_dist.tracking.store import all_runs
 
 #: Settings that differ between runs but get no column: the run's name has them.
 UNTOLD = ("output", "tracking.run_name", "tracking.parent")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.tracking.mlflow import truncate_after_step
 from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.utils.json_lines import JsonLines, truncate_after_step
 
 
 class Meter:
@@ -88,13 +87,23 @@ class Audit:
         """Resume after `step`: later lines of existing files, of any number of ranks, are removed."""
         self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.log_samples else None
         self.samples, self.rows = manifest.samples, list[int]()
+        self._warned: set[str] = set()
         if self.file is None:
             return
+        self.lines = JsonLines(self.file, self._warn)
         if ranks.first:
-            self.file.parent.mkdir(exist_ok=True)
-            for file in self.file.parent.glob("rank*.jsonl"):
-                truncate_after_step(file, step)
+            try:
+                self.file.parent.mkdir(exist_ok=True)
+                for file in sorted(self.file.parent.glob("rank*.jsonl")):
+                    self._warn(truncate_after_step(file, step))
+            except OSError as error:
+                self._warn(f"{error.filename or self.file.parent}: {error.strerror}; training continues")
         process_group.barrier()
+
+    def _warn(self, text: str) -> None:
+        if text and text not in self._warned:
+            self._warned.add(text)
+            say(f"warning: {text}")
 
     def recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; their samples are noted where `data.log_samples` asks for it."""
@@ -108,8 +117,7 @@ class Audit:
     def close_step(self, step: int) -> None:
         if self.file is not None:
             keys = [self.samples[row]["key"].decode() for row in self.rows]
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            self.lines.append({"step": step, "keys": keys})
             self.rows = []
 
 

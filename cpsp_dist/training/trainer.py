@@ -20,7 +20,8 @@ from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import Output, model_for
-from cpsp_dist.tracking.mlflow import Tracker, tracking_uri
+from cpsp_dist.tracking.mlflow import Tracker
+from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, make_folder
 from cpsp_dist.training.engine import (
@@ -38,6 +39,7 @@ from cpsp_dist.training.resume import load_latest_checkpoint
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter, say
+from cpsp_dist.utils.redact import without_secrets
 
 
 def train(
@@ -91,7 +93,8 @@ def train(
     if ranks.first:
         write_json(config, "results.json", results)
         say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
-        say(f"results in {config.output}/results.json; runs in {tracking_uri(config.output)}")
+        store = f"; runs in {without_secrets(tracking_uri(config.output))}" if config.tracking.enabled else ""
+        say(f"results in {config.output}/results.json{store}")
     return results
 
 

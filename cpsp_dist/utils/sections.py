@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer
+
+from cpsp_dist.utils.redact import plain
 
 
 class Section(BaseModel):
     """A part of the configuration. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _keep_secrets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Passwords in URLs are not written to checkpoints, launch files and tracked settings."""
+        return {key: plain(value) for key, value in dump(self).items()}
 
 
 def make_section(name: str, module: str, description: str, common: dict[str, tuple[Any, Any]], *kinds: type) -> Any:

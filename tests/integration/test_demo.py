@@ -12,7 +12,7 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.demo import run as demo
-from cpsp_dist.tracking.mlflow import all_runs
+from cpsp_dist.tracking.store import all_runs
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cpsp_dist.cli import main
-from cpsp_dist.tracking.mlflow import all_runs
+from cpsp_dist.tracking.store import all_runs
 from tests.support.environment import REPO
 from tests.support.packing_sources import files_under
 from tests.support.runs import audited, loss_history, newest_state, overrides

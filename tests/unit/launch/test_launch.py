@@ -25,7 +25,7 @@ from cpsp_dist.launch.cluster import Resources, dry_run
 from cpsp_dist.launch.jobs import Job, State
 from cpsp_dist.launch.sweep import plan, with_parent
 from cpsp_dist.tracking.compare import compare
-from cpsp_dist.tracking.mlflow import close_sweep, open_sweep
+from cpsp_dist.tracking.store import close_sweep, open_sweep
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, loss_history, newest_weights, overrides
 from tests.support.runs import sweep_parents as parents
