@@ -10,11 +10,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.utils.json_lines import read_bytes
 
 if TYPE_CHECKING:
     from cpsp_dist.config import Config
@@ -22,7 +26,13 @@ if TYPE_CHECKING:
     from cpsp_dist.models import Network
     from cpsp_dist.training.checkpoint import TrainingProgress
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 2
+#: Bytes of a text file of the folder, at most; the settings' keys; what damaged ones raise somewhere.
+LARGEST = 1 << 24
+KEYS = {"format", "model", "inputs", "step", "sha256"}
+_OF_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 WEIGHTS, SETTINGS, CATEGORIES, CARD = "model.safetensors", "config.json", "categories.txt", "README.md"
 
 
@@ -34,20 +44,61 @@ def load_model(folder: str | Path) -> Network:
     Raises:
         DataError: not an exported folder, or not whole.
     """
+    import torch
+
     from cpsp_dist.models import build_model, load_weights
+    from cpsp_dist.models.weights import shapes_of
 
     folder = Path(folder)
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        categories = (folder / CATEGORIES).read_text(encoding="utf-8").splitlines()
+        settings = json.loads(_read(folder / SETTINGS))
+        categories = _read(folder / CATEGORIES).decode().splitlines()
         if settings["format"] != FORMAT_VERSION:
             raise DataError(f"{folder}: export format {settings['format']!r}, this program reads {FORMAT_VERSION}")
+        shapes = shapes_of(folder / WEIGHTS)
+        _require_unchanged(folder, settings)
+        if len(categories) != settings["model"]["categories"]:
+            raise ValueError(f"{CATEGORIES} has {len(categories)} names")
+        with torch.device("meta"):  # what is described may be of any size
+            described = build_model(**settings["model"]).state_dict()
+        if {name: tuple(x.shape) for name, x in described.items()} != shapes:
+            raise ValueError(f"{SETTINGS} describes other weights than {WEIGHTS} holds")
         model = build_model(**settings["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a model of `cpsp-dist export` ({error!r})") from None
+    except (OSError, *_OF_DAMAGE) as error:
+        raise DataError(f"{folder}: not a model of `cpsp-dist export` ({str(error) or error!r})") from None
     load_weights(folder / WEIGHTS, model)
     model.categories = categories  # type: ignore[assignment]  # nn.Module is annotated for tensors and modules
     return model.eval()
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing")
+    return read_bytes(path, limit=LARGEST)
+
+
+def _require_unchanged(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where a file is not as it was written; exports of 0.1 have no digests."""
+    digests = settings.get("sha256")
+    if unknown := settings.keys() - KEYS:
+        raise ValueError(f"{SETTINGS} has keys {', '.join(sorted(unknown))}")
+    if digests is None:
+        return
+    for name, digest in digests.items():
+        found = _digest_of(settings) if name == SETTINGS else file_digest(folder / name)
+        if found != digest:
+            raise ValueError(f"{name} is not as it was exported (sha256 differs)")
+
+
+def _digest_of(settings: dict[str, Any]) -> str:
+    """Of all settings but the digests."""
+    content = {key: value for key, value in settings.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export(run: str | Path, out: str | Path) -> Path:
@@ -58,9 +109,9 @@ def export(run: str | Path, out: str | Path) -> Path:
     """
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     from cpsp_dist.models import MODELS
+    from cpsp_dist.models.weights import save_tensors
     from cpsp_dist.training.setup import load_run, open_manifest
     from cpsp_dist.utils.registry import settings_from
 
@@ -90,14 +141,18 @@ def export(run: str | Path, out: str | Path) -> Path:
     }
     part = out.with_name(f".{out.name}.part")
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
-        (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
+        part.mkdir(parents=True)
+        save_tensors({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
         (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
+        digests = {name: file_digest(part / name) for name in (WEIGHTS, CATEGORIES)}
+        settings["sha256"] = digests | {SETTINGS: _digest_of(settings)}
+        (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         (part / CARD).write_text(_card(Path(run), config, manifest, progress, step), encoding="utf-8")
         load_model(part)  # what cannot be loaded is not handed out
         part.rename(out)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
     return out
 
@@ -106,9 +161,7 @@ def _card(run: Path, config: Config, manifest: Manifest, progress: TrainingProgr
     from cpsp_dist.losses import OBJECTIVES
 
     fields, train = manifest.fields, config.train
-    results: dict[str, Any] = {}
-    if (run / "results.json").is_file():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = _results(run / "results.json")
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in results.items()) or "| (run not finished) | |"
     used = [f"{name} × {weight:g}" for name in OBJECTIVES if (weight := getattr(config.objectives, name))]
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
@@ -147,6 +200,16 @@ The features have to come from the encoders that made the training data.
   learning rate {train.learning_rate:g}, {train.precision}, seed {train.seed}, {progress.world} ranks
 - MLflow run: {progress.run_id or "none"}
 """
+
+
+def _results(file: Path) -> dict[str, float]:
+    """Percentages by name; none of a run that has not finished, or whose file is damaged."""
+    try:
+        content = json.loads(read_bytes(file, limit=LARGEST) or "{}")
+        return {name: float(f"{value:.9g}") for name, value in content.items()}
+    except (OSError, *_OF_DAMAGE) as error:
+        logger.warning("%s: damaged, so the card has no results: %s", file, error)
+        return {}
 
 
 def _shape(shape: tuple[int, ...]) -> str:

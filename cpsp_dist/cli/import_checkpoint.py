@@ -24,11 +24,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _import(args: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
-
     from cpsp_dist.config import load_config
     from cpsp_dist.models import model_for
     from cpsp_dist.models.published import load_published
+    from cpsp_dist.models.weights import save_tensors
     from cpsp_dist.training.setup import open_manifest
 
     config = load_config(args.config)
@@ -43,7 +42,7 @@ def _import(args: argparse.Namespace) -> None:
     part = args.out.with_suffix(".part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, part)
+        save_tensors(weights, part)
         part.replace(args.out)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -12,13 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils.json_lines import read_bytes
 
 #: Seconds between two looks at the logs, and between two questions to Slurm.
 LOOK, ASK = 0.2, 3.0
 #: Seconds after which a job that Slurm does not know any more, and that left no exit code, counts as lost.
 PATIENCE = 60.0
 FORGOTTEN = "Slurm does not know it"
-LAUNCH_FILE = "launch.json"
+#: The jobs of a launch; its bytes, at most.
+LAUNCH_FILE, LARGEST = "launch.json", 1 << 24
 #: Slurm's states in which a job will not run again by itself. (A requeued or preempted one is PENDING before long.)
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -78,11 +79,27 @@ def load_jobs(folder: str | Path) -> list[Job]:
     place = Path(folder)
     found = [place / LAUNCH_FILE] if (place / LAUNCH_FILE).is_file() else sorted(place.glob(f"slurm/*/{LAUNCH_FILE}"))
     try:
-        return [Job(**{**job, "folder": str(found[-1].parent)}) for job in json.loads(found[-1].read_text())]
+        content = json.loads(read_bytes(found[-1], limit=LARGEST))
+        jobs = [Job(**{**job, "folder": str(found[-1].parent)}) for job in content]
+        if not jobs or not all(map(_sound, jobs)):
+            raise ValueError("no list of jobs")
+        return jobs
     except IndexError:
         raise UserError(f"{folder}: nothing was launched here; give the output folder of a launched run") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{found[-1]}: cannot be read: {error}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{found[-1]}: damaged, so the jobs of this launch are not known: {error}; look for them in `squeue --me`, "
+            "and remove the file once they have ended"
+        ) from None
+
+
+def _sound(job: Job) -> bool:
+    return (
+        all(isinstance(value, str) for value in asdict(job).values())
+        and re.fullmatch(r"[0-9]{1,18}(_[0-9]{1,9})?", job.id) is not None
+        and job.cluster in ("slurm", "local")
+        and not {"/", "\0"} & {*job.name}
+    )
 
 
 def states(jobs: Sequence[Job]) -> dict[str, State]:
@@ -130,10 +147,16 @@ def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _exit_code(job: Job) -> int | None:
+    return read_code(job.exit_file)
+
+
+def read_code(file: Path) -> int | None:
+    """The exit code in a file; None where it is not there, just being written, or holds no exit code."""
     try:
-        return int(job.exit_file.read_text())
-    except (OSError, ValueError):  # not there, or just being written
+        code = int(read_bytes(file, limit=100))
+    except (OSError, ValueError):
         return None
+    return code if 0 <= code < 256 else None
 
 
 def _alive(job: Job) -> bool:
@@ -183,9 +206,7 @@ def last_step(job: Job) -> str:
 
 def _tail(file: Path, size: int = 65536) -> str:
     try:
-        with open(file, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
-            return stream.read().decode(errors="replace")
+        return read_bytes(file, max(0, file.stat().st_size - size)).decode(errors="replace")
     except OSError:
         return ""
 
@@ -199,9 +220,7 @@ class Logs:
     def show(self) -> None:
         for job in self.jobs:
             try:
-                with open(job.log, "rb") as file:
-                    file.seek(self._read.get(job.id, 0))
-                    text = file.read()
+                text = read_bytes(job.log, self._read.get(job.id, 0))
             except OSError:  # it waits
                 continue
             text = text[: text.rfind(b"\n") + 1]

@@ -18,7 +18,7 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.launch.cluster import Resources
 from cpsp_dist.launch.files import prepared, write_snapshots
 from cpsp_dist.launch.job import run
-from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, save_jobs, states
+from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, read_code, save_jobs, states
 from cpsp_dist.launch.sweep import Planned
 
 #: Seconds that ranks which were asked to stop may take to save.
@@ -87,10 +87,8 @@ def _visible_gpus(count: int) -> tuple[int, ...]:
 
 def _local_code(folder: Path, job_id: str, ranks: int) -> int:
     """The highest exit code of a local job's ranks; one that left none was killed."""
-    codes = [128 + signal.SIGKILL]
-    with contextlib.suppress(OSError, ValueError):
-        codes = [int((folder / f"{job_id}_{rank}_code").read_text()) for rank in range(ranks)]
-    return max(codes)
+    codes = [read_code(folder / f"{job_id}_{rank}_code") for rank in range(ranks)]
+    return max(128 + signal.SIGKILL if code is None else code for code in codes)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cpsp_dist.errors import DataError
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file, readable as the umask says (safetensors itself makes it the owner's alone).
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    save_file(tensors, path)
+    os.chmod(path, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Of this process; asked of the kernel, for setting it, the only other way, would be seen by other threads."""
+    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1], 8) if found else 0o077
+
+
+def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors in a .safetensors file. Raises DataError: it is none."""
+    try:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such .safetensors file")
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable .safetensors file ({error})") from None
 
 
 def load_weights(path: str | Path, model: nn.Module) -> None:
@@ -18,6 +47,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     Raises:
         DataError: not such a file, or its parameters are not exactly those of `model`; each of them is listed.
     """
+    shapes_of(path)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:

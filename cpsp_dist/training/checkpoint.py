@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
 from cpsp_dist.errors import DataError
+from cpsp_dist.models.weights import save_tensors
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.json_lines import read_bytes
+
+logger = logging.getLogger(__name__)
 
 #: Of the files of a checkpoint and what is in them; a checkpoint of another one is refused.
 FORMAT_VERSION = 1
@@ -32,6 +38,7 @@ COMMIT = "commit.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
+REMEDY = "remove it to use the one before"
 
 
 @dataclass
@@ -75,8 +82,7 @@ class Checkpoints:
         self._remove_leftovers()
         try:
             self._write(part, state, progress)
-            if target.exists():  # the same step again: this one was damaged, and the run resumed before it
-                shutil.rmtree(target)
+            _remove(target)  # the same step again: this one was damaged, and the run resumed before it
             part.rename(target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # of a full disk, give back what it took
@@ -85,7 +91,10 @@ class Checkpoints:
         latest = self.folder / f".{LATEST}.part"
         latest.write_text(target.name + "\n", encoding="utf-8")
         _sync(latest)
-        latest.replace(self.folder / LATEST)
+        try:
+            latest.replace(self.folder / LATEST)
+        except IsADirectoryError:  # nothing reads it but people
+            logger.warning("%s: a folder; it does not name the newest checkpoint", self.folder / LATEST)
         _sync(self.folder)
         for old in self.steps()[:-keep]:
             if old != progress.best_step:
@@ -96,17 +105,14 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         for left in self.folder.glob(".*.part"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            _remove(left)
 
     def _write(self, part: Path, state: TrainingState, progress: TrainingProgress) -> None:
         """Everything of a checkpoint, on disk, in a folder that does not count as one yet."""
         part.mkdir()
-        save_file(state.weights, part / WEIGHTS)
+        save_tensors(state.weights, part / WEIGHTS)
         moments = {f"{moment}/{name}": t for moment, tensors in state.moments.items() for name, t in tensors.items()}
-        save_file(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
+        save_tensors(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
         described = asdict(progress) | {"updates": state.updates}
         (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
@@ -125,8 +131,19 @@ class Checkpoints:
         return one, one * (config.checkpoint.keep + 2)
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, rising; not yet verified."""
-        return sorted(int(p.name.split("-")[1]) for p in self.folder.glob("step-*") if p.is_dir())
+        """Steps of all checkpoints, rising; not yet verified. Whatever else lies there is no checkpoint.
+
+        Raises:
+            DataError: the folder cannot be listed.
+        """
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be listed: {error.strerror}") from None
+        found = [int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-[0-9]{8,15}", name)]
+        return sorted(step for step in found if self.path(step).name in names and self.path(step).is_dir())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -155,40 +172,76 @@ class Checkpoints:
         try:
             commit = _read_commit(folder)
             expected = commit["files"]
-            if commit["own"] != _digest_of(expected):
+            if commit["own"] != _digest_of(expected) or not isinstance(expected, dict):
                 raise ValueError("changed")
         except FileNotFoundError:
             yield f"{COMMIT} is missing"
             return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             yield f"{COMMIT} is damaged"
             return
+        whole = True
         for name in (WEIGHTS, OPTIMIZER, PROGRESS):
-            if not (folder / name).is_file():
-                yield f"{name} is missing"
-            elif _sha256(folder / name) != expected.get(name):
-                yield f"{name} is damaged"
+            problem = _problem(folder / name, expected.get(name))
+            if problem:
+                whole = False
+                yield f"{name} {problem}"
+        if whole and (found := json.loads(read_bytes(folder / PROGRESS))["step"]) != step:
+            yield f"this is a copy of the checkpoint of step {found}"
 
     def load(self, step: int) -> tuple[TrainingState, TrainingProgress]:
-        """The state and progress of a checkpoint.
+        """The state and progress of a checkpoint, every byte as it was written.
 
         Raises:
             DataError: it is missing or damaged, or has another format.
         """
         folder = self.path(step)
+        if problems := list(self.verify(step)):
+            raise DataError(f"{folder}: not a complete checkpoint ({'; '.join(problems)}); {REMEDY}")
         try:
-            _read_commit(folder)
             weights = _read(folder / WEIGHTS)
             moments: dict[str, dict[str, Any]] = {}
             for key, tensor in _read(folder / OPTIMIZER).items():
                 moment, name = key.split("/", 1)
                 moments.setdefault(moment, {})[name] = tensor
-            described = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            described = json.loads(read_bytes(folder / PROGRESS))
             updates = described.pop("updates")
             objectives = moments.pop("objectives", {})
             return TrainingState(weights, moments, updates, objectives), TrainingProgress(**described)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DataError(f"{folder}: not a readable checkpoint ({error}); remove it to use the one before") from None
+            raise DataError(f"{folder}: not a readable checkpoint ({error}); {REMEDY}") from None
+
+    def load_best(self, progress: TrainingProgress) -> tuple[TrainingState, int, str]:
+        """The weights that were best on val (the last ones without a val split), their step, and a warning or ''.
+
+        Where somebody has removed their checkpoint, it is the last ones.
+
+        Raises:
+            DataError: that checkpoint is damaged.
+        """
+        best = progress.step if progress.best_step is None else progress.best_step
+        if best == progress.step or self.path(best).exists():
+            return self.load(best)[0], best, ""
+        warning = f"{self.path(best)}, the best weights on val, is not there; those of step {progress.step} are used"
+        return self.load(progress.step)[0], progress.step, warning
+
+
+def _problem(path: Path, expected: Any) -> str:
+    """What is wrong with a file of a checkpoint, or ''."""
+    if not path.is_file():
+        return "is missing"
+    try:
+        return "" if _sha256(path) == expected else "is damaged"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _remove(path: Path) -> None:
+    """A file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -201,14 +254,16 @@ def make_folder(folder: Path) -> None:
 
 def _read_commit(folder: Path) -> dict[str, Any]:
     """`commit.json`; raises DataError where it is of another format, OSError or ValueError where it cannot be read."""
-    commit = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    if not (folder / COMMIT).exists():
+        raise FileNotFoundError(folder / COMMIT)
+    commit = json.loads(read_bytes(folder / COMMIT, limit=1 << 20))
     if not isinstance(commit, dict):
         raise ValueError("no object")
     version = commit.get("format")
     if version != FORMAT_VERSION:
         raise DataError(
             f"{folder}: checkpoint of format {version}, this program reads format {FORMAT_VERSION}; use the "
-            "program that wrote it, or train anew into another folder"
+            "program that wrote it, or train anew into another folder; where it is damaged, remove it"
         )
     return commit
 

@@ -75,7 +75,9 @@ def evaluate_best(
 
     The details go to `evaluation_val.json` and `evaluation_test.json` in the run's folder.
     """
-    state, _ = Checkpoints(config.output).load(progress.best_step or progress.step)
+    state, _, warning = Checkpoints(config.output).load_best(progress)
+    if warning and ranks.first:
+        say(f"warning: {warning}")
     model = PlainModel(model_for(config.model, manifest), state.weights, ranks.device)
     results: dict[str, float] = {}
     for split, name in (("val", "best_val"), ("test", "test")):

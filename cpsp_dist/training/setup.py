@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from cpsp_dist.config import Config
@@ -18,6 +20,8 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import load_weights, model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
+
+logger = logging.getLogger(__name__)
 
 #: Training videos from which the scale of the features is estimated.
 CALIBRATION_VIDEOS = 64
@@ -123,6 +127,16 @@ def load_run(output: str | Path) -> TrainedRun:
     if newest is None:
         raise UserError(f"{output}: no complete checkpoint here; give the output folder of a training run")
     progress = checkpoints.load(newest)[1]
-    step = newest if progress.best_step is None else progress.best_step
-    state, _ = checkpoints.load(step)
-    return TrainedRun(Config.model_validate(progress.config, strict=False), progress, state, step)
+    state, step, warning = checkpoints.load_best(progress)
+    if warning:
+        logger.warning("%s", warning)
+    try:
+        config = Config.model_validate(progress.config, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{checkpoints.path(newest)}: its setting {key} is none of this program's ({first['msg']}); use the "
+            "version that wrote it"
+        ) from None
+    return TrainedRun(config, progress, state, step)

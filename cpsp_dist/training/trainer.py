@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def train(
         # Both read files that the user names; a mistake there is reported before anything is made.
         deepspeed_settings(config, ranks.world)
         model = initial_model(config, manifest)
-        _make_folder(config.output)
+        _make_folder(config.output, ranks)
         state, progress = load_latest_checkpoint(checkpoints, config, manifest, ranks, allow_config_change)
         tracker = stack.enter_context(
             Tracker(
@@ -261,8 +262,20 @@ class Trainer:
         return Replay(network.module, read, run)
 
 
-def _make_folder(output: str) -> None:
+def _make_folder(output: str, ranks: Ranks) -> None:
+    """Make the run's folder, or see that rank 0 can write to it: not after hours, at the first checkpoint.
+
+    Raises:
+        UserError: it cannot.
+    """
     try:
         make_folder(Path(output))
     except OSError as error:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
+    checkpoints = Checkpoints(output).folder
+    for folder in (Path(output), checkpoints):
+        if ranks.first and os.path.lexists(folder):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: not a folder; move it away, for the run's files go there")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"{folder}: this folder cannot be written to; change its rights, or set another output")

@@ -28,11 +28,11 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return content if type(step) is int and 0 <= step < 2**53 else None
 
 
-def read_bytes(file: Path, start: int = 0) -> bytes:
+def read_bytes(file: Path, start: int = 0, limit: int | None = None) -> bytes:
     """The bytes of a regular file from `start`; none where there is no such file.
 
     Raises:
-        OSError: it cannot be read, or is a folder, pipe or device.
+        OSError: it cannot be read, is a folder, pipe or device, or longer than `limit` bytes.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -40,6 +40,8 @@ def read_bytes(file: Path, start: int = 0) -> bytes:
         return b""
     with open(descriptor, "rb") as stream:
         _require_regular(descriptor)
+        if limit is not None and os.fstat(descriptor).st_size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         stream.seek(start)
         return stream.read()
 
