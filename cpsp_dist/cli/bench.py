@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cpsp_dist.cli.paths import local_path
+
 PEERS = ("webdataset", "mosaicml", "litdata", "published")
 
 
@@ -17,7 +19,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Rate of the streaming reader, over one core's memcpy of the same bytes in the same run: in one"
         " process, with each number of threads, page cache warm and cold; plain webdataset beside it.",
     )
-    loader.add_argument("--shards", type=Path, help="folder of shards (default: 0.5 MB samples, made and removed)")
+    loader.add_argument("--shards", type=local_path, help="folder (default: 0.5 MB samples, made and removed)")
     loader.add_argument("--split", default="train", help="split to read (default: %(default)s)")
     loader.add_argument("--samples", type=_count, default=2000, help="so many samples a round (default: %(default)s)")
     loader.add_argument("--batch", type=_count, default=64, help="samples a batch (default: %(default)s)")
@@ -35,7 +37,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Reading speed of this package and of webdataset, mosaicml-streaming, litdata and the published"
         " zip-of-pickle layout, each in an environment of its own (made at the first call; some GB).",
     )
-    peers.add_argument("--envs", type=Path, default=Path("runs/bench-peers"), help="where (default: %(default)s)")
+    peers.add_argument("--envs", type=local_path, default=Path("runs/bench-peers"), help="where (default: %(default)s)")
     peers.add_argument("--samples", type=_count, default=1024, help="so many samples (default: %(default)s)")
     peers.add_argument("--peer", action="append", choices=PEERS, help="this one only; may be given again")
     peers.add_argument("--json", action="store_true", help="print JSON instead of a table")

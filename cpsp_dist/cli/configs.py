@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils import shipped
 
 
@@ -31,11 +32,13 @@ def _register(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, folder: Path, brief: str, text: str
 ) -> None:
     parser = commands.add_parser(name, help=brief, description=text, epilog=f"Example: cpsp-dist {name} --copy {name}")
-    parser.add_argument("--copy", metavar="DIR", help="write them here; an existing file is not overwritten")
+    parser.add_argument(
+        "--copy", type=local_path, metavar="DIR", help="write them here; an existing file is not overwritten"
+    )
     parser.set_defaults(handler=lambda args: _list_or_copy(folder, args.copy))
 
 
-def _list_or_copy(folder: Path, target: str | None) -> None:
+def _list_or_copy(folder: Path, target: Path | None) -> None:
     if target is not None:
         print(f"{target}: {len(shipped.copy_out(folder, target))} files")
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cpsp_dist.cli.paths import local_path
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
@@ -13,7 +15,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "cpsp_dist.export.load_model loads with torch and safetensors alone.",
     )
     parser.add_argument("run", metavar="RUN", help="output folder of a training run")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to make")
     parser.set_defaults(handler=_export)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.models import MODELS
 
@@ -16,10 +16,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Turn a checkpoint of the published code (a .pth.tar of parameters by name) into weights of ours. "
         "The config says which network, and its shards which sizes; every parameter has to fit. Only tensors are read.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the published checkpoint")
+    parser.add_argument("file", type=local_path, metavar="FILE", help="the published checkpoint")
     parser.add_argument("--model", required=True, choices=tuple(MODELS), help="its network (cpsp and sspsp are psp)")
     parser.add_argument("--config", metavar="CONFIG", required=True, help="configuration of the run that is to use it")
-    parser.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
+    parser.add_argument("--out", type=local_path, required=True, help="file to write (.safetensors)")
     parser.set_defaults(handler=_import)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing import LAYOUTS
 
@@ -36,13 +37,13 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     preview.add_argument("--split", help="of this split only")
     preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
     preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
-    preview.add_argument("--png", type=Path, metavar="FILE", help="also draw their features and labels")
+    preview.add_argument("--png", type=local_path, metavar="FILE", help="also draw their features and labels")
     preview.set_defaults(handler=_preview)
 
     _register_plan(actions)
 
     keypad = actions.add_parser("keypad", help="generate the demo corpus, in AVE's file layout")
-    keypad.add_argument("--out", type=Path, required=True, help="folder to make")
+    keypad.add_argument("--out", type=local_path, required=True, help="folder to make")
     for split, size in (("train", 600), ("val", 100), ("test", 200)):
         keypad.add_argument(f"--{split}", type=int, default=size, metavar="N", help=f"videos (default {size})")
     keypad.add_argument("--seed", type=int, default=0)
@@ -62,12 +63,6 @@ def _register_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     plan.set_defaults(handler=_plan)
 
 
-def _local_folder(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder of this machine and copy the shards there")
-    return Path(text)
-
-
 def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     pack = actions.add_parser(
         "pack",
@@ -77,16 +72,16 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
         + "\n".join(f"  {name:14} {LAYOUTS.description(name)}" for name in LAYOUTS),
     )
     pack.add_argument("--layout", required=True, choices=LAYOUTS, help="how the features are stored")
-    pack.add_argument("--out", type=_local_folder, required=True, help="folder to make")
+    pack.add_argument("--out", type=local_path, required=True, help="folder to make")
     source = pack.add_argument_group("source", "A file with its usual name in --source needs no flag of its own.")
-    source.add_argument("--source", type=Path, help="folder of the features")
-    source.add_argument("--visual", "--video", type=Path, help="visual features: a file or folder, by layout")
-    source.add_argument("--audio", type=Path, help="audio features: a file or folder, by layout")
-    source.add_argument("--labels", "--label", type=Path, help="segment labels: a file or folder, by layout")
-    source.add_argument("--mil", type=Path, help="video labels (mil_labels.h5)")
-    source.add_argument("--annotations", type=Path, help="Annotations.txt")
-    source.add_argument("--categories", type=Path, help="class names, one a line, in class order")
-    source.add_argument("--csv", type=Path, help="category,video_id,split of every video")
+    source.add_argument("--source", type=local_path, help="folder of the features")
+    source.add_argument("--visual", "--video", type=local_path, help="visual features: a file or folder, by layout")
+    source.add_argument("--audio", type=local_path, help="audio features: a file or folder, by layout")
+    source.add_argument("--labels", "--label", type=local_path, help="segment labels: a file or folder, by layout")
+    source.add_argument("--mil", type=local_path, help="video labels (mil_labels.h5)")
+    source.add_argument("--annotations", type=local_path, help="Annotations.txt")
+    source.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
+    source.add_argument("--csv", type=local_path, help="category,video_id,split of every video")
     source.add_argument(
         "--visual-order",
         choices=("auto", "last", "first"),
@@ -115,18 +110,18 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _register_rework(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
-    index.add_argument("folder", type=_local_folder, help="folder of tars, also of others' (see docs/shard-format.md)")
-    index.add_argument("--categories", type=Path, help="class names, one a line, in class order")
+    index.add_argument("folder", type=local_path, help="folder of tars, also of others' (see docs/shard-format.md)")
+    index.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
     index.set_defaults(handler=_index)
 
     merge = actions.add_parser("merge", help="one folder of the shards of several")
-    merge.add_argument("folders", type=Path, nargs="+", help="folders of shards, of the same classes and shapes")
-    merge.add_argument("--out", type=Path, required=True, help="folder to make")
+    merge.add_argument("folders", type=local_path, nargs="+", help="folders of shards, of the same classes and shapes")
+    merge.add_argument("--out", type=local_path, required=True, help="folder to make")
     merge.set_defaults(handler=_merge)
 
     subset = actions.add_parser("subset", help="pack a part of a folder of shards")
-    subset.add_argument("folder", type=Path, help="folder of shards")
-    subset.add_argument("--out", type=Path, required=True, help="folder to make")
+    subset.add_argument("folder", type=local_path, help="folder of shards")
+    subset.add_argument("--out", type=local_path, required=True, help="folder to make")
     size = subset.add_mutually_exclusive_group(required=True)
     size.add_argument("--first", type=int, metavar="N", help="the first N videos of each class in each split")
     size.add_argument(
@@ -136,8 +131,8 @@ def _register_rework(actions: argparse._SubParsersAction[argparse.ArgumentParser
     subset.set_defaults(handler=_subset)
 
     split = actions.add_parser("split", help="pack a folder of shards as several, no video in two of them")
-    split.add_argument("folder", type=Path, help="folder of shards")
-    split.add_argument("--out", type=Path, required=True, help="folder in which to make one for each part")
+    split.add_argument("folder", type=local_path, help="folder of shards")
+    split.add_argument("--out", type=local_path, required=True, help="folder in which to make one for each part")
     split.add_argument(
         "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share of each class"
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cpsp_dist.data.urls import is_url
+from cpsp_dist.data.urls import is_url, local_path
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
@@ -54,6 +54,13 @@ class DataSettings(Section):
         if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
             return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
         return content
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_is_local(cls, cache: str | None) -> str | None:
+        if cache is not None:
+            local_path(cache)
+        return cache
 
 
 class PoolSettings(Section):
@@ -153,6 +160,12 @@ class Config(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_local(cls, output: str) -> str:
+        local_path(output)
+        return output
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

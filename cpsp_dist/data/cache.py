@@ -29,7 +29,7 @@ from pathlib import Path
 
 from cpsp_dist.data import fetch
 from cpsp_dist.data.fetch import Cancelled
-from cpsp_dist.data.urls import join
+from cpsp_dist.data.urls import is_url, join
 from cpsp_dist.errors import DataError
 from cpsp_dist.utils.file_lock import lock_holder
 from cpsp_dist.utils.redact import without_secrets
@@ -100,7 +100,10 @@ class Cache:
 
     def __init__(self, folder: str | Path | None = None, gigabytes: float | None = None) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = Path(folder or os.environ.get("CPSP_CACHE") or Path(home) / "cpsp-dist").absolute()
+        place = folder or os.environ.get("CPSP_CACHE") or Path(home) / "cpsp-dist"
+        if is_url(place):
+            raise DataError(f"CPSP_CACHE={without_secrets(str(place))} is a URL; give a folder of a local disk")
+        self.folder = Path(place).absolute()
         self.limit = None if gigabytes is None else int(gigabytes * 1e9)
         self.bytes_received = 0  # a progress counter; counts 1 for each growth seen of another process's fetch
         self._warned = False

@@ -208,11 +208,3 @@ def test_without_s3fs_the_extra_is_named(tmp_path):
     assert done.stderr == (
         "error: s3://bucket/tiny/index.json: s3:// needs the package s3fs: pip install 'cpsp-dist[s3]'\n"
     )
-
-
-@pytest.mark.parametrize("command", [["index"], ["pack", "--layout", "ave-h5", "--source", "x", "--out"]])
-def test_commands_that_write_take_a_folder_alone(command, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["shards", *command, "s3://bucket/tiny"])
-    assert caught.value.code == 2
-    assert "is a URL; give a folder of this machine and copy the shards there" in capsys.readouterr().err
