@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,45 @@ def require_each_sample_once_an_epoch(output: Path, steps: int, global_batch: in
         assert set(counts.values()) == {1}
 
 
+def saving(zero: int, batch: int, steps: int) -> list[str]:
+    """Settings of a run that is saved after every step."""
+    more = [f"engine.zero={zero}", f"train.steps={steps}", f"train.global_batch={batch}"]
+    return [*more, "data.log_samples=true", "checkpoint.every_steps=1"]
+
+
+Uninterrupted = Callable[[int, int, int], tuple[Path, float]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """ZeRO stage, global batch, steps -> output of a run on 2 ranks that was left alone, and its seconds."""
+
+    @functools.cache
+    def train(*kind: int) -> tuple[Path, float]:
+        output, began = tmp_path_factory.mktemp("alone") / "run", time.monotonic()
+        prefork.start(arguments(keypad_shards, output, *saving(*kind)), 2).finish()
+        return output, time.monotonic() - began
+
+    return train
+
+
+#: One epoch of 48 samples.
+SHORT = (2, 8, 6)
+
+
 @pytest.mark.parametrize(
-    ("zero", "kills", "steps"),
-    [(2, 3, 12), pytest.param(0, 30, 36, marks=pytest.mark.long), pytest.param(2, 30, 36, marks=pytest.mark.long)],
+    ("kind", "kills"),
+    [(SHORT, 3), pytest.param((0, 4, 36), 30, marks=pytest.mark.long)]
+    + [pytest.param((2, 4, 36), 30, marks=pytest.mark.long)],
+    ids=["3 kills", "30 kills, ZeRO-0", "30 kills, ZeRO-2"],
 )
 def test_killed_at_random_moments(
-    prefork: Any, keypad_shards: Path, tmp_path: Path, zero: int, kills: int, steps: int
+    prefork: Any,
+    keypad_shards: Path,
+    tmp_path: Path,
+    uninterrupted: Uninterrupted,
+    kind: tuple[int, int, int],
+    kills: int,
 ) -> None:
     """SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
 
@@ -45,11 +80,9 @@ def test_killed_at_random_moments(
     seed = random.randrange(10_000)
     print("seed", seed)  # pytest shows it on failure
     chance = random.Random(seed)
-    more = [f"engine.zero={zero}", f"train.steps={steps}", "data.log_samples=true", "checkpoint.every_steps=1"]
-    began = time.monotonic()
-    prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
-    whole = time.monotonic() - began
-    killed = arguments(keypad_shards, tmp_path / "killed", *more)
+    _, batch, steps = kind
+    alone, seconds = uninterrupted(*kind)
+    killed = arguments(keypad_shards, tmp_path / "killed", *saving(*kind))
     checkpoints, where = Checkpoints(tmp_path / "killed"), Counter[str]()
     hold = ["cpsp_dist.training.trainer", "evaluate_best", 0, str(tmp_path / "never")]
     for turn in range(kills):
@@ -58,10 +91,10 @@ def test_killed_at_random_moments(
         if not turn:  # so that something is saved, however few kills there are
             assert launch.until_step(2)
         elif chance.random() < 0.2 or saved >= steps - 3:
-            time.sleep(chance.uniform(0, whole / 10))
+            time.sleep(chance.uniform(0, seconds / 10))
         else:
             assert launch.until_step(saved + chance.choice([1, 1, 2]))
-            time.sleep(chance.uniform(0, whole / steps))
+            time.sleep(chance.uniform(0, seconds / steps))
         victim, other = chance.sample(launch.ranks, 2)
         victim.kill()
         where["before its first step" if not launch.ranks[0].output.count("\nstep ") else "training"] += 1
@@ -73,11 +106,11 @@ def test_killed_at_random_moments(
     assert not (tmp_path / "killed" / "results.json").exists()
     assert "resuming from" in prefork.start(killed, 2).finish()
     print(where)
-    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    expected, found = newest_state(alone), newest_state(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    require_each_sample_once_an_epoch(tmp_path / "killed", steps=steps, global_batch=4, samples=48)
-    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
+    require_each_sample_once_an_epoch(tmp_path / "killed", steps=steps, global_batch=batch, samples=48)
+    assert audited(tmp_path / "killed") == audited(alone)
 
 
 def kill_in_save(rank: int, stage: int, victim: int, pids: str) -> None:
@@ -200,18 +233,27 @@ def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
     assert set(outcomes) == {2, 3}
 
 
+LONG = (2, 4, 12)
+
+
 @pytest.mark.parametrize(
-    ("victim", "every"),
-    [(0, 16), pytest.param(0, 5, marks=pytest.mark.long), pytest.param(1, 5, marks=pytest.mark.long)],
+    ("kind", "victim", "every"),
+    [(SHORT, 0, 16), *(pytest.param(LONG, victim, 5, marks=pytest.mark.long) for victim in (0, 1))],
+    ids=["rank 0 at 3 stages", "rank 0", "rank 1"],
 )
 def test_a_rank_killed_inside_a_save(
-    prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int, every: int
+    prefork: Any,
+    keypad_shards: Path,
+    tmp_path: Path,
+    uninterrupted: Uninterrupted,
+    kind: tuple[int, int, int],
+    victim: int,
+    every: int,
 ) -> None:
     """One training, killed on `victim` at `every`-th stage of the save, start after start; the ranks' own end is
     awaited once, and hurried otherwise."""
-    more = ["train.steps=12", "checkpoint.every_steps=1", "data.log_samples=true"]
-    prefork.start(arguments(keypad_shards, tmp_path / "whole", *more), 2).finish()
-    run = arguments(keypad_shards, tmp_path / "killed", *more)
+    alone, _ = uninterrupted(*kind)
+    run = arguments(keypad_shards, tmp_path / "killed", *saving(*kind))
     for step in (1, 2):
         save_some(tmp_path / "counted", step)
     stages = save_stages(tmp_path)
@@ -230,6 +272,6 @@ def test_a_rank_killed_inside_a_save(
         newest, _ = checkpoints.newest_valid()
         assert newest == max(checkpoints.steps(), default=None)
     prefork.start(run, 2).finish()
-    expected, found = newest_state(tmp_path / "whole"), newest_state(tmp_path / "killed")
+    expected, found = newest_state(alone), newest_state(tmp_path / "killed")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert audited(tmp_path / "killed") == audited(tmp_path / "whole")
+    assert audited(tmp_path / "killed") == audited(alone)

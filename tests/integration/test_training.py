@@ -59,12 +59,12 @@ def evaluations(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "engines",
-    [["ddp-fp64", "zero2"], pytest.param(list(ENGINES), marks=pytest.mark.long)],
+    ("engines", "steps"),
+    [(["ddp-fp64", "zero2"], 8), pytest.param(list(ENGINES), 20, marks=pytest.mark.long)],
     ids=["DDP and ZeRO-2", "all"],
 )
-def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
-    """Half batches on two ranks and the whole batch on one: the same losses, gradient norms and parameters after 20
+def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines, steps):
+    """Half batches on two ranks and the whole batch on one: the same losses, gradient norms and parameters after some
     SGD steps, and the same evaluation; of one model also on three ranks, which neither its 16 videos nor a batch of 7
     (a last one of 2) divides by."""
     for world in (1, 2):
@@ -73,7 +73,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
             world,
             keypad_shards,
             tmp_path / f"world{world}",
-            {name: ENGINES[name] for name in engines},
+            {name: [*ENGINES[name], f"train.steps={steps}"] for name in engines},
             timeout=400,
         )
     config = load_config(KEYPAD, overrides(keypad_shards, tmp_path))
@@ -82,7 +82,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
         tolerance = 1e-9 if name == "ddp-fp64" else 1e-5
         one, two = tmp_path / "world1" / name, tmp_path / "world2" / name
         history = [loss_history(one), loss_history(two)]
-        assert len(history[0]) == 20
+        assert len(history[0]) == steps
         assert {"loss/event", "loss/category", "loss/avps", "loss/psa_s", "loss/psa_v"} < set(history[0][0])
         for at_one, at_two in zip(*history, strict=True):
             assert at_two == pytest.approx(at_one, rel=tolerance, abs=tolerance), name
@@ -104,7 +104,7 @@ def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines):
         assert json.loads((two / f"evaluation_{split}.json").read_text()) == found
         assert found["videos"] == 16
     for found in ranks(evaluations, 3, one):
-        assert found == {split: known | {"step": 20} for split, known in expected.items()}
+        assert found == {split: known | {"step": steps} for split, known in expected.items()}
 
 
 def total(tensors: dict[str, torch.Tensor]) -> float:
@@ -153,23 +153,24 @@ def logged_steps(store: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "tolerance"),
+    ("before", "after", "steps", "tolerance"),
     [
-        pytest.param(["engine.kind=ddp", "train.precision=fp64"], [], 1e-9, marks=pytest.mark.long),
-        (["engine.zero=2", *SGD], ["engine.zero=3"], 1e-6),
+        pytest.param(["engine.kind=ddp", "train.precision=fp64"], [], (12, 20), 1e-9, marks=pytest.mark.long),
+        (["engine.zero=2", *SGD], ["engine.zero=3"], (4, 8), 1e-6),
     ],
     ids=["adam fp64", "sgd zero 2 to 3"],
 )
-def test_another_world_size_and_engine_goes_on(prefork, keypad_shards, tmp_path, before, after, tolerance):
-    """12 steps on one rank, the rest on two: as on one rank throughout.
+def test_another_world_size_and_engine_goes_on(prefork, keypad_shards, tmp_path, before, after, steps, tolerance):
+    """Some steps on one rank, the rest on two: as on one rank throughout.
 
     Adam in float64, for in float32 a rounding that turns one ReLU over is a thousandth of a weight some steps later,
     on any number of ranks (measured); losing the moments would show at once.
     """
     more = ["tracking.enabled=false", "tracking.every_steps=1", "checkpoint.every_steps=4", *before]
+    more += [f"train.steps={steps[1]}"]
     prefork.start(arguments(keypad_shards, tmp_path / "one", *more), 1).finish()
     launch = prefork.start(arguments(keypad_shards, tmp_path / "moved", *more), 1)
-    assert launch.until_step(13)
+    assert launch.until_step(steps[0] + 1)
     launch.kill()
     launch.wait()
     assert "resuming from" in prefork.start(arguments(keypad_shards, tmp_path / "moved", *more, *after), 2).finish()
