@@ -277,19 +277,47 @@ def test_a_forgotten_job_ends_the_wait(tmp_path, monkeypatch, capsys):
 # On this machine
 
 
+class Private(SimpleHTTPRequestHandler):
+    """A folder for those who send the token."""
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") == "Bearer t0k3n":
+            super().do_GET()
+        else:
+            self.send_error(401)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def trained(keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def private_url(keypad_shards: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Private(*args, directory=str(keypad_shards)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def settings_of(shards: Any, output: Path) -> list[str]:
+    cache = f"data.cache={output.parent / 'cache'}"
+    return overrides(shards, output, *QUICK, "tracking.enabled=false", cache, "data.order=lanes")
+
+
+@pytest.fixture(scope="module")
+def trained(private_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """From a URL, with a token that the environment has."""
     output = tmp_path_factory.mktemp("launched") / "run"
-    settings = overrides(keypad_shards, output, *QUICK, "tracking.enabled=false")
-    return output, launch(str(KEYPAD), *settings[:2], "--local", "--ranks-per-node", "2", *settings[2:])
+    first, second, *more = settings_of(private_url, output)
+    token = json.dumps({"headers": {"Authorization": "Bearer t0k3n"}})
+    return output, launch(str(KEYPAD), first, second, "--local", "--ranks-per-node", "2", *more, FSSPEC_HTTP=token)
 
 
 def test_local_ranks_give_the_same_loss(trained, prefork, keypad_shards, tmp_path):
-    """To the last digit: two ranks of submitit, two that another launcher started."""
+    """To the last digit: two ranks of submitit, from a URL; two that another launcher started, from the folder."""
     output, done = trained
     assert done.returncode == 0, done.stdout + done.stderr
-    run = ["--config", str(KEYPAD), *overrides(keypad_shards, tmp_path / "other", *QUICK, "tracking.enabled=false")]
-    prefork.start(run, 2).finish()
+    prefork.start(["--config", str(KEYPAD), *settings_of(keypad_shards, tmp_path / "other")], 2).finish()
     assert len(loss_history(output)) == 3
     assert loss_history(output) == loss_history(tmp_path / "other")
     assert "step 3/3 " in done.stdout
@@ -297,14 +325,22 @@ def test_local_ranks_give_the_same_loss(trained, prefork, keypad_shards, tmp_pat
     assert all(tensor.equal(expected[name]) for name, tensor in newest_weights(output).items())
 
 
-def test_what_is_submitted_is_two_paths(trained, keypad_shards, capsys):
+def test_credentials_of_the_environment_serve_and_are_written_nowhere(trained):
+    output, done = trained
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [path for path in output.parent.rglob("*") if path.is_file()]
+    assert any(path.name.endswith("submitted.pkl") for path in files)
+    assert any("cache" in path.parts for path in files), "it came from the URL"
+    assert not [path for path in files if b"t0k3n" in path.read_bytes()]
+    assert "t0k3n" not in done.stdout + done.stderr
+
+
+def test_what_is_submitted_is_two_paths(trained, private_url, capsys):
     """The pickle names one function and two strings; the snapshot is the resolved configuration."""
     output, _ = trained
     (pickled,) = output.glob("slurm/*/*_submitted.pkl")
     (snapshot,) = output.glob("slurm/*/config.yaml")
-    assert load_config(snapshot) == load_config(
-        KEYPAD, overrides(keypad_shards, output, *QUICK, "tracking.enabled=false")
-    )
+    assert load_config(snapshot) == load_config(KEYPAD, settings_of(private_url, output))
     code = list(pickletools.genops(pickled.read_bytes()))
     strings = [value for _, value, _ in code if isinstance(value, str)]
     assert {"cpsp_dist.launch.job", "run", str(snapshot), str(KEYPAD)} < set(strings)
@@ -356,41 +392,6 @@ def test_interrupted_local_ranks_save_and_end(keypad_shards, tmp_path):
     assert "stopping: waiting up to 120 s for the ranks to save and end" in lines
     assert any(line.startswith("SIGINT: saved step ") for line in lines)
     assert len(list((tmp_path / "out").glob("checkpoints/step-*"))) >= 1
-
-
-class Private(SimpleHTTPRequestHandler):
-    """A folder for those who send the token."""
-
-    def do_GET(self) -> None:
-        if self.headers.get("Authorization") == "Bearer t0k3n":
-            super().do_GET()
-        else:
-            self.send_error(401)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def private_url(keypad_shards: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Private(*args, directory=str(keypad_shards)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.long
-def test_credentials_of_the_environment_serve_and_are_written_nowhere(private_url, tmp_path):
-    settings = [f"data.cache={tmp_path}/cache", f"output={tmp_path}/out", "train.global_batch=8", "train.steps=1"]
-    token = json.dumps({"headers": {"Authorization": "Bearer t0k3n"}})
-    done = launch(
-        str(KEYPAD), f"data.shards={private_url}", *settings, "tracking.enabled=false", "--local", FSSPEC_HTTP=token
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert any(path.name.endswith("submitted.pkl") for path in files)
-    assert not [path for path in files if b"t0k3n" in path.read_bytes()]
 
 
 # One MLflow run above a sweep

@@ -6,8 +6,12 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,12 +32,32 @@ CONFIG = REPO / "configs" / "keypad.yaml"
 
 def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
-    return ["--config", str(CONFIG), *settings, "tracking.every_steps=2", "engine.kind=ddp", *more]
+    settings += ["tracking.every_steps=2", "checkpoint.every_steps=3", "engine.kind=ddp"]
+    return ["--config", str(CONFIG), *settings, *more]
 
 
 def told_steps(output: Path) -> list[int]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss/total" in line]
+
+
+def send_often_and_stay_at_step_4(rank: int) -> None:
+    """Logged are steps 2 and 4, saved is step 3."""
+    tracking.SEND_EVERY_SECONDS = 0.2
+    log = tracking.Tracker.log
+
+    def stay(self: tracking.Tracker, step: int, metrics: Mapping[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 4 and self.enabled:
+            time.sleep(60)
+
+    tracking.Tracker.log = stay  # type: ignore[method-assign]
+
+
+def points_of(store: Path, step: int) -> int:
+    with closing(sqlite3.connect(store, timeout=30)) as database:
+        (row,) = database.execute("SELECT count(*) FROM metrics WHERE key = 'loss/total' AND step = ?", [step])
+        return row[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +69,14 @@ def two_runs(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPat
         "local": ["objectives.psa_v=0", "train.seed=2"],
     }
     for name, settings in runs.items():
-        told = prefork.start(arguments(keypad_shards, folder / name, "pool.bank=16", *settings), 2).finish()
+        run = arguments(keypad_shards, folder / name, "pool.bank=16", *settings)
+        if name == "other":  # killed when MLflow has a point of a step that is not saved
+            before = points_of(folder / "mlflow.db", 4)
+            launch = prefork.start(run, 2, patch="tests.unit.tracking.test_tracking:send_often_and_stay_at_step_4")
+            assert launch.until(lambda before=before: points_of(folder / "mlflow.db", 4) > before)
+            launch.kill()
+            launch.wait()
+        told = prefork.start(run, 2).finish()
         (folder / f"{name}.log").write_text(told)
     return folder
 
@@ -58,6 +89,7 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     assert [run.info.run_name for run in runs] == ["a-seed1", "a-seed2", "local"]
     run, output = runs[0], two_runs / "gathered"
     settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp", "pool.bank=16"]
+    settings += ["checkpoint.every_steps=3"]
     settings += [f"data.shards={keypad_shards}", f"output={output}", "tracking.run_name=a-seed1"]
     config = load_config(CONFIG, settings)
     assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "2"}
@@ -89,6 +121,18 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
     artifact = client.download_artifacts(run.info.run_id, "config.json")
     assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_a_killed_run_is_one_run_with_each_point_once(two_runs: Path) -> None:
+    from mlflow import MlflowClient
+
+    assert "resuming from" in (two_runs / "other.log").read_text()
+    client = MlflowClient(tracking_uri=f"sqlite:///{two_runs / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    (run,) = [run for run in runs if run.info.run_name == "a-seed2"]
+    assert run.info.status == "FINISHED"
+    for name in ("loss/total", "grad_norm", "pool/size"):
+        assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [2, 4, 6], name
 
 
 def test_git_state_tells_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
