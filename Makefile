@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-all lint format docs bench-peers slurm-up slurm-down clean
+.PHONY: help install demo test test-all lint ruff format docs bench-peers slurm-up slurm-down clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,5p' Makefile
@@ -33,17 +33,23 @@ PYTEST := $(RUN) -m pytest
 # A worker keeps the files that it began, whose tests share what they are about.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: lint
-	@$(PYTEST) -m short $(WORKERS)
+# mypy, a minute of one core, runs beside the tests, which often wait; what it prints comes last. Both have to pass.
+test: install ruff
+	@types=$$(mktemp); $(VENV)/bin/mypy >"$$types" 2>&1 & mypy=$$!; \
+	$(PYTEST) -m short $(WORKERS); tests=$$?; \
+	wait $$mypy; status=$$?; cat "$$types"; rm "$$types"; \
+	test $$tests = 0 && test $$status = 0
 
 test-all: lint
 	@$(PYTEST) -m "not timing" $(WORKERS)
 	@$(PYTEST) -m timing
 
-lint: install
+lint: ruff
+	@$(VENV)/bin/mypy
+
+ruff: install
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy
 
 format: install
 	@$(VENV)/bin/ruff check --fix .
