@@ -18,6 +18,7 @@ from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.training import evaluate as evaluation
 from cpsp_dist.training import trainer
+from cpsp_dist.utils.logs import console_by_default, run_log
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train(
     if not joined:
         group = process_group.connected(ranks, config.engine.timeout, config.engine.heartbeat_timeout, signals)
     try:
-        with group:
+        with console_by_default(), run_log(config.output, ranks.rank), group:
             results = trainer.train(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)
     finally:
         if not joined:

@@ -14,8 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError, report_errors
+from cpsp_dist.errors import UserError
 from cpsp_dist.training import gc_control
+from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.logs import run_log
 from cpsp_dist.utils.redact import learn
 
 if TYPE_CHECKING:
@@ -57,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print what would be done: settings, data, memory of a rank; make one step; write nothing",
     )
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run on one process: plan for N ranks")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print debug lines, and the traceback of an error; as CPSP_DEBUG=1 does",
+    )
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
@@ -83,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(
                     "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
                 )
-            with process_group.connected(ranks, config.engine.timeout, config.engine.heartbeat_timeout, signals):
+            engine = config.engine
+            with (
+                run_log(config.output, ranks.rank, enabled=not args.dry_run),
+                process_group.connected(ranks, engine.timeout, engine.heartbeat_timeout, signals),
+            ):
                 if args.dry_run:
                     from cpsp_dist.training.dry_run import dry_run
 
@@ -94,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     with gc_control.reduced_gc():
-        return report_errors(work)
+        return run_command(work, stdout=True, debug=getattr(args, "debug", False))
 
 
 class _CallableModule(ModuleType):

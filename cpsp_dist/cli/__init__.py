@@ -14,6 +14,7 @@ from cpsp_dist import __version__
 from cpsp_dist.cli import (
     bench,
     compare,
+    completion,
     configs,
     demo,
     doctor,
@@ -24,11 +25,25 @@ from cpsp_dist.cli import (
     shards,
     train,
 )
-from cpsp_dist.errors import UserError, report_errors
+from cpsp_dist.errors import UserError
+from cpsp_dist.utils.command import run_command
 from cpsp_dist.utils.redact import learn
 
 #: In the order of --help.
-COMMANDS = (shards, configs, train, launch, evaluate, export, compare, import_checkpoint, bench, demo, doctor)
+COMMANDS = (
+    shards,
+    configs,
+    train,
+    launch,
+    evaluate,
+    export,
+    compare,
+    import_checkpoint,
+    bench,
+    demo,
+    doctor,
+    completion,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +61,19 @@ def _build() -> tuple[argparse.ArgumentParser, list[str]]:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.register(commands)
+    _add_debug(parser)
     return parser, [*commands.choices]
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug` in front of a command and behind it."""
+    if "--debug" not in parser._option_string_actions:
+        text = "print debug lines, and the traceback of an error; as CPSP_DEBUG=1 does"
+        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in dict.fromkeys(action.choices.values()):
+                _add_debug(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     learn(arguments)
     parser, names = _build()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        return report_errors(lambda: _unknown(arguments[0], names))
+        return run_command(lambda: _unknown(arguments[0], names))
     args, rest = parser.parse_known_args(arguments)
     # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    return report_errors(lambda: args.handler(args))
+    return run_command(lambda: args.handler(args), debug=getattr(args, "debug", False))
 
 
 def _unknown(name: str, names: list[str]) -> None:

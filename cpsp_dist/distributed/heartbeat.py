@@ -11,13 +11,13 @@ import datetime
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 
 import torch.distributed as dist
 
-from cpsp_dist.errors import EXIT_LOST_RANK, LostRank, should_print
+from cpsp_dist.errors import EXIT_LOST_RANK, LostRank
+from cpsp_dist.utils.command import report
 
 #: Seconds between two heartbeats.
 INTERVAL = 0.5
@@ -138,7 +138,6 @@ class Heartbeat:
             if self.lost is None and time.monotonic() - self._answered > self.timeout + 2:
                 self._note([0], f"sent no heartbeat for {self.timeout:.0f} s")
             if self.lost is not None and time.monotonic() - self._lost_at > GRACE:
-                if should_print(self.lost):
-                    print(f"error: {self.lost}", file=sys.stderr, flush=True)
+                report(self.lost)
                 self.wait_for_peers()
                 os._exit(self.lost.code)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -30,6 +30,8 @@ from cpsp_dist.packing.source import Source, SourceOptions, open_source
 from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
 from cpsp_dist.packing.write import write_shard
 from cpsp_dist.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20  # reading stops after so many: a wrong option would fail every video
 SKIPPED_NAME = "skipped.txt"
@@ -258,7 +260,7 @@ def _tell_skipped(problems: list[str], path: Path, out: Path) -> None:
     path.write_text("\n".join(problems) + "\n", encoding="utf-8")
     listed = problems[:MAX_PROBLEMS]
     more = [f"and {len(problems) - len(listed)} more: {out / SKIPPED_NAME}"] if len(problems) > len(listed) else []
-    print("\n  ".join([f"note: left out {len(problems)} videos:", *listed, *more]), file=sys.stderr)
+    logger.info("\n  ".join([f"note: left out {len(problems)} videos:", *listed, *more]))
 
 
 def report(problems: list[str], stopped: bool = False) -> DataError:

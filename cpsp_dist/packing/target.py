@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import IO
 
 from cpsp_dist.data.manifest import INDEX_NAME
 from cpsp_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(UserError):
@@ -61,7 +63,7 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             if mistake or key is None:
                 shutil.rmtree(part, ignore_errors=True)
             else:
-                print(f"note: what is finished stays in {part}; the same command continues there", file=sys.stderr)
+                logger.info(f"note: what is finished stays in {part}; the same command continues there")
             raise
 
 

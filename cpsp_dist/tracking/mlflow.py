@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import platform
 import re
@@ -29,6 +30,8 @@ from cpsp_dist.errors import Stopped
 from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
+
+logger = logging.getLogger(__name__)
 
 SEND_EVERY_SECONDS = 15.0
 PATIENCE_WHEN_STOPPED = 5.0
@@ -267,7 +270,7 @@ class Tracker:
         """Once for each kind of trouble; nothing where there is none."""
         if text and about not in self._warned:
             self._warned.add(about)
-            print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
+            logger.warning(text)
 
 
 def _number(value: Any) -> float:

@@ -10,7 +10,6 @@ import logging
 import os
 import sqlite3
 import stat
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from urllib.parse import quote, unquote
 from cpsp_dist.config import Config
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that one request to the store may take, retries and all.
 ANSWER_SECONDS = 60.0
@@ -286,4 +287,4 @@ def close_sweep(config: Config, status: str | None = None) -> None:
         if above.info.status != status:
             store.set_terminated(parent, status)
     except StoreError as error:
-        print(f"warning: MLflow: {error}; the sweep's own run {parent} stays as it is", file=sys.stderr, flush=True)
+        logger.warning(f"MLflow: {error}; the sweep's own run {parent} stays as it is")

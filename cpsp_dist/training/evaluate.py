@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
-from cpsp_dist.training.step_metrics import say
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def evaluate_best(
     """
     state, _, warning = Checkpoints(config.output).load_best(progress)
     if warning and ranks.first:
-        say(f"warning: {warning}")
+        logger.warning(warning)
     model = PlainModel(model_for(config.model, manifest), state.weights, ranks.device)
     results: dict[str, float] = {}
     for split, name in (("val", "best_val"), ("test", "test")):
@@ -94,7 +96,7 @@ def write_json(config: Config, name: str, content: Any) -> None:
     try:
         (Path(config.output) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        say(f"warning: {config.output}/{name} could not be written: {error.strerror}")
+        logger.warning(f"{config.output}/{name} could not be written: {error.strerror}")
 
 
 def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str, Any]:

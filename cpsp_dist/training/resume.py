@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
-from cpsp_dist.training.step_metrics import say
+
+logger = logging.getLogger(__name__)
 
 #: Settings that do not change what is computed: a run may be resumed with others.
 KEYS_SAFE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.global_batch")
@@ -43,7 +45,7 @@ def load_latest_checkpoint(
             "set another output=…, or pass --allow-config-change"
         )
     if ranks.first:
-        say(f"resuming from {checkpoints.path(newest)}" + (" (finished)" if progress.finished else ""))
+        logger.info(f"resuming from {checkpoints.path(newest)}" + (" (finished)" if progress.finished else ""))
     return state, replace(progress, config=described, fingerprint=manifest.fingerprint, world=ranks.world)
 
 
@@ -54,7 +56,7 @@ def _newest_on_all_ranks(checkpoints: Checkpoints, ranks: Ranks) -> int | None:
         try:
             result[0], passed_over = checkpoints.newest_valid()
             for line in passed_over:
-                say(line)
+                logger.warning(line)
         except DataError as error:
             result[0] = str(error)
     if ranks.world > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.utils.json_lines import JsonLines, truncate_after_step
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -58,7 +61,7 @@ class Meter:
         if self.ranks.first and (step + 1) % self.config.tracking.every_steps == 0:
             loss = metrics.get("loss/total", math.nan)
             left = (self.schedule.steps - step - 1) * seconds / done
-            say(
+            logger.info(
                 f"step {step + 1}/{self.schedule.steps}  loss {loss:.4f}  {rate:,.0f} videos/s  "
                 f"waiting for data {100 * wait:.0f} %  {int(left) // 60}:{int(left) % 60:02d} left"
             )
@@ -103,7 +106,7 @@ class Audit:
     def _warn(self, text: str) -> None:
         if text and text not in self._warned:
             self._warned.add(text)
-            say(f"warning: {text}")
+            logger.warning(text)
 
     def recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; their samples are noted where `data.log_samples` asks for it."""
@@ -119,8 +122,3 @@ class Audit:
             keys = [self.samples[row]["key"].decode() for row in self.rows]
             self.lines.append({"step": step, "keys": keys})
             self.rows = []
-
-
-def say(line: str) -> None:
-    """A line of the run, seen at once also where output is not a terminal."""
-    print(line, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,8 +40,10 @@ from cpsp_dist.training.nonfinite import Replay
 from cpsp_dist.training.resume import load_latest_checkpoint
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
-from cpsp_dist.training.step_metrics import Audit, Meter, say
+from cpsp_dist.training.step_metrics import Audit, Meter
 from cpsp_dist.utils.redact import without_secrets
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -93,9 +96,9 @@ def train(
         tracker.log(progress.step, results)
     if ranks.first:
         write_json(config, "results.json", results)
-        say("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
+        logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
         store = f"; runs in {without_secrets(tracking_uri(config.output))}" if config.tracking.enabled else ""
-        say(f"results in {config.output}/results.json{store}")
+        logger.info(f"results in {config.output}/results.json{store}")
     return results
 
 
@@ -191,7 +194,7 @@ class Trainer:
         if self.progress.best_accuracy is None or accuracy > self.progress.best_accuracy:
             self.progress = replace(self.progress, best_accuracy=accuracy, best_step=self.progress.step)
         if self.ranks.first:
-            say(f"epoch {epoch}/{self.config.train.epochs}: val accuracy {accuracy:.2f} %")
+            logger.info(f"epoch {epoch}/{self.config.train.epochs}: val accuracy {accuracy:.2f} %")
 
     def save_if_due(self, step: int, stop_signal: int) -> None:
         """A checkpoint every `checkpoint.every_steps`, at the end of an epoch, and before the run stops."""
@@ -241,7 +244,7 @@ class Trainer:
                 "lower train.learning_rate, or use train.precision=fp32"
             )
         if self.ranks.first:
-            say(f"warning: {text}; step left out ({self.progress.nonfinite} of at most {budget})")
+            logger.warning(f"{text}; step left out ({self.progress.nonfinite} of at most {budget})")
 
     def _replay(self, step: int) -> Replay:
         """The network of step `step`, a copy on each rank that needs no other one."""

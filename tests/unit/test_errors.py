@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from cpsp_dist.errors import DataError, LostRank, RankError, Stopped, UserError, report_errors, should_print
+from cpsp_dist.errors import DataError, LostRank, RankError, Stopped, UserError
+from cpsp_dist.utils.command import run_command, should_print
 from tests.support.environment import environment
 
 #: Two machines of two ranks each.
@@ -67,7 +68,7 @@ def test_one_line_and_an_exit_code(
     def main() -> None:
         raise error
 
-    assert report_errors(main) == code
+    assert run_command(main) == code
     assert capsys.readouterr().err == line
 
 

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpsp_dist.cli import import_checkpoint
-from cpsp_dist.errors import DataError, report_errors
+from cpsp_dist.errors import DataError
 from cpsp_dist.models import build_model, load_weights
 from cpsp_dist.models.published import MODELS, translate
+from cpsp_dist.utils.command import run_command
 from tests.support import reference
 from tests.support.environment import environment
 from tests.support.tiny_shards import write_shards
@@ -30,7 +31,7 @@ def run(folder: Path, checkpoint: Path, model: str, configured: str | None = Non
     arguments = ["import-checkpoint", str(checkpoint), "--model", model, "--config", str(config)]
     arguments += ["--out", str(folder / "out" / "weights.safetensors")]
     args = parser.parse_args(arguments)
-    return report_errors(lambda: args.handler(args))
+    return run_command(lambda: args.handler(args))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""The one place that decides which process prints an error, and with which exit code a command ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, LostRank, RankError, Stopped, UserError
+from cpsp_dist.utils.logs import console
+
+logger = logging.getLogger(__name__)
+
+
+def should_print(error: BaseException, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is for this process, of all ranks that meet `error`, to print it.
+
+    What every rank meets is printed once per machine (local rank 0, which under plain srun only Slurm's own variable
+    names). What one rank alone may have met is printed by that rank. A lost rank is reported once per machine, and in
+    any case by the lowest rank that is left.
+    """
+    local_first = (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0"
+    rank, world = int(env.get("RANK") or 0), int(env.get("WORLD_SIZE") or 1)
+    match error:
+        case RankError():
+            return True
+        case DataError():
+            return error.claimed_by in (None, rank)
+        case LostRank():
+            return local_first or rank == min({*range(world)} - {*error.ranks}, default=0)
+    return local_first
+
+
+def report(error: BaseException) -> None:
+    """Print it as one line, where this process is to print it; with debug, its traceback too."""
+    if should_print(error):
+        level, prefix = (logging.WARNING, "") if isinstance(error, Stopped) else (logging.ERROR, "error: ")
+        logger.log(level, "%s", error, exc_info=error, extra={"prefix": prefix})
+
+
+def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: bool = False) -> int:
+    """Run `main` with a console (see `logs.console`), and return the exit code.
+
+    The exceptions of errors.py become one line on stderr and their code, Ctrl-C 130, a reader of the output that has
+    ended 141, as in a shell.
+    """
+    with console(stdout=stdout, debug=debug):
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            report(error)
+            return EXIT_USER_ERROR
+        except LostRank as lost:
+            report(lost)
+            return lost.code
+        except Stopped as stopped:
+            report(stopped)
+            return EXIT_REQUEUE
+        except KeyboardInterrupt as interrupt:
+            logger.warning("interrupted", exc_info=interrupt, extra={"prefix": ""})
+            return 130
+        except BrokenPipeError:  # `| head` has read enough; Python would write the rest again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
