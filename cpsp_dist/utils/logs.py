@@ -78,9 +78,9 @@ class ConsoleHandler(logging.Handler):
 
     def _text(self, record: logging.LogRecord, rank: int) -> str:
         default = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
-        text = getattr(record, "prefix", default.get(record.levelno, ""))
-        text += f"[rank {rank}] " if rank else ""
-        text += record.getMessage()
+        default_text = default.get(record.levelno, "") + (f"[rank {rank}] " if rank else "")
+        # What ends a command (utils/command.py) is about the run; it names the ranks that it is about.
+        text = getattr(record, "prefix", default_text) + record.getMessage()
         if self.debug:
             text += _traceback(record)
             text = f"{_time(record)} {record.name} {text}" if record.levelno < logging.WARNING else text
