@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 2  # fix what the line names
@@ -45,3 +47,17 @@ class LostRank(Exception):
     def __init__(self, text: str, code: int = EXIT_LOST_RANK, ranks: Sequence[int] = ()):
         super().__init__(text)
         self.code, self.ranks = code, ranks
+
+
+#: A disk's own failures: Python names no file where a write meets them.
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def of_file(error: OSError) -> UserError | None:
+    """What to print of an error that names a file or is a disk's; None for others (connections, mistakes of ours)."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        second = f" to {os.fsdecode(error.filename2)}" if error.filename2 is not None else ""
+        name = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+        return UserError(f"{name}{second}: {reason}")
+    return UserError(f"{reason}; free some, or write elsewhere") if error.errno in _OF_A_DISK else None

@@ -82,13 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, names = _build()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         return run_command(lambda: _unknown(arguments[0], names))
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = parser.parse_known_args(_with_ids(arguments))
     # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     return run_command(lambda: args.handler(args), debug=getattr(args, "debug", False))
+
+
+def _with_ids(arguments: list[str]) -> list[str]:
+    """`--key -ID` as `--key=-ID`: a quarter of AVE's ids begin with the sign that argparse takes for a flag's."""
+    joined: list[str] = []
+    for text in arguments:
+        if joined and joined[-1] == "--key" and text.startswith("-"):
+            joined[-1] = f"--key={text}"
+        else:
+            joined.append(text)
+    return joined
 
 
 def _unknown(name: str, names: list[str]) -> None:

@@ -146,9 +146,9 @@ def _register_rework(actions: argparse._SubParsersAction[argparse.ArgumentParser
 def _index(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.preview import describe
     from cpsp_dist.packing.rework import rebuild
-    from cpsp_dist.packing.source import read_lines
+    from cpsp_dist.packing.text import read_categories
 
-    print(describe(rebuild(args.folder, read_lines(args.categories) if args.categories else None)))
+    print(describe(rebuild(args.folder, read_categories(args.categories) if args.categories else None)))
     return 0
 
 

@@ -15,23 +15,35 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cpsp_dist.data.cache import Cache, Remote
+from cpsp_dist.data.shard_index import (
+    ARRAY_FIELDS,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    SPLITS,
+    Field,
+    Index,
+    Shard,
+    fingerprint,
+)
 from cpsp_dist.data.urls import is_url
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils.input_files import open_input, read_input
 from cpsp_dist.utils.redact import learn, without_secrets
 
-FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
 TABLE_NAME = "samples.npy"
-SPLITS = ("train", "val", "test")
-ARRAY_FIELDS = ("visual", "audio", "label")
+TABLE_CHUNK = 65_536  # rows checked at once
+
+# Names of `shard_index` that others take from here.
+__all__ = ["ARRAY_FIELDS", "FORMAT_VERSION", "INDEX_NAME", "SAMPLE", "SPLITS", "TABLE_NAME"]
+__all__ += ["Field", "Manifest", "Shard"]
 
 #: Offsets are bytes into the shard of an array's data (behind the .npy header) or of the json text; crc is crc32c of
 #: those bytes. Array sizes are constant and follow from the schema. `events` counts event segments.
@@ -47,31 +59,6 @@ SAMPLE = np.dtype(
         ("key", "S48"),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array of a sample: the same type and shape in every sample."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @cached_property
-    def nbytes(self) -> int:
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file. `first` is its first row in the sample table; `histogram` counts its videos by category name."""
-
-    url: str
-    split: str
-    first: int
-    nsamples: int
-    filesize: int
-    sha256: str
-    histogram: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,7 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """Hash over schema, categories and the shards' hashes: the same exactly when the data are the same."""
-        return _fingerprint(self.fields, self.categories, self.shards)
+        return fingerprint(self.fields, self.categories, self.shards)
 
     def rows(self, split: str) -> range:
         """Rows of `split`; raises DataError naming the splits there are."""
@@ -170,58 +157,33 @@ class Manifest:
         if is_url(place):
             learn([str(place)])
             return _load_remote(Remote(str(place), cache or Cache()))
-        folder = Path(place)
-        index_path = folder / INDEX_NAME
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder of shards; pack one with `cpsp-dist shards pack`")
-        if not index_path.is_file():
-            raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
-        index = _Index.parse(index_path.read_bytes(), str(index_path))
-        table = _load_table(folder / TABLE_NAME, index, "`cpsp-dist shards index` makes it anew from the tars")
-        manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
-        for shard in index.shards:
-            path = manifest.path(shard)
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.filesize:
-                state = "missing" if size is None else f"{size} bytes long, not {shard.filesize}"
-                raise DataError(f"{path}: shard is {state}; copy or pack it again")
-        return manifest
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What `index.json` says."""
-
-    fields: dict[str, Field]
-    categories: list[str]
-    shards: list[Shard]
-    table_sha256: Any
-
-    @staticmethod
-    def parse(content: bytes, path: str) -> _Index:
         try:
-            index = json.loads(content)
-            if index.get("cpsp_version") != FORMAT_VERSION:
-                raise DataError(
-                    f"{path}: format version {index.get('cpsp_version')!r}, this program reads {FORMAT_VERSION}"
-                )
-            fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
-            shards = [Shard(**shard) for shard in index["shardlist"]]
-            types = {(type(s.url), type(s.sha256), type(s.filesize), type(s.nsamples)) for s in shards}
-            if types - {(str, str, int, int)}:
-                raise TypeError("shardlist")
-            categories = list(index["categories"])
-            recorded = index["fingerprint"]
-            found = _Index(fields, categories, shards, index["table"]["sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not a readable shard index ({error!r}); pack the shards again") from None
-        if recorded != _fingerprint(fields, categories, shards):
-            raise DataError(f"{path}: changed by hand or damaged (fingerprint differs); pack the shards again")
-        return found
+            return _load_folder(Path(place))
+        except OSError as error:
+            raise DataError(f"{error.filename or place}: cannot be read ({error.strerror})") from None
+
+
+def _load_folder(folder: Path) -> Manifest:
+    index_path = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of shards; pack one with `cpsp-dist shards pack`")
+    if not index_path.exists():
+        raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
+    index = Index.parse(read_input(index_path, MAX_INDEX_BYTES), str(index_path))
+    table = _load_table(folder / TABLE_NAME, index, "`cpsp-dist shards index` makes it anew from the tars")
+    manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
+    for shard in index.shards:
+        path = manifest.path(shard)
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.filesize:
+            missing = "missing" if not path.exists() else "not a file"
+            state = missing if size is None else f"{size} bytes long, not {shard.filesize}"
+            raise DataError(f"{path}: shard is {state}; copy or pack it again")
+    return manifest
 
 
 def _load_remote(remote: Remote) -> Manifest:
-    index = _Index.parse(remote.read(INDEX_NAME), without_secrets(remote.join(INDEX_NAME)))
+    index = Index.parse(remote.read(INDEX_NAME), without_secrets(remote.join(INDEX_NAME)))
     digest = str(index.table_sha256)
     held = remote.open(TABLE_NAME, digest)
     try:
@@ -231,28 +193,43 @@ def _load_remote(remote: Remote) -> Manifest:
     return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
 
 
-def _fingerprint(fields: dict[str, Field], categories: list[str], shards: list[Shard]) -> str:
-    content = [
-        {name: [f.dtype, list(f.shape)] for name, f in sorted(fields.items())},
-        categories,
-        [[s.split, s.nsamples, s.sha256] for s in shards],
-    ]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-
-
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with open_input(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()
 
 
-def _load_table(path: Path, index: _Index, remedy: str) -> np.ndarray:
+def _load_table(path: Path, index: Index, remedy: str) -> np.ndarray:
     """The table, once all its bytes are known to be right: no checksum of an array covers what it says of a sample."""
     try:
         if _sha256(path) != index.table_sha256:
             raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
         samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except DataError as error:
+        raise DataError(f"{error}; {remedy}" if remedy not in str(error) else str(error)) from None
+    except Exception as error:  # numpy evaluates the header's text: damage there raises nearly any type
         raise DataError(f"{path}: sample table missing or damaged ({error}); {remedy}") from None
     if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):
         raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; {remedy}")
+    _check_table(path, samples, index, remedy)
     return samples
+
+
+def _check_table(path: Path, samples: np.ndarray, index: Index, remedy: str) -> None:
+    """Raises DataError where a row names a shard, bytes, a class, events or a key that cannot be."""
+    shards = np.repeat(np.arange(len(index.shards)), [shard.nsamples for shard in index.shards])
+    ends = np.array([shard.filesize for shard in index.shards], np.uint64)
+    for start in range(0, len(samples), TABLE_CHUNK):
+        rows, shard = np.asarray(samples[start : start + TABLE_CHUNK]), shards[start : start + TABLE_CHUNK]
+        fits = (rows["shard"] == shard) & (rows["category"] >= -1) & (rows["category"] < len(index.categories))
+        fits &= rows["events"] <= index.fields["label"].shape[0]
+        end = ends[shard]
+        for name in ARRAY_FIELDS:
+            fits &= (rows[name] <= end) & (end - rows[name] >= index.fields[name].nbytes)
+        keys = np.ascontiguousarray(rows["key"]).view(np.uint8).reshape(len(rows), -1)
+        fits &= (((keys >= 32) & (keys < 127)) | (keys == 0)).all(axis=1)  # in ASCII, and none for a terminal
+        fits &= (rows["json"] <= end) & (end - rows["json"] >= rows["json_size"])
+        if not fits.all():
+            row = start + int(np.argmin(fits))
+            raise DataError(
+                f"{path}: row {row} is of another shard, or has bytes, a class or a key that cannot be; {remedy}"
+            )

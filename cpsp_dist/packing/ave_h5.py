@@ -14,14 +14,17 @@ The `*_noisy.h5` files (background-only clips that some weakly supervised work a
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import re
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from cpsp_dist.data.manifest import SPLITS
+from cpsp_dist.data.shard_index import MAX_NAME
 from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.packing import h5
 from cpsp_dist.packing.source import (
     Entry,
     Features,
@@ -29,8 +32,9 @@ from cpsp_dist.packing.source import (
     channels_last,
     find_files,
     is_channels_first,
-    read_lines,
 )
+from cpsp_dist.packing.text import read_categories, read_lines
+from cpsp_dist.utils.text import is_plain, quoted
 
 FILES = {
     "audio": ("audio_feature.h5", "audio_features.h5"),
@@ -40,7 +44,8 @@ FILES = {
     "categories": ("categories.txt",),
 }
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"
-CHUNK = 2000  # label rows read at once
+ARRAYS = ("avadataset", "dataset")
+CHUNK_BYTES = 4 * 2**20  # of labels, read at once
 
 
 class AveH5:
@@ -78,11 +83,13 @@ class AveH5:
             else:
                 self.entries.append(entry)
         self._note_repeated_ids()
+        if self.entries and not (self._events.any(axis=1) & ~self._events.all(axis=1)).any():
+            self.notes.append(f"{labels}: no video has segments of both kinds; are these labels with background last?")
 
     def read(self, entry: Entry) -> Features:
         visual, where = self._visual_map(entry)
         visual = channels_last(visual, self.options.visual_order, where)
-        return Features(visual, _read_row(self._audio, entry), self._events[entry.row].astype(np.uint8))
+        return Features(visual, h5.read(self._audio, entry.row), self._events[entry.row].astype(np.uint8))
 
     def files(self, entry: Entry) -> list[Path]:
         return self._files
@@ -98,7 +105,7 @@ class AveH5:
 
     def _visual_map(self, entry: Entry) -> tuple[np.ndarray, str]:
         """A video's map in either axis order, and the file it comes from."""
-        return _read_row(self._visual, entry), self._visual.file.filename
+        return h5.read(self._visual, entry.row), self._visual.file.filename
 
     def _check_shapes(self, labels: h5py.Dataset) -> None:
         for data, wanted in ((self._audio, "[N, T, A]"), (labels, "[N, T, K+1]")):
@@ -125,19 +132,11 @@ class AveH5:
         if any(path.is_file() for path in orders.values()):
             for split, path in orders.items():
                 if path.is_file():
-                    rows[split] = [int(row) for row in _open(path, "order")[...].ravel()]
+                    rows[split] = _read_order(path)
         elif any(path.is_file() for path in texts.values()):
             if not annotations:
                 raise DataError(f"{folder}: the *Set.txt files need Annotations.txt, which gives the row numbers")
-            row_of = {_line_key(parts): row for row, parts in enumerate(annotations)}
-            for split, path in texts.items():
-                rows[split] = []
-                for line in read_lines(path) if path.is_file() else []:
-                    row = row_of.get(_line_key(line.split("&"))) if line != HEADER else None
-                    if row is not None:
-                        rows[split].append(row)
-                    elif line != HEADER:
-                        self.problems.append(f"{path}: line '{line}' is not in Annotations.txt")
+            rows = self._rows_of_texts(texts, annotations)
         else:
             raise UserError(f"{folder}: no train_order.h5 (val, test) and no trainSet.txt (val, test): no splits")
         split_of: dict[int, str] = {}
@@ -154,6 +153,23 @@ class AveH5:
             self.notes.append(f"{unused} of {len(self.ids)} videos are in no split and are not packed")
         return split_of
 
+    def _rows_of_texts(self, texts: dict[str, Path], annotations: list[list[str]]) -> dict[str, list[int]]:
+        """Rows by split: those of equal lines of Annotations.txt in the order in which the lines come."""
+        rows_of: dict[tuple[str, ...], deque[int]] = defaultdict(deque)
+        for row, parts in enumerate(annotations):
+            rows_of[_line_key(parts)].append(row)
+        rows: dict[str, list[int]] = {}
+        for split, path in texts.items():
+            rows[split] = []
+            for number, line in read_lines(path) if path.is_file() else []:
+                if line == HEADER:
+                    continue
+                if found := rows_of.get(_line_key(_split_line(line))):
+                    rows[split].append(found.popleft() if len(found) > 1 else found[0])
+                else:
+                    self.problems.append(f"{path}: line {number}: {quoted(line)} is not in Annotations.txt")
+        return rows
+
     def _note_repeated_ids(self) -> None:
         # AVE cuts several rows from one video, some into different splits: its published splits, so no mistake here.
         splits_of = defaultdict(set)
@@ -167,39 +183,27 @@ class AveH5:
             )
 
 
-def _open(path: Path | None, key: str | None = None) -> h5py.Dataset:
-    """The one array of an HDF5 file: under `key`, or AVE's two names for it."""
+def _open(path: Path | None, names: tuple[str, ...] = ARRAYS) -> h5py.Dataset:
+    """The one array of an HDF5 file."""
     assert path is not None
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: not a readable HDF5 file, or cut short ({error})") from None
-    for name in (key,) if key else ("avadataset", "dataset"):
-        if isinstance(data := file.get(name), h5py.Dataset):
-            if data.dtype.kind not in "fiu":
-                raise DataError(f"{path}: '{name}' holds {data.dtype}, not numbers")
-            return data
-    expected = f"'{key}'" if key else "'avadataset' or 'dataset'"
-    raise DataError(f"{path}: no array {expected} in it; there are: {', '.join(file) or 'none'}")
+    return h5.find_array(h5.open_file(path), names)
 
 
-def _read_row(data: h5py.Dataset, entry: Entry) -> np.ndarray:
-    try:
-        row: np.ndarray = data[entry.row]
-    except OSError as error:
-        raise DataError(f"{data.file.filename}: row cannot be read, damaged file? ({error})") from None
-    return row
+def _read_order(path: Path) -> list[int]:
+    """The rows of a split, in order."""
+    values = h5.read(_open(path, ("order",)), ...).ravel()
+    wrong = ~np.isfinite(values) | (values != np.round(values)) | (np.abs(values) > 2**53)
+    if wrong.any():
+        raise DataError(f"{path}: {values[wrong][0]:g} is not a row number")
+    return [int(row) for row in values]
 
 
 def _read_labels(labels: h5py.Dataset) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Events [N, T] bool, the category [N] of each video's events (-1 without any), and what is wrong by row."""
     events, categories, bad = [], [], {}
-    for start in range(0, len(labels), CHUNK):
-        try:
-            chunk = labels[start : start + CHUNK]
-        except OSError as error:
-            raise DataError(f"{labels.file.filename}: cannot be read, damaged file? ({error})") from None
-        seen = chunk[..., :-1].any(axis=1)  # [n, K]
+    rows = max(1, CHUNK_BYTES // max(1, labels.nbytes // max(1, len(labels))))
+    for start, chunk in h5.read_all(labels, rows):
+        seen = np.any(chunk[..., :-1], axis=1)  # [n, K]
         one_hot = np.isin(chunk, (0, 1)).all(axis=(1, 2)) & (chunk.sum(axis=2) == 1).all(axis=1)
         for i in np.flatnonzero(~one_hot):
             bad[start + int(i)] = f"label is not one-hot over {labels.shape[2] - 1} classes and background"
@@ -216,7 +220,9 @@ def _read_mil(mil: h5py.Dataset, videos: int, classes: int) -> np.ndarray:
     """[N]: each video's class, -1 for background."""
     if mil.shape != (videos, classes + 1):
         raise DataError(f"{mil.file.filename}: shape {list(mil.shape)}, expected [{videos}, {classes + 1}]")
-    values = mil[...]
+    values = h5.read(mil, ..., "array")
+    if not np.isfinite(values).all():
+        raise DataError(f"{mil.file.filename}: holds values that are NaN or infinite")
     return np.where(values[:, :-1].any(axis=1), values[:, :-1].argmax(axis=1), -1)
 
 
@@ -225,15 +231,27 @@ def _read_annotations(path: Path | None, videos: int) -> list[list[str]]:
     if path is None:
         return []
     lines = read_lines(path)
-    if lines and lines[0] == HEADER:
+    if lines and lines[0][1].casefold() == HEADER.casefold():
         lines = lines[1:]
-    rows = [line.split("&") for line in lines]
-    for number, parts in enumerate(rows):
-        if len(parts) != 5:
-            raise DataError(f"{path}: row {number}, '{lines[number]}', is not of the form {HEADER}")
+    rows = []
+    for number, line in lines:
+        parts = _split_line(line)
+        if len(parts) != 5 or not (_is_number(parts[3]) and _is_number(parts[4])):
+            raise DataError(f"{path}: line {number}: {quoted(line)} is not of the form {HEADER}")
+        if not is_plain(line) or len(line) > 3 * MAX_NAME:
+            raise DataError(f"{path}: line {number}: {quoted(line)} is too long, or holds control characters")
+        rows.append(parts)
     if len(rows) > videos:
         raise DataError(f"{path}: {len(rows)} rows, but the labels are of {videos} videos; not of one data set")
     return rows
+
+
+def _split_line(line: str) -> list[str]:
+    return [part.strip() for part in line.split("&")]
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d*)?", text) is not None
 
 
 def _line_key(parts: list[str]) -> tuple[str, ...]:
@@ -243,20 +261,26 @@ def _line_key(parts: list[str]) -> tuple[str, ...]:
 def _class_names(path: Path | None, annotations: list[list[str]], of_events: np.ndarray, classes: int) -> list[str]:
     """Names in class order: of the categories file, else what the annotations call the videos of each class."""
     if path is not None:
-        names = read_lines(path)
-        if len(names) != classes or len(set(names)) != classes:
-            raise DataError(f"{path}: {len(set(names))} different names, but the labels have {classes} classes")
+        names = read_categories(path)
+        if len(names) != classes:
+            raise DataError(f"{path}: {len(names)} different names, but the labels have {classes} classes")
         return names
     votes: dict[int, Counter[str]] = defaultdict(Counter)
     for parts, k in zip(annotations, of_events, strict=False):
         votes[int(k)][parts[0]] += 1
-    return [votes[k].most_common(1)[0][0] if k in votes else f"class {k}" for k in range(classes)]
+    names = [votes[k].most_common(1)[0][0] if k in votes else f"class {k}" for k in range(classes)]
+    for name, count in Counter(names).items():
+        if count > 1:
+            where = " and ".join(str(k) for k, other in enumerate(names) if other == name)
+            raise DataError(f"Annotations.txt calls classes {where} of the labels '{name}'; give --categories")
+    return names
 
 
 def _disagreements(names: list[str], annotations: list[list[str]], of_events: np.ndarray) -> dict[int, str]:
     """Rows whose annotation contradicts their label: of a shifted or a foreign file, mostly."""
     return {
-        row: f"Annotations.txt says '{parts[0]}', its label says '{names[k]}'; is it the right Annotations file?"
+        row: f"Annotations.txt says {quoted(parts[0])}, its label says {quoted(names[k])}; is it the right"
+        " Annotations file?"
         for row, (parts, k) in enumerate(zip(annotations, of_events, strict=False))
         if k >= 0 and parts[0] != names[k]
     }

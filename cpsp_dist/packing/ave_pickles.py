@@ -15,6 +15,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.packing.ave_h5 import AveH5
 from cpsp_dist.packing.safe_pickle import load_array
 from cpsp_dist.packing.source import Entry, SourceOptions
+from cpsp_dist.utils.input_files import read_input
 
 MAX_BYTES = 64 * 2**20
 
@@ -47,14 +48,7 @@ class AvePickles(AveH5):
 
     def _visual_map(self, entry: Entry) -> tuple[np.ndarray, str]:
         path = self._path(entry)
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        if len(data) > MAX_BYTES:
-            raise DataError(f"{path}: more than {MAX_BYTES // 2**20} MiB; refused")
-        return load_array(data, str(path)), str(path)
+        return load_array(read_input(path, MAX_BYTES), str(path)), str(path)
 
     def _path(self, entry: Entry) -> Path:
         return self._folder / entry.split / f"{entry.video_id}.pkl"

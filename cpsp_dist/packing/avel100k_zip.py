@@ -6,8 +6,8 @@ used as paths, and what unpacks to far too much is refused.
 
 from __future__ import annotations
 
+import io
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.per_video import PerVideo, folder_ids
 from cpsp_dist.packing.safe_pickle import load_array
+from cpsp_dist.utils.input_files import read_input
 
 MAX_BYTES = 64 * 2**20  # of one unpacked array; [10, 2048, 7, 7] in float64 has 8 MB
 
@@ -41,14 +42,23 @@ class Avel100kZip(PerVideo):
 def _only_pickle(path: Path) -> bytes:
     """The bytes of the one .pkl in a zip."""
     try:
-        with zipfile.ZipFile(path) as file:
-            members = [info for info in file.infolist() if info.filename.endswith(".pkl")]
+        with zipfile.ZipFile(io.BytesIO(read_input(path, MAX_BYTES))) as file:
+            members = [info for info in file.infolist() if _is_pickle(info)]
             if len(members) != 1:
                 raise DataError(f"{path}: {len(members)} .pkl files in it, expected one")
             with file.open(members[0]) as stream:
                 data = stream.read(MAX_BYTES + 1)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path}: not a readable zip, damaged or cut short ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:  # each way of compression raises its own for damaged bytes
+        text = " ".join(str(error).split())[:150]
+        raise DataError(f"{path}: not a readable zip, damaged or cut short ({text})") from None
     if len(data) > MAX_BYTES:
         raise DataError(f"{path}: unpacks to more than {MAX_BYTES // 2**20} MiB; refused")
     return data
+
+
+def _is_pickle(info: zipfile.ZipInfo) -> bool:
+    """macOS puts a file of its own beside each: `__MACOSX/._x.pkl`."""
+    parts = info.filename.split("/")
+    return parts[-1].endswith(".pkl") and not parts[-1].startswith("._") and "__MACOSX" not in parts

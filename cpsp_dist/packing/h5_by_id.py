@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from cpsp_dist.errors import DataError
+from cpsp_dist.packing import h5
 from cpsp_dist.packing.per_video import PerVideo
 
 MEMBERS = {"visual": ("visual", "video"), "audio": ("audio",), "labels": ("labels", "label")}  # names in a group
@@ -21,27 +22,26 @@ class H5ById:
     def __init__(self, path: Path, kind: str):
         self.path, self.kind = path, kind
         try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise DataError(f"--{kind} {path}: not a readable HDF5 file, or cut short ({error})") from None
+            self._file = h5.open_file(path)
+        except DataError as error:
+            raise DataError(f"--{kind} {error}") from None
 
     def ids(self) -> set[str]:
-        return set(self._file)
+        try:
+            return set(self._file)
+        except Exception as error:
+            raise h5.damaged(self.path, error) from None
 
     def file(self, video_id: str) -> Path:
         return self.path
 
     def load(self, video_id: str) -> np.ndarray:
-        found = self._file[video_id]
+        found = h5.find(self._file, (video_id,))
         if isinstance(found, h5py.Group):
-            found = next((found[name] for name in MEMBERS[self.kind] if name in found), found)
-        if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiub":
+            found = h5.find(found, MEMBERS[self.kind])
+        if not isinstance(found, h5py.Dataset):
             raise DataError(f"{self.path}: '{video_id}' has no array of numbers '{self.kind}'")
-        try:
-            array: np.ndarray = found[...]
-            return array
-        except OSError as error:
-            raise DataError(f"{self.path}: '{video_id}' cannot be read, damaged file? ({error})") from None
+        return h5.read(found, ..., f"'{video_id}'")
 
 
 class H5Files(PerVideo):

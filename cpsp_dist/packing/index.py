@@ -9,27 +9,28 @@ after the end.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
+from cpsp_dist.data.shard_index import MAX_NAME, is_split_name
 from cpsp_dist.errors import DataError
+from cpsp_dist.packing.npy import parse_npy
+from cpsp_dist.packing.tar import BLOCK, Fault, members
+from cpsp_dist.packing.text import MAX_CLASSES
+from cpsp_dist.utils.input_files import open_input
+from cpsp_dist.utils.strict_json import load_json
+from cpsp_dist.utils.text import is_plain, quoted
 
-BLOCK = 512
 MEMBERS = ("audio.npy", "json", "label.npy", "visual.npy")  # that every sample has
 KEY_BYTES = SAMPLE["key"].itemsize
 NO_CATEGORY = "(no category)"
-MAX_NPY_HEADER = 1000  # bytes; ours have about 120
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class IndexedShard:
     video_ids: list[str]  # of each sample
     categories: dict[int, str]  # names of those that occur
     histogram: dict[str, int]  # videos by category name
+    nonfinite: list[str]  # "audio of sample 000012-abc": arrays with NaN or infinite values
 
 
 def index_shard(path: Path) -> IndexedShard:
@@ -53,60 +55,100 @@ def index_shard(path: Path) -> IndexedShard:
         DataError: naming the shard, the byte and, where known, the sample, if anything is not as the format says.
     """
     digest = hashlib.sha256()
-    rows: list[np.ndarray] = []
-    infos: list[dict[str, Any]] = []
-    fields: dict[str, Field] = {}
-    seen: set[str] = set()
-    missing: set[str] = set()
-    sample = ""
+    reading = _Reading()
     try:
-        with open(path, "rb") as file:
-            for name, offset, data in _members(file, digest):
-                key, member = _split_name(name, offset)
-                if key != sample or not rows:
-                    _check_complete(sample, missing, offset - BLOCK)
-                    if key in seen:
-                        raise _Fault(offset - BLOCK, f"'{name}' is apart from the other members of its sample")
-                    sample, missing = key, set(MEMBERS)
-                    seen.add(key)
-                    rows.append(np.zeros((), SAMPLE))
-                    rows[-1]["key"] = key.encode()
-                if member not in MEMBERS:
-                    continue  # others may store more
-                if member not in missing:
-                    raise _Fault(offset - BLOCK, f"'{name}' is there twice")
-                missing.remove(member)
-                field, start = member.removesuffix(".npy"), 0
-                if member == "json":
-                    infos.append(_read_info(data, offset, name))
-                    rows[-1]["json_size"], rows[-1]["category"] = len(data), infos[-1]["category"]
-                else:
-                    array, start = _read_array(data, offset, name)
-                    form = Field(array.dtype.str, array.shape)
-                    if fields.setdefault(field, form) != form:
-                        raise _Fault(offset, f"'{name}' is {form}, the samples before it {fields[field]}")
-                    if field == "label":
-                        rows[-1]["events"] = np.count_nonzero(array)
-                rows[-1][field] = offset + start
-                rows[-1][f"{field}_crc"] = crc32c(data[start:] if start else data)
+        with open_input(path) as file:
+            for name, offset, data in members(file, digest):
+                reading.add(name, offset, data)
             size = file.tell()
-            _check_complete(sample, missing, size)
-            if not rows:
-                raise _Fault(0, "no samples in it")
-    except _Fault as fault:
+            reading.finish(size)
+    except Fault as fault:
         raise DataError(f"{path}: byte {fault.offset}: {fault}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    # Tars of others may lack what only names things: the key and the file's name give it.
-    split, *others = sorted({info.get("split", path.name.split("-")[0]) for info in infos})
-    if others:
-        raise DataError(f"{path}: samples of several splits in one shard: {split}, {', '.join(others)}")
-    ids = [info.get("video_id", row["key"].item().decode()) for info, row in zip(infos, rows, strict=True)]
-    names = {i["category"]: i.get("category_name") or f"class {i['category']}" for i in infos if i["category"] >= 0}
-    counts = Counter(names.get(info["category"], NO_CATEGORY) for info in infos)
-    return IndexedShard(
-        split, size, digest.hexdigest(), fields, np.array(rows), ids, names, dict(sorted(counts.items()))
-    )
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return reading.result(path, size, digest.hexdigest())
+
+
+class _Reading:
+    """The samples of a shard, member by member."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+        self.infos: list[dict[str, Any]] = []
+        self.fields: dict[str, Field] = {}
+        self.names: dict[int, str] = {}  # of the classes that occur
+        self.nonfinite: list[str] = []
+        self._seen: set[str] = set()
+        self._missing: set[str] = set()
+        self._sample = ""
+
+    def add(self, name: str, offset: int, data: bytes) -> None:
+        """One member; raises Fault."""
+        key, member = _split_name(name, offset)
+        if key != self._sample or not self.rows:
+            self._begin(key, name, offset)
+        if member not in MEMBERS:
+            return  # others may store more
+        if member not in self._missing:
+            raise Fault(offset - BLOCK, f"{quoted(name)} is there twice")
+        self._missing.remove(member)
+        row, field, start = self.rows[-1], member.removesuffix(".npy"), 0
+        if member == "json":
+            info = _read_info(data, offset, name)
+            self.infos.append(info)
+            row["json_size"], row["category"] = len(data), info["category"]
+            self._name_class(info, offset, name)
+        else:
+            array, start = _read_array(data, offset, name)
+            form = Field(array.dtype.str, array.shape)
+            if self.fields.setdefault(field, form) != form:
+                raise Fault(offset, f"{quoted(name)} is {form}, the samples before it {self.fields[field]}")
+            if field == "label":
+                row["events"] = _count_events(array, offset + start, name)
+            elif not _is_finite(array):
+                self.nonfinite.append(f"{field} of sample {key}")
+        row[field] = offset + start
+        row[f"{field}_crc"] = crc32c(data[start:] if start else data)
+
+    def finish(self, size: int) -> None:
+        """The archive's end, after `size` bytes; raises Fault."""
+        self._check_complete(size)
+        if not self.rows:
+            raise Fault(0, "no samples in it")
+
+    def result(self, path: Path, size: int, sha256: str) -> IndexedShard:
+        # Tars of others may lack what only names things: the key and the file's name give it.
+        split, *others = sorted({info.get("split", path.name.split("-")[0]) for info in self.infos})
+        if others:
+            raise DataError(f"{path}: samples of several splits in one shard: {split}, {', '.join(others)}")
+        if not is_split_name(split):
+            raise DataError(f"{path}: split {quoted(split)}; a split is a name of letters, digits, '_', '-' and '.'")
+        pairs = zip(self.infos, self.rows, strict=True)
+        ids = [info.get("video_id", row["key"].item().decode()) for info, row in pairs]
+        counts = Counter(self.names.get(info["category"], NO_CATEGORY) for info in self.infos)
+        histogram = dict(sorted(counts.items()))
+        table = np.array(self.rows)
+        return IndexedShard(split, size, sha256, self.fields, table, ids, self.names, histogram, self.nonfinite)
+
+    def _begin(self, key: str, name: str, offset: int) -> None:
+        self._check_complete(offset - BLOCK)
+        if key in self._seen:
+            raise Fault(offset - BLOCK, f"{quoted(name)} is apart from the other members of its sample")
+        self._sample, self._missing = key, set(MEMBERS)
+        self._seen.add(key)
+        self.rows.append(np.zeros((), SAMPLE))
+        self.rows[-1]["key"] = key.encode()
+
+    def _check_complete(self, offset: int) -> None:
+        if self._missing:
+            missing = ", no ".join(sorted(self._missing))
+            raise Fault(offset, f"sample '{self._sample}' is incomplete: no {missing}")
+
+    def _name_class(self, info: dict[str, Any], offset: int, name: str) -> None:
+        if (number := info["category"]) >= 0:
+            given = info.get("category_name") or f"class {number}"
+            if self.names.setdefault(number, given) != given:
+                raise Fault(offset, f"{quoted(name)} calls class {number} '{given}', elsewhere '{self.names[number]}'")
 
 
 def assemble(folder: Path, shards: list[tuple[str, IndexedShard]], categories: list[str]) -> Manifest:
@@ -155,85 +197,54 @@ def _check_fields(path: Path, fields: dict[str, Field]) -> None:
 def _split_name(name: str, offset: int) -> tuple[str, str]:
     """Key and member name, split at the first dot of the last part of the path, as webdataset does."""
     match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name)
-    if match is None or len(match[1]) > KEY_BYTES:
-        raise _Fault(offset - BLOCK, f"'{name}' is not named KEY.MEMBER with a key of at most {KEY_BYTES} characters")
+    if match is None or len(match[1]) > KEY_BYTES or not is_plain(name):
+        raise Fault(
+            offset - BLOCK, f"{quoted(name)} is not named KEY.MEMBER with a key of at most {KEY_BYTES} characters"
+        )
     return match[1], match[2]
-
-
-def _check_complete(sample: str, missing: set[str], offset: int) -> None:
-    if missing:
-        raise _Fault(offset, f"sample '{sample}' is incomplete: no {', no '.join(sorted(missing))}")
-
-
-class _Fault(Exception):
-    def __init__(self, offset: int, text: str):
-        super().__init__(text)
-        self.offset = offset
-
-
-def _members(file: BinaryIO, digest: hashlib._Hash) -> Iterator[tuple[str, int, bytes]]:
-    """(name, offset of the payload, payload) of each file in a plain USTAR archive; hashes every byte of it."""
-
-    def take(count: int, what: str) -> bytes:
-        data = file.read(count)
-        digest.update(data)
-        if len(data) < count:
-            raise _Fault(file.tell(), f"the file ends within {what}: it is cut short")
-        return data
-
-    while True:
-        start = file.tell()
-        block = take(BLOCK, "a header or before the end blocks")
-        if block == bytes(BLOCK):
-            rest = file.read()
-            digest.update(rest)
-            if len(rest) < BLOCK or rest.strip(b"\0"):
-                raise _Fault(start, "a zero block, but not the end of the archive (two zero blocks, nothing after)")
-            return
-        try:
-            info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise _Fault(start, f"damaged tar header ({error})") from None
-        if info.type == tarfile.XHDTYPE:  # webdataset writes one for the fraction of a second in a file's time
-            if not _is_harmless(take(info.size + -info.size % BLOCK, "an extended header")):
-                raise _Fault(start, "an extended header that changes more than times and owners")
-            continue
-        if info.type != tarfile.REGTYPE or block[257:265] not in (tarfile.POSIX_MAGIC, tarfile.GNU_MAGIC):
-            raise _Fault(start, f"'{info.name}' is not a plain file in USTAR format")
-        data = take(info.size, f"'{info.name}'")
-        padding = take(-info.size % BLOCK, f"the padding behind '{info.name}'")
-        if padding.strip(b"\0"):
-            raise _Fault(start + BLOCK + info.size, f"padding behind '{info.name}' is not zero")
-        yield info.name, start + BLOCK, data
-
-
-def _is_harmless(extended: bytes) -> bool:
-    """Whether the records of a PAX header, `LENGTH KEY=VALUE`, leave a member's name, type and content alone."""
-    keys = {record.partition(b" ")[2].partition(b"=")[0] for record in extended.rstrip(b"\0").splitlines()}
-    return keys <= {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 
 
 def _read_array(data: bytes, offset: int, name: str) -> tuple[np.ndarray, int]:
     """The array in a .npy member (a view), and where its data start."""
-    stream = io.BytesIO(data[:MAX_NPY_HEADER])
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("not npy version 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        start = stream.tell()
-        if fortran or dtype.hasobject:
-            raise ValueError("an array of objects or in Fortran order")
-        return np.frombuffer(data, dtype, offset=start).reshape(shape), start
-    except Exception as error:  # numpy evaluates the header's text: damage there raises nearly any type
-        raise _Fault(offset, f"'{name}' is not a plain .npy array ({error})") from None
+        array, start, fortran = parse_npy(data)
+        if fortran:
+            raise ValueError("an array in Fortran order")
+        return array, start
+    except ValueError as error:
+        raise Fault(offset, f"{quoted(name)} is not a plain .npy array ({error})") from None
+
+
+def _count_events(label: np.ndarray, offset: int, name: str) -> int:
+    """Raises Fault for values other than 0 and 1: class numbers or votes would all count as events."""
+    if label.dtype == np.uint8 and label.size and label.max() > 1:
+        values = ", ".join(map(str, np.unique(label)[:5].tolist()))
+        raise Fault(offset, f"{quoted(name)} has values other than 0 and 1: {values}")
+    return int(np.count_nonzero(label))
+
+
+#: The exponent's bits, all set in NaN and infinity: a test of integers is several times quicker than `isfinite`.
+_EXPONENT = {"<f2": ("<u2", 0x7C00), "<f4": ("<u4", 0x7F800000)}
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype.str not in _EXPONENT or not array.size:
+        return True  # refused for its type
+    integer, exponent = _EXPONENT[array.dtype.str]
+    return int((array.view(integer) & np.array(exponent, integer)).max()) != exponent
 
 
 def _read_info(data: bytes, offset: int, name: str) -> dict[str, Any]:
     types = {"video_id": str, "category": int, "category_name": str | None, "split": str, "row": int}
     try:
-        info: dict[str, Any] = json.loads(data)
+        info = load_json(data, allow_nan=True)
         if "category" not in info or not all(isinstance(info[key], types[key]) for key in types.keys() & info.keys()):
             raise ValueError("needs a category number, and video_id, category_name, split, row of their types, if any")
-        return info
+        if isinstance(info["category"], bool) or not -1 <= info["category"] < MAX_CLASSES:
+            raise ValueError(f"category {info['category']}; a class number from 0, or -1 for none")
+        texts = [text for key in ("video_id", "category_name", "split") if (text := info.get(key))]
+        if not all(len(text) <= MAX_NAME and is_plain(text) for text in texts):
+            raise ValueError(f"a name with control characters, or of more than {MAX_NAME}")
+        return dict(info)
     except (ValueError, AttributeError, TypeError) as error:
-        raise _Fault(offset, f"'{name}' is not a sample's json ({error})") from None
+        raise Fault(offset, f"{quoted(name)} is not a sample's json ({error})") from None

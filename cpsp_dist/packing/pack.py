@@ -33,6 +33,7 @@ from cpsp_dist.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+MAX_NOTES = 5
 MAX_PROBLEMS = 20  # reading stops after so many: a wrong option would fail every video
 SKIPPED_NAME = "skipped.txt"
 DONE = ".done"
@@ -51,11 +52,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A shard (None: none of its videos can be packed) and the problems of videos that it lacks."""
+    """A shard (None: none of its videos can be packed), the problems of videos that it lacks, notes on those it has."""
 
     name: str
     shard: IndexedShard | None
     problems: list[str]
+    notes: list[str]
 
 
 def pack(
@@ -82,6 +84,7 @@ def pack(
             raise report(problems)
         _tell_skipped(problems, part / SKIPPED_NAME, out)
         assemble(part, shards, source.categories).save()
+        _print_notes([note for p in plans for note in outcomes[p.name].notes])
     return Manifest.load(out)
 
 
@@ -221,14 +224,14 @@ def make_shard(job: Job, planned: ShardPlan, done: Callable[[], None]) -> Outcom
             done()
         return outcome
     draft = work / f"{planned.name}.{os.getpid()}"
-    samples, problems = write_shard(draft, job.source, planned, job.fields, done)
+    samples, problems, notes = write_shard(draft, job.source, planned, job.fields, done)
     if not samples or (problems and job.on_error == "raise"):
         path.unlink(missing_ok=True)
-        return Outcome(planned.name, None, problems)
+        return Outcome(planned.name, None, problems, [])
     shard = index_shard(draft)
     draft.rename(path)
-    note.write_text(json.dumps({"stamp": stamp, "sha256": shard.sha256, "problems": problems}))
-    return Outcome(planned.name, shard, problems)
+    note.write_text(json.dumps({"stamp": stamp, "sha256": shard.sha256, "problems": problems, "notes": notes}))
+    return Outcome(planned.name, shard, problems, notes)
 
 
 def _finished(path: Path, note: Path, stamp: str) -> Outcome | None:
@@ -238,8 +241,9 @@ def _finished(path: Path, note: Path, stamp: str) -> Outcome | None:
         if noted["stamp"] != stamp:
             return None
         shard = index_shard(path)
-        return Outcome(path.name, shard, noted["problems"]) if shard.sha256 == noted["sha256"] else None
-    except (OSError, ValueError, KeyError, DataError):
+        same = shard.sha256 == noted["sha256"]
+        return Outcome(path.name, shard, noted["problems"], noted["notes"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, DataError):
         return None  # not finished, or damaged since: written again
 
 
@@ -257,10 +261,17 @@ def _tell_skipped(problems: list[str], path: Path, out: Path) -> None:
     if not problems:
         path.unlink(missing_ok=True)
         return
-    path.write_text("\n".join(problems) + "\n", encoding="utf-8")
+    path.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
     listed = problems[:MAX_PROBLEMS]
     more = [f"and {len(problems) - len(listed)} more: {out / SKIPPED_NAME}"] if len(problems) > len(listed) else []
     logger.info("\n  ".join([f"note: left out {len(problems)} videos:", *listed, *more]))
+
+
+def _print_notes(notes: list[str]) -> None:
+    if notes:
+        more = [f"and {len(notes) - MAX_NOTES} more"] if len(notes) > MAX_NOTES else []
+        lines = [f"note: {len(notes)} videos were made fit:", *notes[:MAX_NOTES], *more]
+        logger.info("\n  ".join(lines))
 
 
 def report(problems: list[str], stopped: bool = False) -> DataError:

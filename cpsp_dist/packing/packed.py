@@ -44,7 +44,7 @@ class Packed:
             name: np.frombuffer(read_field(self.manifest, place, name), field.dtype).reshape(field.shape)
             for name, field in self.manifest.fields.items()
         }
-        return Features(**arrays)
+        return Features(arrays["visual"], arrays["audio"], arrays["label"])
 
     def files(self, entry: Entry) -> list[Path]:
         sample = self.manifest.samples[self._place[entry.row]]

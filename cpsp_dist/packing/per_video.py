@@ -10,16 +10,16 @@ A layout says, as a `Store`, where the array of a video id lies.
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.errors import DataError
-from cpsp_dist.packing.source import Entry, Features, SourceOptions, channels_last, find_files, read_lines
+from cpsp_dist.packing.source import Entry, Features, SourceOptions, channels_last, find_files
+from cpsp_dist.packing.text import COLUMNS, as_mask, read_categories, read_csv, read_label_file
+from cpsp_dist.utils.text import quoted
 
 SEGMENTS = 10
 
@@ -55,10 +55,10 @@ class PerVideo:
         files = {k: v for k, v in find_files(options, common | self.names, optional=set()).items() if v is not None}
         self.options = options
         self._label_file = files["labels"]
-        self._json = _read_json(self._label_file) if self._label_file.suffix == ".json" else None
+        self._json = read_label_file(self._label_file) if self._label_file.suffix == ".json" else None
         kinds = ("visual", "audio") if self._json is not None else ("visual", "audio", "labels")
         self._stores = {kind: self.store(files[kind], kind) for kind in kinds}
-        self.categories = read_lines(files["categories"])
+        self.categories = read_categories(files["categories"])
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.entries = self._read_csv(files["csv"])
@@ -67,16 +67,20 @@ class PerVideo:
         visual, audio = (self._stores[kind].load(entry.video_id) for kind in ("visual", "audio"))
         if audio.ndim != 2 or not len(audio):
             raise DataError(f"{self._where('audio', entry)}: shape {list(audio.shape)}, expected [t, A]")
+        note = ""
+        if len(audio) != SEGMENTS:
+            change = "repeats the last one" if len(audio) < SEGMENTS else f"is cut to {SEGMENTS}"
+            note = f"audio of {len(audio)} rows {change}"
         audio = audio[np.minimum(np.arange(SEGMENTS), len(audio) - 1)]
         if self._json is None:
             label = self._stores["labels"].load(entry.video_id)
         else:
-            label = _as_mask(self._json[entry.video_id], self._label_file)
+            label = as_mask(self._json[entry.video_id], self._label_file)
         if label.shape not in ((SEGMENTS,), (1, SEGMENTS)):
             expected = f"expected [1, {SEGMENTS}] or [{SEGMENTS}]"
             raise DataError(f"{self._where('labels', entry)}: label of shape {list(label.shape)}, {expected}")
         visual = channels_last(visual, self.options.visual_order, self._where("visual", entry))
-        return Features(visual, audio, label.reshape(SEGMENTS))
+        return Features(visual, audio, label.reshape(SEGMENTS), note)
 
     def files(self, entry: Entry) -> list[Path]:
         files = [store.file(entry.video_id) for store in self._stores.values()]
@@ -88,21 +92,18 @@ class PerVideo:
     def _read_csv(self, path: Path) -> list[Entry]:
         """The videos that can be read; a problem for each of the others."""
         present = {kind: store.ids() for kind, store in self._stores.items()}
-        number = {name: k for k, name in enumerate(self.categories)}
+        class_of = {name: k for k, name in enumerate(self.categories)}
         first: dict[str, Entry] = {}
-        reader = csv.DictReader(read_lines(path))
-        if not {"category", "video_id", "split"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: its first line has to name the columns category,video_id,split")
-        for row, line in enumerate(reader):
-            category, video_id, split = line["category"] or "", line["video_id"] or "", line["split"] or ""
-            entry = Entry(row, video_id, split, number.get(category, -1))
+        for row, (number, fields) in enumerate(read_csv(path)):
+            category, video_id, split = (fields[name] for name in COLUMNS)
+            entry = Entry(row, video_id, split, class_of.get(category, -1))
             missing = [self._where(kind, entry) for kind, ids in present.items() if video_id not in ids]
             if not entry.names_a_file:
                 problem = "not a video id"
             elif entry.category < 0:
-                problem = f"category '{category}' is not in the categories file"
+                problem = f"category {quoted(category)} is not in the categories file"
             elif split not in SPLITS:
-                problem = f"split '{split}' is not one of {', '.join(SPLITS)}"
+                problem = f"split {quoted(split)} is not one of {', '.join(SPLITS)}"
             elif video_id in first:
                 problem = f"listed in row {first[video_id].row} ({first[video_id].split}) and again in {split}"
             elif missing:
@@ -112,7 +113,7 @@ class PerVideo:
             else:
                 first[video_id] = entry
                 continue
-            self.problems.append(f"{entry.name}: {problem}")
+            self.problems.append(f"{path}: line {number}: {entry.name}: {problem}")
         return list(first.values())
 
 
@@ -121,25 +122,3 @@ def folder_ids(folder: Path, suffix: str, kind: str) -> set[str]:
     if not folder.is_dir():
         raise DataError(f"--{kind} {folder}: not a folder of {suffix} files")
     return {path.name.removesuffix(suffix) for path in folder.iterdir() if path.name.endswith(suffix)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """{video id: label, as it stands there}"""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        labels: dict[str, Any] = {}
-        for part in content if isinstance(content, list) else [content]:
-            for video_id, value in part.items():
-                if video_id in labels:
-                    raise DataError(f"{path}: video {video_id} is in it twice")
-                labels[video_id] = value["label"] if isinstance(value, dict) else value
-        return labels
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise DataError(f'{path}: not a label file of the form {{id: {{"label": […]}}}} ({error!r})') from None
-
-
-def _as_mask(value: Any, path: Path) -> np.ndarray:
-    try:
-        return np.array(json.loads(value) if isinstance(value, str) else value, dtype=np.float64)
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: label {str(value)[:60]!r} is not a list of numbers") from None

@@ -17,8 +17,9 @@ import numpy as np
 
 from cpsp_dist.data.manifest import FORMAT_VERSION, Field
 from cpsp_dist.errors import DataError
-from cpsp_dist.packing.index import BLOCK, split_order
+from cpsp_dist.packing.index import split_order
 from cpsp_dist.packing.source import Entry, Source
+from cpsp_dist.packing.tar import BLOCK
 
 JSON_BYTES = 512  # room for a sample's json
 PROBES = 5  # videos that vote for the schema

@@ -12,6 +12,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
+from cpsp_dist.packing.write import id_in_key
 from cpsp_dist.utils.extras import require
 
 BACKGROUND, EVENT = "▁", "█"
@@ -72,7 +73,7 @@ def select(manifest: Manifest, split: str | None, count: int, keys: list[str] | 
     ids = np.char.partition(names, "-")[:, 2]  # an id is what follows the row number in a key
     chosen: list[int] = []
     for key in keys:
-        found = rows.start + np.flatnonzero((names == key) | (ids == key))
+        found = rows.start + np.flatnonzero((names == key) | (ids == id_in_key(key)))
         if not len(found):
             raise UserError(f"{manifest.place}: no sample '{key}'{f' in split {split}' if split else ''}")
         chosen += found.tolist()

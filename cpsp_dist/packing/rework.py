@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from cpsp_dist.data.manifest import Manifest
+import numpy as np
+
+from cpsp_dist.data.manifest import Manifest, Shard
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_order
 from cpsp_dist.packing.plan import keyed_hash
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.target import workplace
 from cpsp_dist.utils.progress import progress
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 20
 
 
 def rebuild(folder: Path, categories: list[str] | None = None) -> Manifest:
@@ -28,13 +34,16 @@ def rebuild(folder: Path, categories: list[str] | None = None) -> Manifest:
     Raises:
         DataError: naming tar, byte and sample for whatever is damaged, incomplete, interleaved or of other types.
     """
-    paths = sorted(folder.glob("*.tar"))
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder")
+    paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar"))
     if not paths:
         raise UserError(f"{folder}: no .tar files here")
     indexed = [(path.name, index_shard(path)) for path in progress(paths, unit="shards", label="indexing")]
     indexed.sort(key=lambda shard: (split_order(shard[1].split), shard[0]))
     manifest = assemble(folder, indexed, _names(folder, indexed, categories))
     manifest.save()
+    warn_nonfinite(folder, indexed)
     return Manifest.load(folder)
 
 
@@ -46,9 +55,17 @@ def _names(folder: Path, indexed: list[tuple[str, IndexedShard]], given: list[st
                 raise DataError(f"{folder / name}: class {number} is '{category}', elsewhere '{found[number]}'")
     count = max(found, default=-1) + 1
     if given is None:
-        return [found.get(number, f"class {number}") for number in range(count)]
+        names = [found.get(number, f"class {number}") for number in range(count)]
+        if len({*names}) < count:
+            name = Counter(names).most_common(1)[0][0]
+            classes = " and ".join(str(k) for k, other in enumerate(names) if other == name)
+            raise DataError(f"{folder}: samples call classes {classes} '{name}'; give --categories")
+        return names
     if len(given) < count:
         raise DataError(f"{folder}: samples of class {count - 1}, but --categories has {len(given)} names")
+    for number, name in found.items():
+        if name not in (given[number], f"class {number}"):
+            raise DataError(f"{folder}: samples call class {number} '{name}', --categories '{given[number]}'")
     return given
 
 
@@ -56,27 +73,56 @@ def merge(folders: list[Path], out: Path) -> Manifest:
     """One folder of the shards of several (hard links where the disk allows, else copies), each read to its last byte.
 
     Raises:
-        DataError: class names, types or shapes that differ, a key that two of them have, damage.
+        DataError: class names, types or shapes that differ, a key that two of them have, damage, a shard that is not
+            what its manifest says.
     """
     manifests = [Manifest.load(folder) for folder in folders]
     for manifest in manifests[1:]:
         if manifest.categories != manifests[0].categories:
             raise DataError(f"{manifest.folder}: other classes than {manifests[0].folder}, or in another order")
-    shards = [(manifest.path(shard), shard.split) for manifest in manifests for shard in manifest.shards]
-    shards.sort(key=lambda shard: split_order(shard[1]))
+    shards = [(manifest, shard) for manifest in manifests for shard in manifest.shards]
+    shards.sort(key=lambda each: split_order(each[1].split))
     numbers: dict[str, int] = defaultdict(int)
     with workplace(out) as part:
         indexed = []
-        for path, split in progress(shards, unit="shards", label="merging"):
-            target = part / f"{split}-{numbers[split]:06d}.tar"
-            numbers[split] += 1
-            with contextlib.suppress(OSError):
-                os.link(path, target)
-            if not target.exists():
-                shutil.copyfile(path, target)
-            indexed.append((target.name, index_shard(target)))
+        for manifest, shard in progress(shards, unit="shards", label="merging"):
+            target = part / f"{shard.split}-{numbers[shard.split]:06d}.tar"
+            numbers[shard.split] += 1
+            found = _take(manifest, shard, target)
+            indexed.append((target.name, found))
         assemble(part, indexed, manifests[0].categories).save()
+        warn_nonfinite(out, indexed)
     return Manifest.load(out)
+
+
+def _take(manifest: Manifest, shard: Shard, target: Path) -> IndexedShard:
+    """Link or copy a shard to `target`; raises DataError unless it arrives as its manifest says."""
+    path = os.path.realpath(manifest.path(shard))  # a link to a link would depend on where it lies
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+    found = index_shard(target)
+    rows = np.array(manifest.samples[shard.first : shard.first + shard.nsamples])
+    if found.sha256 != shard.sha256 or not same_rows(found.rows, rows):
+        raise DataError(f"{manifest.path(shard)}: not the shard of {manifest.folder}; verify that folder")
+    return found
+
+
+def same_rows(indexed: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether a shard's rows are those of a sample table, but for the numbers of shards and videos."""
+    indexed = indexed.copy()
+    indexed["shard"], indexed["video"] = (rows[name] if len(rows) == len(indexed) else 0 for name in ("shard", "video"))
+    return np.array_equal(indexed, rows)
+
+
+def warn_nonfinite(folder: Path, shards: list[tuple[str, IndexedShard]]) -> None:
+    """Name the arrays with NaN or infinite values, on stderr: steps with them are left out of a training."""
+    found = [f"{folder / name}: {array}" for name, shard in shards for array in shard.nonfinite]
+    if found:
+        more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
+        lines = [f"{len(found)} arrays hold values that are NaN or infinite:", *found[:MAX_LISTED], *more]
+        logger.warning("%s", "\n  ".join(lines))
 
 
 def subset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing import LAYOUTS
+from cpsp_dist.utils.text import is_plain, quoted
 
 GRID = 7  # visual maps are 7 x 7 cells
 
@@ -42,21 +44,24 @@ class Entry:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return f"video {self.video_id} (row {self.row})"
+        shown = self.video_id if is_plain(self.video_id) else quoted(self.video_id)
+        return f"video {shown[:60]} (row {self.row})"
 
     @property
     def names_a_file(self) -> bool:
-        """Whether a path made of the id stays in its folder."""
-        return self.video_id not in ("", ".", "..") and not any(c in self.video_id for c in "/\\\0")
+        """Whether a path made of the id stays in its folder, and can be shown."""
+        fits = self.video_id not in ("", ".", "..") and not any(c in self.video_id for c in "/\\")
+        return fits and is_plain(self.video_id) and len(os.fsencode(self.video_id)) <= 200
 
 
 @dataclass(frozen=True)
 class Features:
-    """visual [T, 7, 7, C] and audio [T, A] of any float type, label [T] of 0 and 1."""
+    """visual [T, 7, 7, C] and audio [T, A] of any float type, label [T] of 0 and 1; `note`: what was made fit."""
 
     visual: np.ndarray
     audio: np.ndarray
     label: np.ndarray
+    note: str = ""
 
 
 class Source(Protocol):
@@ -141,11 +146,3 @@ def find_files(options: SourceOptions, names: dict[str, tuple[str, ...]], option
     if missing:
         raise UserError("; ".join(missing))
     return found
-
-
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file."""
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable text file ({error})") from None

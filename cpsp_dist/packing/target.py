@@ -41,14 +41,15 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
     Raises:
         UserError: `out` is there and must not be, another process is writing it, or it cannot be written.
     """
-    _check_target(out, overwrite)
+    given, out = out, _resolve(out)
+    _check_target(out, overwrite, given)
     part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
     work = part / WORK_NAME
     with _no_empty_parents(part), _locked(part, fcntl.LOCK_EX):
         try:
             _prepare(part, key)
             yield part
-            _check_target(out, overwrite)  # once more: long work gives others time to make it
+            _check_target(out, overwrite, given)  # once more: long work gives others time to make it
             shutil.rmtree(work)
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
@@ -57,7 +58,9 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+            if error.filename is not None and not _is_in(error.filename, out.parent):
+                raise  # a file that was read
+            raise UserError(f"{given}: cannot be written ({error.strerror or error})") from None
         except BaseException as error:
             mistake = isinstance(error, UserError) and not isinstance(error, Interrupted)
             if mistake or key is None:
@@ -76,7 +79,8 @@ def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
     Raises:
         UserError: `out` is there and must not be, others are at work in it with another `key`, or it cannot be written.
     """
-    _check_target(out, overwrite)
+    given, out = out, _resolve(out)
+    _check_target(out, overwrite, given)
     part = out.with_name(out.name + ".part")
     end = time.monotonic() + PREPARING_SECONDS
     while True:
@@ -149,12 +153,32 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def _resolve(out: Path) -> Path:
+    """`out` without links, so that a link to a folder stays and what it leads to is made or replaced.
+
+    Raises:
+        UserError: no rename can replace it: the current folder or one above, a mount point, links in a ring.
+    """
+    found = Path(os.path.realpath(out))
+    if Path(os.path.realpath(os.curdir)).is_relative_to(found):
+        raise UserError(f"--out {out}: is the current folder, or holds it; name a folder to make")
+    if os.path.ismount(found):
+        raise UserError(f"--out {out}: is a mount point, which cannot be replaced; name a folder in it")
+    if os.path.islink(found):
+        raise UserError(f"--out {out}: a link that leads to itself")
+    return found
+
+
+def _is_in(name: str | bytes | int, folder: Path) -> bool:
+    return not isinstance(name, int) and Path(os.fsdecode(name)).is_relative_to(folder)
+
+
+def _check_target(out: Path, overwrite: bool, given: Path) -> None:
     if os.path.exists(out):  # Path.exists raises where a folder above may not be entered
         if not overwrite:
-            raise UserError(f"{out} is there already; choose another --out, or replace it with --overwrite")
-        if not (out / INDEX_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} is not a folder of shards, so --overwrite does not replace it")
+            raise UserError(f"{given} is there already; choose another --out, or replace it with --overwrite")
+        if not os.path.isfile(out / INDEX_NAME) and not (os.path.isdir(out) and not os.listdir(out)):
+            raise UserError(f"{given} is not a folder of shards, so --overwrite does not replace it")
 
 
 def _empty(folder: Path) -> None:

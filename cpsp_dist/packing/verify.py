@@ -10,6 +10,8 @@ from crc32c import crc32c
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest, Shard
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import index_shard
+from cpsp_dist.packing.rework import same_rows
+from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.progress import Progress
 
 MAX_LISTED = 20
@@ -20,14 +22,15 @@ def verify(place: str | Path) -> Manifest:
 
     Raises:
         DataError: all damage found, a line each: which shard, which sample, which byte; or of the manifest itself.
+            Values that are NaN or infinite count as damage.
     """
     manifest = Manifest.load(place)
     found: list[str] = []
     with Progress(sum(s.filesize for s in manifest.shards) // 10**6, "MB", "verifying") as shown:
-        for number, shard in enumerate(manifest.shards):
+        for shard in manifest.shards:
             try:
                 with manifest.local_file(shard) as path:
-                    found += _shard_damage(manifest, number, shard, path)
+                    found += _shard_damage(manifest, shard, path)
             except DataError as error:  # it cannot be fetched
                 found.append(str(error))
             shown.update(shard.filesize // 10**6)
@@ -37,18 +40,18 @@ def verify(place: str | Path) -> Manifest:
     return manifest
 
 
-def _shard_damage(manifest: Manifest, number: int, shard: Shard, path: Path) -> list[str]:
+def _shard_damage(manifest: Manifest, shard: Shard, path: Path) -> list[str]:
     rows = np.array(manifest.samples[shard.first : shard.first + shard.nsamples])
     found = []
     try:
         indexed = index_shard(path)
+        found += [f"{path}: {array}: values that are NaN or infinite" for array in indexed.nonfinite]
         if indexed.sha256 == shard.sha256:
-            indexed.rows["shard"], indexed.rows["video"] = number, rows["video"]
-            return [] if np.array_equal(indexed.rows, rows) else [f"{path}: differs from its rows in the sample table"]
+            return found if same_rows(indexed.rows, rows) else [f"{path}: differs from its rows in the sample table"]
     except DataError as error:
         found.append(str(error))
     # The hash shows that a byte changed, the samples' checksums show where.
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         for row in rows:
             for name in (*ARRAY_FIELDS, "json"):
                 file.seek(int(row[name]))

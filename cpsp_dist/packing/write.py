@@ -20,17 +20,22 @@ from cpsp_dist.packing.source import Entry, Features, Source
 
 def write_shard(
     path: Path, source: Source, planned: ShardPlan, fields: dict[str, Field], done: Callable[[], None]
-) -> tuple[int, list[str]]:
-    """Write one shard, calling `done` after each video; how many samples it has, and what is wrong with the others."""
+) -> tuple[int, list[str], list[str]]:
+    """Write one shard, calling `done` after each video; how many samples it has, what is wrong with the others, and
+    notes on what was made fit."""
     problems: list[str] = []
+    notes: list[str] = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for entry in planned.entries:
             try:
-                _add(tar, sample_key(entry), encode(entry, source.read(entry), fields, source.categories))
+                features = source.read(entry)
+                _add(tar, sample_key(entry), encode(entry, features, fields, source.categories))
+                if features.note:
+                    notes.append(f"{entry.name}: {features.note}")
             except DataError as error:
                 problems.append(f"{entry.name}: {error}")
             done()
-    return len(planned.entries) - len(problems), problems
+    return len(planned.entries) - len(problems), problems, notes
 
 
 def _add(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:
@@ -66,7 +71,12 @@ def encode(entry: Entry, features: Features, fields: dict[str, Field], categorie
 
 def sample_key(entry: Entry) -> str:
     """The row number keeps it unique, whatever becomes of the id: at most 48 bytes, no dot, slash or blank."""
-    return f"{entry.row:06d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.video_id)}"[:KEY_BYTES]
+    return f"{entry.row:06d}-{id_in_key(entry.video_id)}"[:KEY_BYTES]
+
+
+def id_in_key(video_id: str) -> str:
+    """A video id as keys have it."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", video_id)
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import load_weights, model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.logs import environment_rank
 
 logger = logging.getLogger(__name__)
 
+#: Videos named in a warning, at most.
+NAMED = 5
 #: Training videos from which the scale of the features is estimated.
 CALIBRATION_VIDEOS = 64
 
@@ -88,8 +92,26 @@ def initial_model(config: Config, manifest: Manifest) -> nn.Module:
     options = ReaderOptions(access=config.data.access)
     with EvalStream(manifest, "train", batch=CALIBRATION_VIDEOS, options=options) as stream:
         batch = next(iter(stream))
-        model.calibrate(*(x[batch.valid].float().square().mean().sqrt().item() for x in (batch.visual, batch.audio)))
+        scales = [_scale(x[batch.valid].float()) for x in (batch.visual, batch.audio)]
+        if not all(finite for _, finite in scales) and environment_rank() == 0:
+            bad = ~(batch.visual.isfinite().flatten(1).all(1) & batch.audio.isfinite().flatten(1).all(1)) & batch.valid
+            keys = [manifest.samples[row]["key"].decode() for row in batch.index[bad].tolist()]
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            logger.warning(
+                "%s%s: NaN or infinite values, left out of the features' scale; `cpsp-dist shards verify` names all",
+                *(", ".join(keys[:NAMED]), more),
+            )
+        model.calibrate(*(scale for scale, _ in scales))
     return model
+
+
+def _scale(x: torch.Tensor) -> tuple[float, bool]:
+    """The root mean square of the finite values, and whether all are finite."""
+    scale = x.square().mean().sqrt().item()
+    if math.isfinite(scale):
+        return scale, True
+    finite = x[x.isfinite()].double()
+    return finite.square().mean().sqrt().item() if len(finite) else 1.0, len(finite) == x.numel()
 
 
 def build_objectives(config: Config, state: TrainingState | None = None) -> Objectives:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, LostRank, RankError, Stopped, UserError
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, LostRank, RankError, Stopped, UserError, of_file
 from cpsp_dist.utils.logs import console
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,11 @@ def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: 
     """Run `main` with a console (see `logs.console`), and return the exit code.
 
     The exceptions of errors.py become one line on stderr and their code, Ctrl-C 130, a reader of the output that has
-    ended 141, as in a shell.
+    ended 141, as in a shell, and what is about a file 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no name, and no terminal's encoding, ends a command
+            stream.reconfigure(errors="backslashreplace")
     with console(stdout=stdout, debug=debug):
         try:
             code = main() or 0
@@ -63,6 +67,22 @@ def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: 
         except KeyboardInterrupt as interrupt:
             logger.warning("interrupted", exc_info=interrupt, extra={"prefix": ""})
             return 130
-        except BrokenPipeError:  # `| head` has read enough; Python would write the rest again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `| head` has read enough
+            _drop_stdout()
             return 128 + signal.SIGPIPE
+        except OSError as error:
+            if (mistake := of_file(error)) is None:
+                raise
+            try:
+                sys.stdout.flush()
+            except OSError:  # it is the output itself that cannot be written
+                _drop_stdout()
+                mistake = UserError(f"the output cannot be written: {error.strerror}")
+            report(mistake)
+            return EXIT_USER_ERROR
+
+
+def _drop_stdout() -> None:
+    """Python would write the rest again at its end."""
+    with contextlib.suppress(OSError, ValueError):  # no file at all, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,7 +49,7 @@ class ShardFile:
         self.path, self.size = path, size
         self._bytes: np.ndarray | None = None
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if descriptor is None else descriptor
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if descriptor is None else descriptor
         except OSError as error:
             raise DataError(f"{path}: cannot open this shard: {error.strerror}; copy or pack it again") from None
         found = os.fstat(self._fd).st_size

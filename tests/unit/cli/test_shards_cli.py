@@ -201,7 +201,7 @@ AVE_MISTAKES = {
     "no annotations": (
         lambda s: (s / "Annotations.txt").write_text("bark\n"),
         [],
-        r"row 0, 'bark', is not of the form",
+        r"Annotations.txt: line 1: 'bark' is not of the form",
     ),
     "categories": (lambda s: (s / "categories.txt").write_text("a\nb\n"), [], r"2 different names, .* have 3 classes"),
     "shard size": (lambda s: None, ["--shard-mb", "0"], r"--shard-mb 0: has to be more than 0"),
