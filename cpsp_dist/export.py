@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.utils.hashing import file_sha256, text_sha256
 from cpsp_dist.utils.json_lines import read_bytes
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _require_unchanged(folder: Path, settings: dict[str, Any]) -> None:
     if digests is None:
         return
     for name, digest in digests.items():
-        found = _digest_of(settings) if name == SETTINGS else file_digest(folder / name)
+        found = _digest_of(settings) if name == SETTINGS else file_sha256(folder / name)
         if found != digest:
             raise ValueError(f"{name} is not as it was exported (sha256 differs)")
 
@@ -93,12 +93,7 @@ def _require_unchanged(folder: Path, settings: dict[str, Any]) -> None:
 def _digest_of(settings: dict[str, Any]) -> str:
     """Of all settings but the digests."""
     content = {key: value for key, value in settings.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return text_sha256(json.dumps(content, sort_keys=True))
 
 
 def export(run: str | Path, out: str | Path) -> Path:
@@ -113,6 +108,7 @@ def export(run: str | Path, out: str | Path) -> Path:
     from cpsp_dist.models import MODELS
     from cpsp_dist.models.weights import save_tensors
     from cpsp_dist.training.setup import load_run, open_manifest
+    from cpsp_dist.utils import files
     from cpsp_dist.utils.registry import settings_from
 
     out = Path(out)
@@ -145,12 +141,12 @@ def export(run: str | Path, out: str | Path) -> Path:
         part.mkdir(parents=True)
         save_tensors({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
         (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
-        digests = {name: file_digest(part / name) for name in (WEIGHTS, CATEGORIES)}
+        digests = {name: file_sha256(part / name) for name in (WEIGHTS, CATEGORIES)}
         settings["sha256"] = digests | {SETTINGS: _digest_of(settings)}
         (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         (part / CARD).write_text(_card(Path(run), config, manifest, progress, step), encoding="utf-8")
         load_model(part)  # what cannot be loaded is not handed out
-        part.rename(out)
+        files.rename(part, out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot write: {getattr(error, 'strerror', None) or error}") from None

@@ -14,11 +14,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -57,19 +58,21 @@ def bench_loader(
     split: str = "train",
     samples: int = 2000,
     batch: int = 64,
-    depth: int = 3,
     threads: Sequence[int] = (1, 2),
     rounds: int = 5,
-    check_crc: bool = True,
-    cold: bool = False,
-    against_webdataset: bool = False,
+    options: ReaderOptions = ReaderOptions(),  # noqa: B008 (it is frozen)
+    also: Collection[Literal["cold", "webdataset"]] = (),
 ) -> dict[str, Any]:
     """Read `samples` samples of `shards` (None: made for the purpose, and removed) again and again.
 
+    Args:
+        threads: numbers of reader threads to compare; the other `options` hold for each.
+        also: "cold", reading what is not in the page cache; "webdataset", plain webdataset.
+
     Returns `memcpy_ratio` (samples a second over memcpy's: warm, with the fastest of `threads`); under `threads`, and
     `cold` and `memcpy`, for each number its ratio, samples a second and CPU milliseconds a sample; `floor_ratio`, what
-    one core could reach; with `against_webdataset` also `webdataset`, plain webdataset's figures on the first shards
-    with so many samples, and `webdataset_ratio`, how many times its rate the fastest of `threads` has.
+    one core could reach; `webdataset`, plain webdataset's figures on the first shards with so many samples, and
+    `webdataset_ratio`, how many times its rate the fastest of `threads` has.
 
     Raises:
         DataError: fewer samples than one batch.
@@ -82,55 +85,55 @@ def bench_loader(
         samples = there - there % batch
 
         def stream(count: int) -> TrainStream:
-            return TrainStream(
-                manifest,
-                split,
-                global_batch=batch,
-                seed=0,
-                options=ReaderOptions(threads=count, depth=depth, check_crc=check_crc),
-            )
+            return TrainStream(manifest, split, global_batch=batch, seed=0, options=replace(options, threads=count))
 
         sample_bytes = sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
         paths = [manifest.path(shard) for shard in manifest.shards if shard.split == split]
-        ways = _memcpy(samples, batch * (depth + 1), sample_bytes, {1, *threads})
+        ways = _memcpy(samples, batch * (options.depth + 1), sample_bytes, {1, *threads})
         ways |= {"crc32c": _crc(samples * sample_bytes)}
         ways |= {f"warm {n}": _warm(stream(n), samples // batch) for n in threads}
-        if cold:
+        if "cold" in also:
             ways |= {f"cold {n}": _cold(lambda n=n: stream(n), samples // batch, paths) for n in threads}  # type: ignore[misc]
-        if against_webdataset:
-            urls, others = _shards_of(manifest, split, samples)
-            ways["webdataset"] = _exhaust(plain_webdataset(urls), others)
+        read = dict.fromkeys(ways, samples)
+        if "webdataset" in also:
+            urls, read["webdataset"] = _shards_of(manifest, split, samples)
+            ways["webdataset"] = _exhaust(plain_webdataset(urls), read["webdataset"])
         times = _measure(ways, rounds)
 
-    def figures(way: str, read: int = samples) -> dict[str, float]:
-        return _figures(times[way], times["memcpy 1"], read, samples)
+    facts = {"sample_bytes": sample_bytes, "samples": samples, "batch": batch, "check_crc": options.check_crc}
+    return facts | _result(times, read, samples, threads, options.check_crc)
 
-    warm = {n: figures(f"warm {n}") for n in threads}
+
+def _result(
+    times: dict[str, list[Times]], read: dict[str, int], samples: int, threads: Sequence[int], check_crc: bool
+) -> dict[str, Any]:
+    """Of each way that was measured, which read so many samples a round, while memcpy copied `samples`."""
+    figures = {way: _figures(times[way], times["memcpy 1"], read[way], samples) for way in times}
+
+    def of(kind: str, counts: Iterable[int]) -> dict[int, dict[str, float]]:
+        return {n: figures[f"{kind} {n}"] for n in counts}
+
+    warm = of("warm", threads)
     result: dict[str, Any] = {
         "memcpy_ratio": max(row["memcpy_ratio"] for row in warm.values()),
         "floor_ratio": 1.0,
-        "sample_bytes": sample_bytes,
-        "samples": samples,
-        "batch": batch,
         "rounds": len(times["memcpy 1"]),
-        "check_crc": check_crc,
         "load": os.getloadavg()[0],
         "cores": os.cpu_count(),
-        "memcpy": {n: figures(f"memcpy {n}") for n in sorted({1, *threads})},
+        "memcpy": of("memcpy", sorted({1, *threads})),
         "threads": warm,
     }
     if check_crc:
-        result["crc32c_cpu_ms_per_sample"] = figures("crc32c")["cpu_ms_per_sample"]
+        result["crc32c_cpu_ms_per_sample"] = figures["crc32c"]["cpu_ms_per_sample"]
         result["floor_ratio"] = statistics.median(
             m.wall / (m.wall + c.wall) for m, c in zip(times["memcpy 1"], times["crc32c"], strict=True)
         )
-    if cold:
-        result["cold"] = {n: figures(f"cold {n}") for n in threads}
-    if against_webdataset:
-        result["webdataset"] = figures("webdataset", others)
-        result["webdataset_ratio"] = (
-            max(row["samples_per_second"] for row in warm.values()) / (result["webdataset"]["samples_per_second"])
-        )
+    if any(way.startswith("cold ") for way in times):
+        result["cold"] = of("cold", threads)
+    if "webdataset" in times:
+        result["webdataset"] = figures["webdataset"]
+        fastest = max(row["samples_per_second"] for row in warm.values())
+        result["webdataset_ratio"] = fastest / figures["webdataset"]["samples_per_second"]
     return result
 
 

@@ -1,6 +1,6 @@
-"""The console command `cpsp-dist`: one module here for each group of subcommands.
+"""The console command `cpsp-dist`: one module for each group of subcommands.
 
-Modules here import nothing heavy at their top: `--help` has to answer at once.
+Arguments and what is printed belong here; nothing heavy is imported at the top, for `--help` has to answer at once.
 """
 
 from __future__ import annotations

@@ -68,18 +68,17 @@ def _loader(args: argparse.Namespace) -> None:
     import json
 
     from cpsp_dist.bench.loader import bench_loader
+    from cpsp_dist.data.reader import ReaderOptions
 
     result = bench_loader(
         args.shards,
         split=args.split,
         samples=args.samples,
         batch=args.batch,
-        depth=args.depth,
         threads=args.threads,
         rounds=args.rounds,
-        check_crc=not args.no_crc,
-        cold=not args.only_warm,
-        against_webdataset=True,
+        options=ReaderOptions(depth=args.depth, check_crc=not args.no_crc),
+        also=["webdataset"] if args.only_warm else ["cold", "webdataset"],
     )
     if args.json:
         print(json.dumps(result, indent=1))

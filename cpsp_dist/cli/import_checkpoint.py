@@ -29,6 +29,7 @@ def _import(args: argparse.Namespace) -> None:
     from cpsp_dist.models.published import load_published
     from cpsp_dist.models.weights import save_tensors
     from cpsp_dist.training.setup import open_manifest
+    from cpsp_dist.utils import files
 
     config = load_config(args.config)
     if config.model.name != args.model:
@@ -39,13 +40,11 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: exists already; remove it, or choose another name")
     manifest = open_manifest(config)
     weights = load_published(args.file, args.model, model_for(config.model, manifest))
-    part = args.out.with_suffix(".part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(weights, part)
-        part.replace(args.out)
+        with files.replacing(args.out) as part:
+            save_tensors(weights, part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"--out {args.out}: cannot write: {error.strerror or error}") from None
     total = sum(value.numel() for value in weights.values())
     print(f"{args.out}: {len(weights)} parameters, {total:,} values")

@@ -81,7 +81,7 @@ def _launch(args: argparse.Namespace) -> int:
 
     from cpsp_dist.errors import UserError
     from cpsp_dist.launch import cluster, jobs, local
-    from cpsp_dist.launch.sweep import plan
+    from cpsp_dist.launch.sweep import plan_runs
 
     if args.status:
         if args.config:
@@ -104,7 +104,7 @@ def _launch(args: argparse.Namespace) -> int:
         retries=args.retries,
         parallel=args.parallel,
     )
-    output, runs = plan(args.config, args.overrides, args.sweep)
+    output, runs = plan_runs(args.config, args.overrides, args.sweep)
     name = args.name or Path(output).name
     if args.local and args.nodes > 1:
         raise UserError("--local is one machine: leave out --nodes, and give --ranks-per-node")
@@ -114,7 +114,7 @@ def _launch(args: argparse.Namespace) -> int:
         if args.local:
             print("--local needs no sbatch file; nothing was started", file=sys.stderr)
         else:
-            print(cluster.dry_run(runs, output, name, resources))
+            print(cluster.batch_file(runs, output, name, resources))
         return 0
     if args.local:
         started, ended = local.run_local(runs, output, args.config, resources)
@@ -134,7 +134,7 @@ def _status(found: list[Job]) -> int:
     from cpsp_dist.launch import files, jobs
 
     now = jobs.states(found)
-    print(jobs.describe(found, now))
+    print(jobs.describe_jobs(found, now))
     files.end_sweep(found, now)
     return 0
 
@@ -158,7 +158,7 @@ def _told(ended_jobs: list[Job], ended: dict[str, State], runs: int) -> int:
     """The last word on jobs that were waited for; the exit code."""
     from cpsp_dist.launch import files, jobs
 
-    print(jobs.describe(ended_jobs, ended))
+    print(jobs.describe_jobs(ended_jobs, ended))
     files.end_sweep(ended_jobs, ended)
     if command := files.comparison(ended_jobs):
         print(f"to compare them:  {command}")

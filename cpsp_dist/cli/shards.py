@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cpsp_dist.cli import shards_rework
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing import LAYOUTS
-
-if TYPE_CHECKING:
-    from cpsp_dist.packing.packed import Packed
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     shards = commands.add_parser("shards", help="pack features into shards, verify, look at them")
     actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
     _register_pack(actions)
-
-    _register_rework(actions)
+    shards_rework.register(actions)
 
     verify = actions.add_parser("verify", help="read every byte against the manifest's hashes")
     verify.add_argument("folder", help="folder of shards, or its URL")
@@ -57,7 +51,9 @@ def _register_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     plan.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
     plan.add_argument("--gpus", type=int, default=8, help="ranks of each node (default: %(default)s)")
     plan.add_argument("--batch", type=int, default=64, help="videos of a rank in each step (default: %(default)s)")
-    plan.add_argument("--order", choices=("full", "lanes"), default="full", help="lanes: for shards fetched from afar")
+    plan.add_argument(
+        "--order", choices=("full", "interleaved"), default="full", help="interleaved: for shards at a URL"
+    )
     plan.add_argument("--epoch-end", choices=("carry", "drop", "pad"), default="carry", help="as data.epoch_end")
     plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: gives the bandwidth it needs")
     plan.set_defaults(handler=_plan)
@@ -108,115 +104,10 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     pack.set_defaults(handler=_pack)
 
 
-def _register_rework(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
-    index.add_argument("folder", type=local_path, help="folder of tars, also of others' (see docs/shard-format.md)")
-    index.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
-    index.set_defaults(handler=_index)
-
-    merge = actions.add_parser("merge", help="one folder of the shards of several")
-    merge.add_argument("folders", type=local_path, nargs="+", help="folders of shards, of the same classes and shapes")
-    merge.add_argument("--out", type=local_path, required=True, help="folder to make")
-    merge.set_defaults(handler=_merge)
-
-    subset = actions.add_parser("subset", help="pack a part of a folder of shards")
-    subset.add_argument("folder", type=local_path, help="folder of shards")
-    subset.add_argument("--out", type=local_path, required=True, help="folder to make")
-    size = subset.add_mutually_exclusive_group(required=True)
-    size.add_argument("--first", type=int, metavar="N", help="the first N videos of each class in each split")
-    size.add_argument(
-        "--fraction", type=float, metavar="F", help="this share of each class in each split, drawn by --seed"
-    )
-    subset.add_argument("--split", action="append", help="this split only; may be given again")
-    subset.set_defaults(handler=_subset)
-
-    split = actions.add_parser("split", help="pack a folder of shards as several, no video in two of them")
-    split.add_argument("folder", type=local_path, help="folder of shards")
-    split.add_argument("--out", type=local_path, required=True, help="folder in which to make one for each part")
-    split.add_argument(
-        "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share of each class"
-    )
-    split.set_defaults(handler=_split)
-    for parser in (subset, split):
-        parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the shuffle (default 0)")
-        parser.add_argument("--shard-mb", type=float, default=130, help="megabytes a shard, about (default 130)")
-        parser.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
-
-
-def _index(args: argparse.Namespace) -> int:
-    from cpsp_dist.packing.preview import describe
-    from cpsp_dist.packing.rework import rebuild
-    from cpsp_dist.packing.text import read_categories
-
-    print(describe(rebuild(args.folder, read_categories(args.categories) if args.categories else None)))
-    return 0
-
-
-def _merge(args: argparse.Namespace) -> int:
-    from cpsp_dist.packing.preview import describe
-    from cpsp_dist.packing.rework import merge
-
-    print(describe(merge(args.folders, args.out)))
-    return 0
-
-
-def _subset(args: argparse.Namespace) -> int:
-    from cpsp_dist.packing.rework import subset
-
-    if args.first is not None and args.first < 1:
-        raise UserError(f"--first {args.first}: has to be 1 or more")
-    if args.fraction is not None and not 0 < args.fraction <= 1:
-        raise UserError(f"--fraction {args.fraction:g}: has to be above 0, and 1 at most")
-    source = _packed(args)
-    for split in args.split or ():
-        source.manifest.rows(split)  # names the splits that there are, if not this one
-    entries = [e for e in source.entries if not args.split or e.split in args.split]
-    source.entries = subset(entries, first=args.first, fraction=args.fraction, seed=args.seed)
-    _repack(args, source, args.out)
-    return 0
-
-
-def _split(args: argparse.Namespace) -> int:
-    from cpsp_dist.packing.rework import cut
-
-    shares = {}
-    for part in args.part:
-        name, _, share = part.partition("=")
-        if not re.fullmatch(r"[\w-]+=\d*\.?\d+", part) or float(share) <= 0:
-            raise UserError(f"--part {part}: write it as NAME=SHARE, for example a=0.5")
-        shares[name] = float(share)
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; choose another --out")
-    source = _packed(args)
-    parts = cut(source.entries, shares, args.seed)
-    if empty := [name for name, entries in parts.items() if not entries]:
-        raise UserError(f"{args.folder}: too few videos to give part '{empty[0]}' any; give it a larger share")
-    for name, entries in parts.items():
-        source.entries = entries
-        _repack(args, source, args.out / name)
-    return 0
-
-
-def _packed(args: argparse.Namespace) -> Packed:
-    from cpsp_dist.packing.packed import Packed
-    from cpsp_dist.packing.source import SourceOptions
-
-    return Packed(SourceOptions("packed", source=args.folder))
-
-
-def _repack(args: argparse.Namespace, source: Packed, out: Path) -> None:
-    from cpsp_dist.packing.pack import pack
-    from cpsp_dist.packing.plan import PackOptions
-    from cpsp_dist.packing.preview import describe
-
-    dtype = {"<f2": "float16", "<f4": "float32"}[source.manifest.fields["visual"].dtype]
-    print(describe(pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)))
-
-
 def _pack(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.pack import pack, pack_portion
     from cpsp_dist.packing.plan import PackOptions
-    from cpsp_dist.packing.preview import describe
+    from cpsp_dist.packing.preview import describe_shards
     from cpsp_dist.packing.source import SourceOptions, open_source
 
     number, _, portions = (args.portion or "").partition("/")
@@ -237,7 +128,7 @@ def _pack(args: argparse.Namespace) -> int:
         print(f"{args.out}.part: {made} of {shards} shards made by portion {args.portion}; not finished yet")
         return 0
     manifest = pack(source, args.out, options, overwrite=args.overwrite, workers=args.workers)
-    print(describe(manifest))
+    print(describe_shards(manifest))
     return 0
 
 
@@ -251,9 +142,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from cpsp_dist.data.manifest import Manifest
-    from cpsp_dist.packing.preview import describe
+    from cpsp_dist.packing.preview import describe_shards
 
-    print(describe(Manifest.load(args.folder)))
+    print(describe_shards(Manifest.load(args.folder)))
     return 0
 
 
@@ -274,18 +165,18 @@ def _preview(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from cpsp_dist.data.manifest import Manifest
-    from cpsp_dist.data.reader.simulate import describe, simulate
+    from cpsp_dist.data.reader import ReaderOptions
+    from cpsp_dist.data.reader.simulate import describe_simulation, simulate
 
     sizes = {"nodes": args.nodes, "gpus": args.gpus, "batch": args.batch}
     found = simulate(
         Manifest.load(args.folder),
         args.split,
-        order=args.order,
-        epoch_end=args.epoch_end,
+        options=ReaderOptions(order=args.order, epoch_end=args.epoch_end),
         step_seconds=args.step_seconds,
         **sizes,
     )
-    print(describe(found))
+    print(describe_simulation(found))
     return 0
 
 

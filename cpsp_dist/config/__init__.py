@@ -1,6 +1,7 @@
 """The configuration of a run: typed, strict, from YAML with `extends:` and dotted overrides.
 
-`schema` has the settings, `loading` reads them and reports every mistake at once, `reference` prints them all.
+Settings and how they are read belong here: `schema` has the settings, `loading` reads them and reports every mistake at
+once, `reference` prints them all.
 """
 
 from cpsp_dist.config.loading import check_config, load_config

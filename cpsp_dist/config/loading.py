@@ -15,6 +15,7 @@ from cpsp_dist.config.schema import Config
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
+from cpsp_dist.utils.text import one_line
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -118,7 +119,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         by = f" (extended by {above[-1]})" if above else ""
         raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a config file holds sections (key: value), not {type(content).__name__}")
     base = content.pop("extends", None)

@@ -26,9 +26,10 @@ class DataSettings(Section):
         None, description="folder that keeps what was fetched from a URL; by default that in CPSP_CACHE, or the user's"
     )
     cache_gb: float | None = Field(None, gt=0, description="what the cache may hold; null: what the disk has")
-    order: Literal["full", "lanes"] = Field(
+    order: Literal["full", "interleaved"] = Field(
         "full",
-        description="full: any sample at any time, the default for a folder; lanes: few shards at a time, for a URL",
+        description="full: any sample at any time, the default for a folder; interleaved: few shards at a time, the "
+        "default for a URL",
     )
     epoch_end: Literal["carry", "drop", "pad"] = Field(
         "carry",
@@ -52,7 +53,7 @@ class DataSettings(Section):
     def _order_suits_shards(cls, content: Any) -> Any:
         """Decided here, so that a checkpoint records in which order its position was reached."""
         if isinstance(content, dict) and content.get("order") is None and isinstance(content.get("shards"), str):
-            return content | {"order": "lanes" if is_url(content["shards"]) else "full"}
+            return content | {"order": "interleaved" if is_url(content["shards"]) else "full"}
         return content
 
     @field_validator("cache")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -31,8 +30,11 @@ from cpsp_dist.data import fetch
 from cpsp_dist.data.fetch import Cancelled
 from cpsp_dist.data.urls import is_url, join
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils import files
 from cpsp_dist.utils.file_lock import lock_holder
+from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class Cache:
                     if owned:
                         self._complete(part, url, sha256, size, cancelled)
                         with self._locked(cancelled):
-                            os.rename(self._part(sha256, size), self.path(sha256))
+                            files.rename(self._part(sha256, size), self.path(sha256))
                             os.close(part)
                             part = -1
                             if (found := self._open_complete(sha256, size)) is not None:
@@ -157,8 +159,8 @@ class Cache:
         except OSError as error:
             if error.errno in _FULL:
                 raise DataError(
-                    f"{self.folder}: the disk is full: no space for {size / 1e6:.0f} MB of {without_secrets(url)}; free"
-                    " some, set data.cache to a folder on another disk, or data.cache_gb to less than this one has"
+                    f"{self.folder}: the disk is full: no space for {format_bytes(size, 0)} of {without_secrets(url)};"
+                    " free some, set data.cache to a folder on another disk, or data.cache_gb to less than this one has"
                 ) from None
             raise DataError(
                 f"{self.folder}: cannot store fetched shards here: {error.strerror}; set data.cache to another folder"
@@ -263,7 +265,7 @@ class Cache:
         """Fetch what the file lacks, resuming an earlier fetch; wrong content is fetched once more from the start."""
         for _ in range(2):
             length = fetch.append_missing(part, url, size, cancelled, self._count)
-            if length == size and _sha256(part) == sha256:
+            if length == size and file_sha256(part) == sha256:
                 os.fsync(part)
                 return
             os.ftruncate(part, 0)
@@ -290,11 +292,3 @@ class _StallTimer:
         if self._cancelled.wait(POLL):
             raise Cancelled
         return time.monotonic() < self._limit
-
-
-def _sha256(descriptor: int) -> str:
-    digest, offset = hashlib.sha256(), 0
-    while block := os.pread(descriptor, 1024 * 1024, offset):
-        digest.update(block)
-        offset += len(block)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import format_bytes, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,8 +112,8 @@ class _ProgressLog:
             self._logged = now
             rate = (done - self._start) / (now - self._began)
             logger.warning(
-                "%s: %.0f of %.0f MB fetched, %.1f MB/s, %.0f s left",
-                *(self._url, done / 1e6, self._size / 1e6, rate / 1e6, (self._size - done) / rate),
+                "%s: %s of %s fetched, %s/s, %.0f s left",
+                *(self._url, *map(format_bytes, (done, self._size, rate)), (self._size - done) / rate),
             )
 
 
@@ -207,5 +208,5 @@ def _reason(error: Exception) -> str:
         return f"no answer within {PIECE_SECONDS:.0f} s"
     if type(error).__name__ in _NO_CREDENTIALS:
         return f"no credentials found; {_SET_CREDENTIALS}"
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return type(error).__name__ + (f" ({text[:150]})" if text and "://" not in text and "@" not in text else "")

@@ -9,9 +9,7 @@ A folder may be a URL (`https://…`, `s3://…`, any that fsspec knows): its ta
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +33,8 @@ from cpsp_dist.data.shard_index import (
 )
 from cpsp_dist.data.urls import is_url
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils import files
+from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.input_files import open_input, read_input
 from cpsp_dist.utils.redact import learn, without_secrets
 
@@ -125,25 +125,21 @@ class Manifest:
     def save(self) -> None:
         """Write the table, then `index.json`: a folder with an index is complete."""
         table = self.folder / TABLE_NAME
-        part = self.folder / (TABLE_NAME + ".part")
-        with open(part, "wb") as file:
+        with files.replacing(table) as part, open(part, "wb") as file:
             np.save(file, np.asarray(self.samples))
-        part.replace(table)
         index = {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
             "name": self.folder.name.removesuffix(".part"),
             "cpsp_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "table": {"url": TABLE_NAME, "sha256": _sha256(table)},
+            "table": {"url": TABLE_NAME, "sha256": file_sha256(table)},
             "fields": {name: {"dtype": f.dtype, "shape": list(f.shape)} for name, f in self.fields.items()},
             "categories": self.categories,
             "splits": {name: len(rows) for name, rows in self.splits.items()},
             "shardlist": [asdict(shard) for shard in self.shards],
         }
-        part = self.folder / (INDEX_NAME + ".part")
-        part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(self.folder / INDEX_NAME)
+        files.write_text(self.folder / INDEX_NAME, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
     @staticmethod
     def load(place: str | Path, cache: Cache | None = None) -> Manifest:
@@ -193,15 +189,12 @@ def _load_remote(remote: Remote) -> Manifest:
     return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
 
 
-def _sha256(path: Path) -> str:
-    with open_input(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
-
-
 def _load_table(path: Path, index: Index, remedy: str) -> np.ndarray:
     """The table, once all its bytes are known to be right: no checksum of an array covers what it says of a sample."""
     try:
-        if _sha256(path) != index.table_sha256:
+        with open_input(path) as file:
+            unchanged = file_sha256(file.fileno()) == index.table_sha256
+        if not unchanged:
             raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
         samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except DataError as error:

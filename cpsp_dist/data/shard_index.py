@@ -5,7 +5,6 @@ What can be derived has to agree with the rest, names have to be plain, urls may
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpsp_dist.errors import DataError
+from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import is_plain, quoted
 
@@ -146,4 +146,4 @@ def fingerprint(fields: dict[str, Field], categories: list[str], shards: list[Sh
         categories,
         [[s.split, s.nsamples, s.sha256] for s in shards],
     ]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+    return text_sha256(json.dumps(content, ensure_ascii=False))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import threading
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from cpsp_dist.errors import EXIT_LOST_RANK, LostRank
 from cpsp_dist.utils.command import report
+from cpsp_dist.utils.hashing import text_sha256
 
 #: Seconds between two heartbeats.
 INTERVAL = 0.5
@@ -67,7 +67,7 @@ class Heartbeat:
 
     def claim_message(self, text: str) -> int | None:
         """The rank that asked this of `text` first: what all ranks meet is printed by one. None in doubt."""
-        key = f"claimed{hashlib.sha256(text.encode()).hexdigest()}"
+        key = f"claimed{text_sha256(text)}"
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
             return int(self.store.compare_set(key, "", str(self.rank)))
         return None

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from cpsp_dist.distributed.heartbeat import Heartbeat
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, RankError, Stopped, UserError
+from cpsp_dist.utils.text import first_line, one_line
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
 
+def port_of_job(job: str) -> str:
+    """Two jobs on one node must not connect, nor take a port that the system gives to whoever asks for any (32768 and
+    more). A single process takes any free port."""
+    return str(20000 + int(job) % 12000)
+
+
 def resolve_rendezvous(ranks: Ranks) -> str:
     """Where the ranks connect, as "host:port"; from here on the environment has it, whichever launcher was used.
 
@@ -76,10 +83,8 @@ def resolve_rendezvous(ranks: Ranks) -> str:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
-        # Two jobs on one node must not connect, nor take a port that the system gives to whoever asks for any (32768
-        # and more). A single process takes any free port.
         job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = str(20000 + int(job) % 12000) if job and ranks.world > 1 else "0"
+        os.environ["MASTER_PORT"] = port_of_job(job) if job and ranks.world > 1 else "0"
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -106,7 +111,7 @@ def connect(ranks: Ranks, timeout: int) -> None:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {ranks.rank} of {ranks.world}: rendezvous failed at {place} within {timeout} s: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{one_line(error)[:200]}"
         ) from None
 
 
@@ -147,8 +152,7 @@ def connected(ranks: Ranks, timeout: int, heartbeat_timeout: int, signals: StopS
             if isinstance(error, DataError):
                 error.claimed_by = heartbeat.claim_message(str(error))
             known = isinstance(error, UserError)
-            first = str(error).strip().splitlines()[:1] or [""]
-            reason = str(error) if known else f"{type(error).__name__}: {first[0]}"
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             heartbeat.report_exit(reason, EXIT_USER_ERROR if known else 1)
         raise
     else:

@@ -1,12 +1,12 @@
 """`cpsp-dist doctor`: checks on every rank, reported by rank 0, a line for each finding.
 
-`rendezvous.py` brings the ranks together, `machine.py` looks at what they run on, `paths.py` at what a run reads and
-writes, `finding.py` is a line and its limit. No check ends the program: what goes wrong in one is its finding.
+A check of a machine or a configuration before a run belongs here. `rendezvous.py` brings the ranks together,
+`machine.py` looks at what they run on, `network.py` at what is between them, `paths.py` at what a run reads and writes,
+`finding.py` is a line and its limit. No check ends the program: what goes wrong in one is its finding.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -17,11 +17,14 @@ from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
 from cpsp_dist.doctor import machine, paths
-from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, hung_threads, one_line
-from cpsp_dist.doctor.rendezvous import Rendezvous, all_reduce, check_all_ranks_present, clocks, network_fix
+from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, hung_threads
+from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
+from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.engine import deepspeed_settings, import_deepspeed
+from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.shipped import find_config
+from cpsp_dist.utils.text import one_line
 
 #: Checks that a rank makes for itself, one after the other, each within the limit.
 OWN_CHECKS = 10
@@ -94,7 +97,7 @@ class RankChecks:
         config = load_config(path, overrides)
         configs.append(config)
         text = json.dumps(flat(config), sort_keys=True, default=str)
-        self.facts["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.facts["config"] = text_sha256(text)[:12]
         return [Finding(OK, "config", str(find_config(path)))]
 
     def _check_paths(self, config: Config) -> None:

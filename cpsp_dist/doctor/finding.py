@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from cpsp_dist.errors import UserError
-from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import one_line
 
 T = TypeVar("T")
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -27,11 +27,6 @@ class Finding(NamedTuple):
         """As a line; `nodes` where it is not about all of them."""
         text = self.found + (f"; fix: {self.fix}" if self.fix else "")
         return f"{self.status:7}  {self.check:11}  " + (f"on {nodes}: " if nodes else "") + one_line(text)
-
-
-def one_line(text: object) -> str:
-    """On one line, without passwords."""
-    return without_secrets(" ".join(str(text).split()))
 
 
 def within(limit: float, call: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ from cpsp_dist.models import model_for
 from cpsp_dist.tracking.store import reach, sqlite_file, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
-from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import format_bytes, one_line
 
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4
@@ -81,15 +81,15 @@ def cache(config: Config, manifest: Manifest) -> list[Finding]:
     room = free if limit is None else min(free, int(limit * 1e9))
     fix = "set data.cache to a folder on a larger local disk" + (", or raise data.cache_gb" if limit else "")
     if room < 4 * largest:
-        text = f"{folder}: room for {_size(room)}, and one shard has up to {_size(largest)}"
+        text = f"{folder}: room for {format_bytes(room)}, and one shard has up to {format_bytes(largest)}"
         return [Finding(ERROR, "cache", text, fix)]
     if file_system(folder) in NETWORK:
         text = f"{folder} lies on a network file system ({file_system(folder)})"
         return [Finding(WARNING, "cache", text, "set data.cache to a folder on a local disk")]
     if room < size:
-        text = f"{folder}: room for {_size(room)} of {_size(size)}: shards are fetched again in each epoch"
+        text = f"{folder}: room for {format_bytes(room)} of {format_bytes(size)}: each epoch fetches shards again"
         return [Finding(WARNING, "cache", text, fix)]
-    return [Finding(OK, "cache", f"{folder}: room for all {_size(size)}")]
+    return [Finding(OK, "cache", f"{folder}: room for all {format_bytes(size)}")]
 
 
 def room(config: Config, manifest: Manifest) -> list[Finding]:
@@ -100,7 +100,8 @@ def room(config: Config, manifest: Manifest) -> list[Finding]:
     one, most = Checkpoints.bytes_needed(model, config)
     held = sum(p.stat().st_size for p in Checkpoints(config.output).folder.glob("step-*/*"))
     free = shutil.disk_usage(folder).free
-    summary = f"{config.output}: {_size(free)} free; checkpoints of {_size(one)} each need up to {_size(most)}"
+    needs = f"checkpoints of {format_bytes(one)} each need up to {format_bytes(most)}"
+    summary = f"{config.output}: {format_bytes(free)} free; {needs}"
     if free < most - held:
         fix = "make room, set output to another disk, or lower checkpoint.keep"
         return [Finding(ERROR, "space", summary, fix)]
@@ -189,7 +190,7 @@ def mlflow(config: Config | None, limit: float) -> list[Finding]:
 
 
 def _reason(error: Exception) -> str:
-    text = without_secrets(" ".join(str(error).split()))
+    text = one_line(error)
     for known in ("Connection refused", "Name or service not known", "Temporary failure in name resolution"):
         if known in text:
             return known
@@ -215,7 +216,7 @@ def _sqlite(path: Path, limit: float) -> list[Finding]:
     except sqlite3.Error as error:
         fix = "end the program that holds it, or move it away" if "locked" in str(error) else "move it away"
         return [Finding(ERROR, "mlflow", f"sqlite:///{path}: not a usable MLflow store: {error}", fix)]
-    return [Finding(OK, "mlflow", f"sqlite:///{path}: {count} runs, {_size(path.stat().st_size)}")]
+    return [Finding(OK, "mlflow", f"sqlite:///{path}: {count} runs, {format_bytes(path.stat().st_size)}")]
 
 
 def existing(path: Path) -> tuple[Path, int]:
@@ -225,10 +226,6 @@ def existing(path: Path) -> tuple[Path, int]:
         if place.exists():
             return place, levels
     return Path("/"), len(path.parents)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def agreement(rendezvous: Rendezvous, facts: dict[int, dict[str, str]]) -> list[Finding]:

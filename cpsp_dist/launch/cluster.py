@@ -86,7 +86,7 @@ def sbatch_flags(texts: Sequence[str]) -> dict[str, str | bool]:
     return flags
 
 
-def dry_run(runs: Sequence[Planned], output: str, name: str, resources: Resources) -> str:
+def batch_file(runs: Sequence[Planned], output: str, name: str, resources: Resources) -> str:
     """The sbatch file that `submit` would hand in."""
     executor = _executor(new_folder(output), name, resources, array=len(runs) > 1)
     if len(runs) > 1:

@@ -163,7 +163,7 @@ def _alive(job: Job) -> bool:
     return "submitit" in _ask(["ps", "-p", job.id, "-o", "args="]).stdout
 
 
-def describe(jobs: Sequence[Job], now: dict[str, State]) -> str:
+def describe_jobs(jobs: Sequence[Job], now: dict[str, State]) -> str:
     """A line for each job: state, step, log; and below it why one failed."""
     from cpsp_dist.tracking.compare import format_table
 

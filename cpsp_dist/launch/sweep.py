@@ -24,7 +24,7 @@ class Planned:
     config: Config
 
 
-def plan(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[str] = ()) -> tuple[str, list[Planned]]:
+def plan_runs(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[str] = ()) -> tuple[str, list[Planned]]:
     """The output folder of a launch, and its runs.
 
     Args:

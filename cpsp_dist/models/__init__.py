@@ -1,7 +1,8 @@
 """The networks: a batch's features in, one `Output` with named fields out.
 
-Shape letters as in `cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model)
-and P = 49 the positions of a 7×7 visual map.
+Networks and their layers belong here; nothing here knows of losses or ranks. Shape letters as in
+`cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model) and P = 49 the
+positions of a 7×7 visual map.
 
 To add a network: write a file with a `layers.Network`, and name it in the table. `model.name` of the configuration then
 takes its name, and the section `model` its settings; `cpsp-dist import-checkpoint --model` takes it too.

@@ -1,11 +1,13 @@
 """Packing: features in a published layout become tar shards and a manifest.
 
-`source.py` is the interface between a layout and the packer, and one file for each layout implements it. `plan.py`
-decides what goes where, `write.py` writes a shard, `index.py` reads it back into table rows, `pack.py` runs it all.
-`verify.py` and `preview.py` look at finished shards, `rework.py` makes others of them.
+What writes shards or works on finished ones belongs here. `source.py` is the interface between a layout and the packer,
+and one file for each layout implements it. `plan.py` decides what goes where, `write.py` writes a shard, `index.py`
+reads it back into table rows, `pack.py` runs it all. `verify.py` and `preview.py` look at finished shards, `rework.py`
+makes others of them.
 
 To add a layout: write a file with a class that takes `SourceOptions` and is a `source.Source`, and name it in the
-table. If it has a csv of videos, it is a `per_video.PerVideo`, and all to write is a `Store`: where a video's array is.
+table. If it has a csv of videos, it is a `per_video.PerVideo`, and all to write is an `ArrayStore`: where a video's
+array is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ what the note says, byte for byte, and its source files have not changed; everyt
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -25,10 +24,12 @@ from typing import Any
 from cpsp_dist.data.manifest import Field, Manifest
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
-from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan, plan_key, sample_bytes, schema
+from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan_key, plan_shards, sample_bytes, schema
 from cpsp_dist.packing.source import Source, SourceOptions, open_source
 from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
 from cpsp_dist.packing.write import write_shard
+from cpsp_dist.utils import files
+from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Job:
+class PackJob:
     """What is the same for all shards."""
 
     source: Source
@@ -76,7 +77,7 @@ def pack(
     """
     fields, plans = _planned(source, options)
     with workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
-        outcomes = _make(Job(source, part, fields, options.on_error), plans, workers)
+        outcomes = _make(PackJob(source, part, fields, options.on_error), plans, workers)
         # Told in the shards' order, not in that in which processes came to them.
         problems = source.problems + [problem for p in plans for problem in outcomes[p.name].problems]
         shards = [(p.name, shard) for p in plans if (shard := outcomes[p.name].shard) is not None]
@@ -112,7 +113,7 @@ def pack_portion(
     fields, plans = _planned(source, options)
     mine = plans[number::portions]
     with shared_workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
-        outcomes = _make(Job(source, part, fields, options.on_error), mine, workers)
+        outcomes = _make(PackJob(source, part, fields, options.on_error), mine, workers)
         problems = [problem for p in mine for problem in outcomes[p.name].problems]
         if problems and options.on_error == "raise":
             raise report(problems)
@@ -125,10 +126,10 @@ def _planned(source: Source, options: PackOptions) -> tuple[dict[str, Field], li
     if not source.entries:
         raise report(source.problems) if source.problems else DataError("the source has no videos to pack")
     fields = schema(source, options.visual_dtype)
-    return fields, plan(source.entries, fields, options)
+    return fields, plan_shards(source.entries, fields, options)
 
 
-def _make(job: Job, plans: list[ShardPlan], workers: int | None) -> dict[str, Outcome]:
+def _make(job: PackJob, plans: list[ShardPlan], workers: int | None) -> dict[str, Outcome]:
     """The outcome of every shard, by name."""
     videos = sum(len(p.entries) for p in plans)
     size = sample_bytes(job.fields) * videos
@@ -154,7 +155,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(job: Job, plans: list[ShardPlan], workers: int, done: Callable[[int], None]) -> Generator[Outcome]:
+def _run(job: PackJob, plans: list[ShardPlan], workers: int, done: Callable[[int], None]) -> Generator[Outcome]:
     """The outcome of every shard, as they finish; here with one worker, else in processes of their own."""
     if workers <= 1:
         for planned in plans:
@@ -185,7 +186,7 @@ class _Stopped(Exception):
     pass
 
 
-_job: Job  # of this worker process
+_job: PackJob  # of this worker process
 _done: Callable[[], None]
 
 
@@ -208,14 +209,14 @@ def _start_worker(
             raise _Stopped
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _job, _done = Job(open_source(options), part, fields, on_error), done
+    _job, _done = PackJob(open_source(options), part, fields, on_error), done
 
 
 def _work(planned: ShardPlan) -> Outcome:
     return make_shard(_job, planned, _done)
 
 
-def make_shard(job: Job, planned: ShardPlan, done: Callable[[], None]) -> Outcome:
+def make_shard(job: PackJob, planned: ShardPlan, done: Callable[[], None]) -> Outcome:
     """Write and index one shard, unless it is there and right; `done` is called for each video."""
     path, work = job.part / planned.name, job.part / WORK_NAME
     note, stamp = work / (planned.name + DONE), _stamp(job.source, planned)
@@ -229,7 +230,7 @@ def make_shard(job: Job, planned: ShardPlan, done: Callable[[], None]) -> Outcom
         path.unlink(missing_ok=True)
         return Outcome(planned.name, None, problems, [])
     shard = index_shard(draft)
-    draft.rename(path)
+    files.rename(draft, path)
     note.write_text(json.dumps({"stamp": stamp, "sha256": shard.sha256, "problems": problems, "notes": notes}))
     return Outcome(planned.name, shard, problems, notes)
 
@@ -249,12 +250,12 @@ def _finished(path: Path, note: Path, stamp: str) -> Outcome | None:
 
 def _stamp(source: Source, planned: ShardPlan) -> str:
     """Changes with the size or time of any file that the shard's videos are read from."""
-    digest = hashlib.sha256()
+    seen: list[str] = []
     for path in sorted({path for entry in planned.entries for path in source.files(entry)}):
         with contextlib.suppress(OSError):  # a missing file is reported when it is read
             stat = path.stat()
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+            seen.append(f"{path} {stat.st_size} {stat.st_mtime_ns}\n")
+    return text_sha256("".join(seen))
 
 
 def _tell_skipped(problems: list[str], path: Path, out: Path) -> None:

@@ -5,7 +5,7 @@
   rows the last one is repeated, or what is beyond ten is cut, as the published loader does.
 - `--labels` may also be a json file: `{id: {"label": […]}}`, `{id: […]}`, or a list of such; lists also as text.
 
-A layout says, as a `Store`, where the array of a video id lies.
+A layout says, as an `ArrayStore`, where the array of a video id lies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cpsp_dist.utils.text import quoted
 SEGMENTS = 10
 
 
-class Store(Protocol):
+class ArrayStore(Protocol):
     """One kind of array of all videos, at the path that `--visual`, `--audio` or `--labels` gives."""
 
     def __init__(self, path: Path, kind: str):
@@ -43,7 +43,7 @@ class Store(Protocol):
 class PerVideo:
     """A `Source`; each layout sets `store`, and `names` (of files that no flag gives) where they are others."""
 
-    store: ClassVar[type[Store]]
+    store: ClassVar[type[ArrayStore]]
     names: ClassVar[dict[str, tuple[str, ...]]] = {
         "visual": ("video", "visual"),
         "audio": ("audio",),

@@ -20,6 +20,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import split_order
 from cpsp_dist.packing.source import Entry, Source
 from cpsp_dist.packing.tar import BLOCK
+from cpsp_dist.utils.hashing import text_sha256
 
 JSON_BYTES = 512  # room for a sample's json
 PROBES = 5  # videos that vote for the schema
@@ -40,7 +41,7 @@ class ShardPlan:
     entries: list[Entry]
 
 
-def plan(entries: list[Entry], fields: dict[str, Field], options: PackOptions) -> list[ShardPlan]:
+def plan_shards(entries: list[Entry], fields: dict[str, Field], options: PackOptions) -> list[ShardPlan]:
     """Splits in their usual order, a split's samples shuffled once and cut into shards of equal count (within one)."""
     plans = []
     per_shard = max(1, int(options.shard_mb * 1e6 // sample_bytes(fields)))
@@ -68,7 +69,7 @@ def plan_key(source: Source, plans: list[ShardPlan], fields: dict[str, Field], o
         {name: [f.dtype, f.shape] for name, f in fields.items()},
         [[p.name, [astuple(e) for e in p.entries]] for p in plans],
     ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return text_sha256(json.dumps(content))
 
 
 def schema(source: Source, visual_dtype: str) -> dict[str, Field]:

@@ -19,7 +19,7 @@ BACKGROUND, EVENT = "▁", "█"
 BAR = 30  # characters
 
 
-def describe(manifest: Manifest) -> str:
+def describe_shards(manifest: Manifest) -> str:
     """Splits, sizes, types, and how many videos there are of each class and of each number of event segments."""
     fields = ", ".join(
         f"{name} {np.dtype(field.dtype).name} [{', '.join(map(str, field.shape))}]"

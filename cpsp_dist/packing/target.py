@@ -14,6 +14,8 @@ from typing import IO
 
 from cpsp_dist.data.manifest import INDEX_NAME
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils import files
+from cpsp_dist.utils.text import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,8 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             shutil.rmtree(work)
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
-                out.rename(old)
-            part.rename(out)
+                files.rename(out, old)
+            files.rename(part, out)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -148,9 +150,8 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"{folder.parent}: {-(-needed // 10**6):,} MB needed, {free // 10**6:,} MB free; use another --out"
-        )
+        summary = f"{format_bytes(-(-needed // 10**6) * 1e6, 0)} needed, {format_bytes(free, 0)} free"
+        raise UserError(f"{folder.parent}: {summary}; use another --out")
 
 
 def _resolve(out: Path) -> Path:

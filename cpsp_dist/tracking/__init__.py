@@ -1,4 +1,4 @@
 """Runs in MLflow: what is written during a run, and the comparison read back from it.
 
-The only package that imports mlflow.
+What knows of experiments, runs and sweeps belongs here; the only package that imports mlflow.
 """

@@ -19,7 +19,9 @@ from urllib.parse import quote, unquote
 
 from cpsp_dist.config import Config
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils import files
 from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +93,10 @@ class Store:
     def _error(self, error: BaseException) -> StoreError:
         if isinstance(error, StoreError):
             return error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        text = lines[0] if isinstance(error, Exception) else repr(error)
+        text = first_line(error) if isinstance(error, Exception) else repr(error)
         # A server that is no MLflow server answers with pages.
         code = getattr(error, "error_code", "")
-        return StoreError(f"{without_secrets(self._uri)}: {without_secrets(text)[:300]}", str(code or ""))
+        return StoreError(f"{without_secrets(self._uri)}: {text[:300]}", str(code or ""))
 
 
 def _client(uri: str) -> Any:
@@ -152,7 +153,7 @@ def _make_store(file: Path) -> None:
         except FileExistsError:
             pass  # another run was faster
         except OSError:  # a file system without hard links
-            made.rename(file)
+            files.rename(made, file)
 
 
 def experiment_id(store: Store, config: Config) -> str:

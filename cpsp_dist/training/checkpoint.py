@@ -8,7 +8,6 @@ states: each step seeds itself from (seed, step, rank), and the order of samples
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,8 @@ from cpsp_dist.config import Config
 from cpsp_dist.errors import DataError
 from cpsp_dist.models.weights import save_tensors
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils import files
+from cpsp_dist.utils.hashing import file_sha256, text_sha256
 from cpsp_dist.utils.json_lines import read_bytes
 
 logger = logging.getLogger(__name__)
@@ -76,30 +77,25 @@ class Checkpoints:
         Raises:
             OSError, SafetensorError: it could not be written; earlier checkpoints are intact.
         """
-        make_folder(self.folder)
+        files.make_folder(self.folder)
         target = self.path(progress.step)
         part = self.folder / f".{target.name}.part"
         self._remove_leftovers()
         try:
             self._write(part, state, progress)
             _remove(target)  # the same step again: this one was damaged, and the run resumed before it
-            part.rename(target)
+            files.rename(part, target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # of a full disk, give back what it took
             raise
-        _sync(self.folder)
-        latest = self.folder / f".{LATEST}.part"
-        latest.write_text(target.name + "\n", encoding="utf-8")
-        _sync(latest)
         try:
-            latest.replace(self.folder / LATEST)
+            files.write_text(self.folder / LATEST, target.name + "\n")
         except IsADirectoryError:  # nothing reads it but people
             logger.warning("%s: a folder; it does not name the newest checkpoint", self.folder / LATEST)
-        _sync(self.folder)
         for old in self.steps()[:-keep]:
             if old != progress.best_step:
                 # Out of sight by one rename: whatever ends the removal leaves no half checkpoint behind.
-                self.path(old).rename(gone := self.folder / f".{self.path(old).name}.part")
+                files.rename(self.path(old), gone := self.folder / f".{self.path(old).name}.part")
                 shutil.rmtree(gone, ignore_errors=True)
         return target
 
@@ -115,12 +111,12 @@ class Checkpoints:
         save_tensors(moments | {f"objectives/{name}": t for name, t in state.objectives.items()}, part / OPTIMIZER)
         described = asdict(progress) | {"updates": state.updates}
         (part / PROGRESS).write_text(json.dumps(described, indent=1), encoding="utf-8")
-        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+        hashes = {path.name: file_sha256(path) for path in sorted(part.iterdir())}
         commit = {"format": FORMAT_VERSION, "files": hashes, "own": _digest_of(hashes)}
         (part / COMMIT).write_text(json.dumps(commit, indent=1), encoding="utf-8")
         for path in part.iterdir():
-            _sync(path)
-        _sync(part)
+            files.sync(path)
+        files.sync(part)
 
     @staticmethod
     def bytes_needed(model: nn.Module, config: Config) -> tuple[int, int]:
@@ -231,7 +227,7 @@ def _problem(path: Path, expected: Any) -> str:
     if not path.is_file():
         return "is missing"
     try:
-        return "" if _sha256(path) == expected else "is damaged"
+        return "" if file_sha256(path) == expected else "is damaged"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -242,14 +238,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Make it and what is missing above it, on disk for good: a folder is an entry in the one above."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in reversed(missing):
-        _sync(path.parent)
 
 
 def _read_commit(folder: Path) -> dict[str, Any]:
@@ -273,21 +261,5 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _digest_of(hashes: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return text_sha256(json.dumps(hashes, sort_keys=True))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
+from cpsp_dist.utils.text import format_bytes
 
+_size = partial(format_bytes, digits=2)
 #: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).
 TABLES = 4
 
@@ -250,7 +253,3 @@ def _step(step: FirstStep, ranks: Ranks, world: int) -> list[str]:
     if not all(map(math.isfinite, (total, step.grad_norm))):
         lines.append("warning: not finite: look at the features, lower train.learning_rate, or train.precision=fp32")
     return lines
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

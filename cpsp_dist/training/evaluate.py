@@ -20,6 +20,7 @@ from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
+from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,6 @@ def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str
     try:
         model = PlainModel(model_for(run.config.model, manifest), run.state.weights, discover().device)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{manifest.place}: these shards do not fit the weights of {output}: {reason}") from None
     return evaluate(model, manifest, split, run.config, discover()) | {"step": run.step}

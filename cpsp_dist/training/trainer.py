@@ -25,7 +25,7 @@ from cpsp_dist.models import Output, model_for
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training import gc_control
-from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, make_folder
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import (
     PRECISIONS,
     Engine,
@@ -41,7 +41,9 @@ from cpsp_dist.training.resume import load_latest_checkpoint
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter
+from cpsp_dist.utils import files
 from cpsp_dist.utils.redact import without_secrets
+from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +220,7 @@ class Trainer:
                 progress = replace(self.progress, run_id=self.tracker.run_id)
                 self.checkpoints.save(state, progress, self.config.checkpoint.keep)
             except (OSError, SafetensorError) as error:
-                problem = " ".join(str(error).split()) or repr(error)
+                problem = one_line(error) or repr(error)
         # All ranks wait for it, and stop together where it failed.
         if process_group.all_reduce_max(bool(problem), self.ranks.device):
             raise UserError(
@@ -272,7 +274,7 @@ def _make_folder(output: str, ranks: Ranks) -> None:
         UserError: it cannot.
     """
     try:
-        make_folder(Path(output))
+        files.make_folder(Path(output))
     except OSError as error:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
     checkpoints = Checkpoints(output).folder

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cpsp_dist.utils import files
+
 #: Lines that wait in memory while they cannot be written, at most; bytes of a line that is no damage.
 KEPT_LINES, LONGEST_LINE = 100_000, 1 << 24
 
@@ -64,9 +66,8 @@ def truncate_after_step(file: Path, step: int) -> str:
             seen.add(line)
             kept.append(line)
     if len(kept) != len(lines):
-        part = file.with_name(f"{file.name}.part")
-        part.write_bytes(b"".join(kept))
-        part.replace(file)
+        with files.replacing(file) as part:
+            part.write_bytes(b"".join(kept))
     return f"{file}: {_count(damaged)}, left out" if damaged else ""
 
 

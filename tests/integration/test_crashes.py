@@ -131,9 +131,10 @@ def kill_in_save(rank: int, stage: int, victim: int, pids: str) -> None:
 
 
 def count_disk_calls() -> list[Any]:
-    """Wrap every call by which checkpoint.py changes the disk; functions in the returned list are told the number, 2n
+    """Wrap every call by which checkpoint.py changes the disk; functions in the returned list get the number, 2n
     before and 2n + 1 after call n."""
     from cpsp_dist.training import checkpoint
+    from cpsp_dist.utils import files
 
     told: list[Any] = []
     count = iter(range(0, 10**6, 2))
@@ -158,11 +159,10 @@ def count_disk_calls() -> list[Any]:
     checkpoint.Path = Disk  # type: ignore[misc, attr-defined]
     for owner, name in (
         (checkpoint, "save_file"),
-        (checkpoint, "_sync"),
-        (checkpoint, "_sha256"),
+        (checkpoint, "file_sha256"),
+        (files, "sync"),
         (Disk, "mkdir"),
         (Disk, "write_text"),
-        (Disk, "rename"),
         (Disk, "replace"),
     ):
         wrap(owner, name)

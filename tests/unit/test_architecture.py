@@ -1,12 +1,16 @@
-"""The rules of the house: imports go downward, one module each knows the big libraries, help answers at once."""
+"""The architecture rules: imports go downward, one module each knows the big libraries, one place for each helper."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -31,11 +35,18 @@ LAYERS = [
 KNOWN_BY = {"deepspeed": "training", "mlflow": "tracking", "submitit": "launch"}
 
 
+@functools.cache
+def modules(folder: str = "cpsp_dist") -> dict[str, ast.Module]:
+    """Every file of the package or of `tests`, by its path in it."""
+    files = sorted((REPO / folder).rglob("*.py"))
+    return {str(path.relative_to(REPO / folder)): ast.parse(path.read_text()) for path in files}
+
+
 def imports():
     """(room, file, imported dotted name) of every import in the package, also those inside functions."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text())):
+    for name, tree in modules().items():
+        path, room = PACKAGE / name, Path(name).parts[0].removesuffix(".py")
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     yield room, path, alias.name
@@ -137,3 +148,177 @@ def test_no_path_of_a_machine_is_committed():
         text = (REPO / name).read_text(encoding="utf-8", errors="replace")
         for path in ("/wo" + "rk/", "/ro" + "ot/", "/tmp/scr" + "atch"):
             assert path not in text, name
+
+
+# Sizes and names
+
+
+def test_few_names_at_the_top():
+    names = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert len([path for path in names if not path.name.startswith("__")]) <= 22
+
+
+def test_each_folder_says_what_belongs_there():
+    """The first line of its `__init__` says what it is, the paragraph below what belongs there."""
+    wrong = []
+    for path, tree in modules().items():
+        if path.endswith("/__init__.py"):
+            first, _, rest = (ast.get_docstring(tree) or "").partition("\n\n")
+            if "\n" in first or not first.endswith(".") or not re.search(r"\bbelongs?\s+here\b", rest.split("\n\n")[0]):
+                wrong.append(path)
+    assert not wrong
+
+
+#: function or constructor (file:name) -> why it is longer than 60 lines or takes more than 8 arguments
+LARGE_FUNCTIONS: dict[str, str] = {}
+#: file -> why it has more than 300 lines
+LARGE_FILES: dict[str, str] = {}
+
+
+def test_functions_and_files_are_small():
+    """self and cls do not count; a dataclass names its fields, so it may have more."""
+    functions, files = set(), set()
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                arguments = [each.arg for each in given if each.arg not in ("self", "cls")]
+                if node.end_lineno - node.lineno >= 60 or len(arguments) > 8:
+                    functions.add(f"{path}:{node.name}")
+        if len((PACKAGE / path).read_text().splitlines()) > 300:
+            files.add(path)
+    assert functions == LARGE_FUNCTIONS.keys()
+    assert files == LARGE_FILES.keys()
+
+
+#: Public functions of which there is one in several modules, on purpose.
+SAME_NAME = {
+    "main": "a program's entry",
+    "build_parser": "a program's arguments",
+    "register": "a command's arguments",
+    "run": "what a process does: a training, a rank of a job",
+    "train": "`api` offers what `training` has",
+    "evaluate": "`api` offers what `training` has",
+}
+
+
+def test_a_name_means_one_thing():
+    """No two classes have one name, nor two public functions of modules."""
+    classes, functions = defaultdict(list), defaultdict(list)
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name].append(path)
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                functions[node.name].append(path)
+    assert {name for name, paths in classes.items() if len(paths) > 1} <= {"Progress"}, "until utils/progress.py goes"
+    assert {name for name, paths in functions.items() if len(paths) > 1} == SAME_NAME.keys()
+
+
+def test_imported_modules_exist():
+    """Those inside functions, too, which no test may reach."""
+
+    def exists(name: str) -> bool:
+        path = REPO.joinpath(*name.split("."))
+        return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+    wrong = []
+    for path, tree in [*modules().items(), *modules("tests").items()]:
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ours = [name for name in names if name.split(".")[0] in ("cpsp_dist", "tests")]
+            wrong += [f"{path} imports {name}" for name in ours if not exists(name)]
+    assert not wrong
+
+
+# One of each helper
+
+
+def _called(node: ast.AST) -> str:
+    """`os.replace(a, b)` -> "os.replace"; a method of something else -> ".replace"."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return ""
+    owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+    return f"{owner if owner in ('os', 'shutil', 'socket', 'files') else ''}.{node.func.attr}"
+
+
+def _renames(node: ast.AST) -> bool:
+    """Path.replace takes one argument; str.replace takes two, dataclass and datetime ones keywords."""
+    called = _called(node)
+    return called in ("os.replace", "os.rename", "os.renames", "shutil.move", ".rename") or (
+        called == ".replace" and len(node.args) == 1 and not node.keywords
+    )
+
+
+def _imports_hashlib(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Import) and any(alias.name == "hashlib" for alias in node.names)) or (
+        isinstance(node, ast.ImportFrom) and node.module == "hashlib"
+    )
+
+
+def _constants(node: ast.AST) -> set[object]:
+    return {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+
+
+#: what is done -> how it is recognised, and the modules that may (with the reason where it is not the helper itself)
+HELPERS = {
+    "atomic write": (
+        _renames,
+        {"utils/files.py": "", "utils/logs.py": "moves a full log aside"},
+    ),
+    "sync": (
+        lambda node: _called(node) in ("os.fsync", "os.fdatasync"),
+        {"utils/files.py": "", "data/cache.py": "of a descriptor", "bench/loader.py": "of a page cache"},
+    ),
+    "hash": (
+        _imports_hashlib,
+        {
+            "utils/hashing.py": "",
+            "packing/index.py": "hashes a tar as it is parsed: read once",
+            "packing/tar.py": "the same",
+            "packing/plan.py": "a shuffle's keys, not a checksum",
+        },
+    ),
+    "port": (
+        lambda node: _called(node) in (".bind", "socket.create_server"),
+        {},
+    ),
+    "port of a job": (
+        lambda node: isinstance(node, ast.Constant) and node.value == 12000,
+        {"distributed/process_group.py": ""},
+    ),
+    "size in bytes": (
+        lambda node: isinstance(node, ast.FunctionDef) and {" GB", " MB"} <= _constants(node),
+        {"utils/text.py": ""},
+    ),
+    "one line of an error": (
+        lambda node: (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).startswith("str(error)")
+            and ast.unparse(node.func).endswith((".splitlines", ".split"))
+        ),
+        {"utils/text.py": "", "launch/cluster.py": "sbatch says it in the last line"},
+    ),
+    "Slurm's requeue policy": (
+        lambda node: isinstance(node, ast.ImportFrom) and any(a.name == "EXIT_LOST_RANK" for a in node.names),
+        {
+            "launch/requeue.py": "",
+            "distributed/heartbeat.py": "ends ranks with it",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HELPERS)
+def test_one_of_each_helper(what):
+    recognised, allowed = HELPERS[what]
+    assert {path for path, tree in modules().items() if any(map(recognised, ast.walk(tree)))} == allowed.keys()
+
+
+def test_tests_choose_ports_in_one_place():
+    found = {
+        path for path, tree in modules("tests").items() if any(_called(node) == ".bind" for node in ast.walk(tree))
+    }
+    assert found == {"support/environment.py"}

@@ -21,8 +21,8 @@ class ReaderOptions:
         on_error: a damaged sample ends the reading, or ("skip") leaves its slot invalid and zero, up to `skip_budget`.
         pin: page-locked memory, where there is a GPU.
         access: see `files.Access`.
-        order: of training: "full", every sample anywhere; "lanes", few shards at a time; None, the one for a folder,
-            the other for a URL. A position means what it did only in the order it was reached in.
+        order: of training: "full", every sample anywhere; "interleaved", few shards at a time; None, the first for a
+            folder, the second for a URL. A position means what it did only in the order it was reached in.
         epoch_end: of training: "carry", batches straddle epochs; "drop", an epoch's last, short global batch is left
             out; "pad", it is filled up with invalid slots. The last two tie positions to the global batch: keep it
             when a run is resumed.

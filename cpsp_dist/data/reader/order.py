@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (sizes, seed, epoch), and each rank's share of it.
 
 Nothing is stored and no library's random generator is used, so an order survives upgrades and starts anywhere at once.
-`Full` mixes a split completely: the best order, if any sample can be read at any time. `Lanes` reads shards from front
-to back, many at a time: the order for shards that have to be fetched first.
+`Full` mixes a split completely: the best order, if any sample can be read at any time. `Interleaved` reads shards from
+front to back, many at a time: the order for shards that have to be fetched first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Full:
         return _permute(_checked(offsets, self.n), _uint64(self.n), self._key).astype(np.int64)
 
 
-class Lanes:
+class Interleaved:
     """An order of the samples of shards of these `sizes` (rows in shard order) that opens few shards at a time.
 
     The epoch's shards, in mixed order, make one long row of samples; it is cut by count into `lanes` equal parts (the
@@ -68,7 +68,7 @@ class Lanes:
         return rows
 
 
-Order = Full | Lanes
+Order = Full | Interleaved
 
 
 def permutation(n: int, seed: int, epoch: int) -> Full:

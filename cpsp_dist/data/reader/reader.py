@@ -151,7 +151,7 @@ class TrainStream(_Stream):
             seed=seed,
             world=world,
             accumulation=accumulation,
-            order=options.order or ("full" if manifest.remote is None else "lanes"),
+            order=options.order or ("full" if manifest.remote is None else "interleaved"),
             epoch_end=options.epoch_end,
         )
         slots = -(-self.schedule.micro // world)

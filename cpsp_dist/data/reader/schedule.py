@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cpsp_dist.data.reader.order import Full, Lanes, Order, rank_slice
+from cpsp_dist.data.reader.order import Full, Interleaved, Order, rank_slice
 
-OrderName = Literal["full", "lanes"]
+OrderName = Literal["full", "interleaved"]
 EpochEnd = Literal["carry", "drop", "pad"]
 
 
@@ -23,8 +23,8 @@ class ReadSchedule:
     `global_batch` positions, as `accumulation` micro-batches one after the other.
 
     The ranks' shares of a micro-batch are equal but for one. With order "full" they are its positions in turn; with
-    "lanes" the positions are sorted by lane first, so that a rank stays with its lanes and thus with its shards. Either
-    way the global batch is the same for every number of ranks.
+    "interleaved" the positions are sorted by lane first, so that a rank stays with its lanes and thus with its shards.
+    Either way the global batch is the same for every number of ranks.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ReadSchedule:
     ) -> None:
         if min(global_batch, accumulation) < 1 or global_batch % accumulation:
             raise ValueError(f"global_batch={global_batch} is not a multiple of accumulation={accumulation}")
-        if order not in ("full", "lanes") or epoch_end not in ("carry", "drop", "pad"):
+        if order not in ("full", "interleaved") or epoch_end not in ("carry", "drop", "pad"):
             raise ValueError(f"order={order!r}, epoch_end={epoch_end!r}")
         self.sizes, self.n = sizes, int(sum(sizes))
         self.micro, self.world, self._seed, self._name = global_batch // accumulation, world, seed, order
@@ -83,5 +83,7 @@ class ReadSchedule:
             while len(self._orders) >= 4:
                 del self._orders[next(iter(self._orders))]
             full = self._name == "full"
-            self._orders[epoch] = Full(self.n, self._seed, epoch) if full else Lanes(self.sizes, self._seed, epoch)
+            self._orders[epoch] = (
+                Full(self.n, self._seed, epoch) if full else Interleaved(self.sizes, self._seed, epoch)
+            )
         return self._orders[epoch]

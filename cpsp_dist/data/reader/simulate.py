@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.reader.options import ReaderOptions
 from cpsp_dist.data.reader.order import rank_slice
-from cpsp_dist.data.reader.schedule import EpochEnd, OrderName, ReadSchedule
+from cpsp_dist.data.reader.schedule import EpochEnd, ReadSchedule
 from cpsp_dist.errors import UserError
 
 
@@ -62,17 +64,18 @@ def simulate(
     nodes: int,
     gpus: int,
     batch: int,
-    order: OrderName = "full",
-    epoch_end: EpochEnd = "carry",
+    options: ReaderOptions = ReaderOptions(order="full"),  # noqa: B008 (it is frozen)
     seed: int = 0,
     step_seconds: float | None = None,
 ) -> Simulation:
     """Simulate the first epoch on `nodes` of `gpus` ranks each, with `batch` samples a rank and step.
 
+    options: `order` and `epoch_end` of them count.
+
     Raises:
         UserError: counts below one, or fewer samples than one global batch.
     """
-    rows, world = manifest.rows(split), nodes * gpus
+    rows, world, order, epoch_end = manifest.rows(split), nodes * gpus, options.order or "full", options.epoch_end
     _check(manifest, split, nodes, gpus, batch, epoch_end)
     shards = [shard for shard in manifest.shards if shard.split == split]
     sizes, global_batch = [shard.nsamples for shard in shards], batch * world
@@ -80,19 +83,15 @@ def simulate(
     def schedule(world: int) -> ReadSchedule:
         return ReadSchedule(sizes, global_batch=global_batch, seed=seed, world=world, order=order, epoch_end=epoch_end)
 
-    began = time.perf_counter()
-    schedule(world).rows(0, 1, 0)
-    first_batch_seconds = time.perf_counter() - began
-
-    # Without ranks, a step's rows come in the order in which the ranks' shares are cut from them.
-    one_rank = schedule(1)
-    steps = -(-one_rank.epoch_length // global_batch)
-    rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
-    shard_of = np.repeat(np.arange(len(shards)), sizes)
+    first_batch_seconds = _seconds(lambda: schedule(world).rows(0, 1, 0))
     categories = np.asarray(manifest.samples["category"][rows.start : rows.stop]) + 1  # 0 is unknown
     expected = np.bincount(categories) / len(rows)
+    one_rank = schedule(1)  # its rows of a step are cut into the ranks' shares
+    steps = -(-one_rank.epoch_length // global_batch)
     samples = np.zeros(world, dtype=np.int64)
     touched = np.zeros((nodes, len(shards)), dtype=bool)
+    rank_of = np.repeat(np.arange(world), [len(rank_slice(0, global_batch, rank, world)) for rank in range(world)])
+    shard_of = np.repeat(np.arange(len(shards)), sizes)
     distances, order_seconds = [], 0.0
     for step in range(steps):
         began = time.perf_counter()
@@ -120,6 +119,12 @@ def simulate(
     )
 
 
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def _check(manifest: Manifest, split: str, nodes: int, gpus: int, batch: int, epoch_end: EpochEnd) -> None:
     if min(nodes, gpus, batch) < 1:
         raise UserError("--nodes, --gpus and --batch are at least 1")
@@ -138,7 +143,7 @@ def _uniform_unevenness(expected: np.ndarray, draws: int) -> float:
     return float(0.5 * np.abs(histograms - expected).sum(axis=1).mean())
 
 
-def describe(result: Simulation) -> str:
+def describe_simulation(result: Simulation) -> str:
     """The simulation as lines to read."""
 
     def of(values: Range, scale: float = 1.0, digits: int = 0) -> str:

@@ -1,7 +1,8 @@
 """Engines: a model wrapped for training on all ranks, by DeepSpeed (ZeRO 0 to 3) or plain DDP, with one interface.
 
-Both average gradients over the ranks. The complete training state leaves and enters as full float tensors by parameter
-name, so a checkpoint does not depend on the ZeRO stage, the engine or the world size that wrote it.
+What depends on the engine belongs here. Both average gradients over the ranks. The complete training state leaves and
+enters as full float tensors by parameter name, so a checkpoint does not depend on the ZeRO stage, the engine or the
+world size that wrote it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cpsp_dist.data.reader import permutation, rank_slice
-from cpsp_dist.data.reader.order import Lanes
+from cpsp_dist.data.reader.order import Interleaved
 from cpsp_dist.data.reader.schedule import ReadSchedule
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -45,7 +45,7 @@ def test_any_part_can_be_computed_alone(n, seed, data):
 
 
 GOLDEN_SMALL = [5, 9, 6, 1, 2, 0, 4, 3, 7, 8]
-GOLDEN_LANES = "056548b351d9311c49db020dfbeaaf2292248bd7a033b9f798fa5922e6204069"
+GOLDEN_INTERLEAVED = "056548b351d9311c49db020dfbeaaf2292248bd7a033b9f798fa5922e6204069"
 GOLDEN_LARGE = "2ae8b1330d29637cc5d5db43a71cacf0ab8fa9564a4ad7600d8a7d05a9b42f4c"
 
 
@@ -99,7 +99,7 @@ def test_class_sorted_data_come_out_mixed():
 
 @pytest.mark.timing
 @pytest.mark.parametrize("n", [101_072, 10_000_000])
-@pytest.mark.parametrize("kind", ["full", "lanes"])
+@pytest.mark.parametrize("kind", ["full", "interleaved"])
 def test_first_batch_in_50_ms_and_100_mb(n, kind):
     sizes = [256] * (n // 256) + [n % 256]
     _seconds_of_first_batch([1000], kind, 0)
@@ -130,12 +130,12 @@ def test_sizes_outside_are_refused(n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lanes
+# Interleaved
 
 
 @given(sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 10**6), lanes=st.integers(1, 40), block=st.integers(1, 50))
 def test_lanes_are_a_permutation_of_any_shard_sizes(sizes, seed, epoch, lanes, block):
-    rows = Lanes(sizes, seed, epoch, lanes=lanes, block=block)(np.arange(sum(sizes)))
+    rows = Interleaved(sizes, seed, epoch, lanes=lanes, block=block)(np.arange(sum(sizes)))
     assert rows.dtype == np.int64
     assert np.array_equal(np.sort(rows), np.arange(sum(sizes)))
 
@@ -144,20 +144,20 @@ def test_lanes_are_a_permutation_of_any_shard_sizes(sizes, seed, epoch, lanes, b
 def test_any_part_of_lanes_can_be_computed_alone(sizes, seed, lanes, block, data):
     n = sum(sizes)
     offsets = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)), dtype=np.int64)
-    order = Lanes(sizes, seed, 5, lanes=lanes, block=block)
+    order = Interleaved(sizes, seed, 5, lanes=lanes, block=block)
     assert np.array_equal(order(offsets), order(np.arange(n))[offsets])
 
 
 def test_golden_lanes():
     sizes = [250 + number % 7 for number in range(400)]
-    content = Lanes(sizes, 1, 3)(np.arange(sum(sizes))).astype("<i8").tobytes()
-    assert hashlib.sha256(content).hexdigest() == GOLDEN_LANES
+    content = Interleaved(sizes, 1, 3)(np.arange(sum(sizes))).astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest() == GOLDEN_INTERLEAVED
 
 
 def test_lanes_read_shards_from_front_to_back_in_mixed_order():
     """The definition, by brute force: shards in mixed order, cut into lanes by count, mixed inside blocks alone."""
     sizes, lanes = [30, 50, 0, 41, 17, 60, 25], 4
-    plain = Lanes(sizes, 3, 2, lanes=lanes, block=1)(np.arange(sum(sizes)))
+    plain = Interleaved(sizes, 3, 2, lanes=lanes, block=1)(np.arange(sum(sizes)))
     by_lane = [plain[lane::lanes].tolist() for lane in range(lanes)]
     assert [len(rows) for rows in by_lane] == [56, 56, 56, 55]
     long_row = [row for rows in by_lane for row in rows]
@@ -171,7 +171,7 @@ def test_lanes_read_shards_from_front_to_back_in_mixed_order():
         del long_row[: len(shard)]
     assert not shards
     assert seen != sorted(seen)
-    mixed = Lanes(sizes, 3, 2, lanes=lanes, block=16)(np.arange(sum(sizes)))
+    mixed = Interleaved(sizes, 3, 2, lanes=lanes, block=16)(np.arange(sum(sizes)))
     for lane, rows in enumerate(by_lane):
         for start in range(0, len(rows), 16):
             block = mixed[lane::lanes][start : start + 16].tolist()
@@ -181,7 +181,7 @@ def test_lanes_read_shards_from_front_to_back_in_mixed_order():
 
 def test_lanes_change_with_seed_and_epoch():
     sizes = [100] * 50
-    orders = [Lanes(sizes, seed, epoch)(np.arange(5000)) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [Interleaved(sizes, seed, epoch)(np.arange(5000)) for seed in (0, 1) for epoch in (0, 1)]
     for a, b in itertools.combinations(orders, 2):
         assert (a == b).sum() < 10
 
@@ -190,7 +190,7 @@ def test_lanes_mix_class_sorted_data_far_better_than_a_shuffle_buffer():
     """Total-variation distance of a batch of 512 to the data set; facts/streaming.md measured .407 for 64 lanes with
     blocks of 256, .199 for a full permutation, and .754 for webdataset's shuffle(5000)."""
     sizes, classes, batch = [256] * 400, 100, 512
-    rows = Lanes(sizes, 3, 0)(np.arange(sum(sizes))).reshape(-1, batch)
+    rows = Interleaved(sizes, 3, 0)(np.arange(sum(sizes))).reshape(-1, batch)
     histograms = np.stack([np.bincount(r * classes // sum(sizes), minlength=classes) for r in rows]) / batch
     assert 0.5 * np.abs(histograms - 1 / classes).sum(axis=1).mean() == pytest.approx(0.38, abs=0.03)
 

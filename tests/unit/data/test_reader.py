@@ -27,7 +27,7 @@ from cpsp_dist.data.manifest import ARRAY_FIELDS, Field, Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream, permutation
 from cpsp_dist.data.reader import files as stream_files
 from cpsp_dist.data.reader import ring as stream_ring
-from cpsp_dist.data.reader.order import Lanes
+from cpsp_dist.data.reader.order import Interleaved
 from cpsp_dist.errors import DataError
 from tests.support.tiny_shards import Written, assert_as_written, write_shards
 from tests.support.tiny_shards import real_rows as real
@@ -150,7 +150,7 @@ def test_the_world_may_change_at_every_step(folders, sizes, worlds, data):
 @given(
     sizes=SIZES,
     worlds=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    order=st.sampled_from(["full", "lanes"]),
+    order=st.sampled_from(["full", "interleaved"]),
     epoch_end=st.sampled_from(["carry", "drop", "pad"]),
     data=st.data(),
 )
@@ -164,7 +164,7 @@ def test_every_order_and_epoch_end_gives_its_global_batches_once_in_any_world(
     position = batch_size * data.draw(st.integers(0, 5))
 
     def rows_of_epoch(epoch: int) -> list[int]:
-        make = Lanes(sizes, 5, epoch) if order == "lanes" else permutation(n, 5, epoch)
+        make = Interleaved(sizes, 5, epoch) if order == "interleaved" else permutation(n, 5, epoch)
         rows = make(np.arange(n)).tolist()
         if epoch_end == "drop":
             return rows[: n // batch_size * batch_size]
@@ -219,7 +219,13 @@ def test_with_lanes_a_rank_stays_with_its_shards(folders):
     opened = []
     for rank in range(8):
         with TrainStream(
-            written.manifest, "train", global_batch=64, seed=1, rank=rank, world=8, options=ReaderOptions(order="lanes")
+            written.manifest,
+            "train",
+            global_batch=64,
+            seed=1,
+            rank=rank,
+            world=8,
+            options=ReaderOptions(order="interleaved"),
         ) as stream:
             rows = [row for batch in stream.batches(count=4) for row in real(batch)]
         opened.append({int(shard) for shard in table["shard"][rows]})

@@ -46,9 +46,11 @@ def test_an_epoch_has_each_sample_once_with_the_arrays_as_written(site, served, 
     assert kept < files(tmp_path / "cache")
 
 
-def test_remote_shards_are_read_in_lanes_and_resume_anywhere(remote, served):
-    """As the same shards from a folder with order="lanes"."""
-    with TrainStream(served.manifest, "train", global_batch=8, seed=3, options=ReaderOptions(order="lanes")) as stream:
+def test_remote_shards_are_read_interleaved_and_resume_anywhere(remote, served):
+    """As the same shards from a folder with order="interleaved"."""
+    with TrainStream(
+        served.manifest, "train", global_batch=8, seed=3, options=ReaderOptions(order="interleaved")
+    ) as stream:
         wanted = [real(batch) for batch in stream.batches(count=30)]
     for step in (0, 7, 20):
         with TrainStream(remote, "train", global_batch=8, seed=3, options=ReaderOptions(threads=3)) as stream:
@@ -177,7 +179,7 @@ def test_the_order_follows_from_the_shards_and_is_recorded():
         return flat(Config.model_validate({"data": data}))["data.order"]
 
     assert order(shards="folder") == "full"
-    assert order(shards="s3://bucket/x") == "lanes"
+    assert order(shards="s3://bucket/x") == "interleaved"
     assert order(shards="s3://bucket/x", order="full") == "full"
 
 
@@ -210,8 +212,8 @@ def test_verify_info_and_preview_of_a_url(site, keypad_shards, tmp_path):
 
 @pytest.mark.long
 def test_training_from_a_url(front, keypad_shards, tmp_path):
-    """It trains on the samples that the folder has at the same positions in lanes; resuming in another order is
-    refused; and nothing written holds the password."""
+    """It trains on the samples that the folder has at the same positions in interleaved order; resuming in another
+    order is refused; and nothing written holds the password."""
     shutil.copytree(keypad_shards, front.folder / "keypad", dirs_exist_ok=True)
     url = f"http://me:s3cret@127.0.0.1:{front.port}/private/keypad"
     output = tmp_path / "out" / "run"
@@ -237,12 +239,12 @@ def test_training_from_a_url(front, keypad_shards, tmp_path):
     manifest = Manifest.load(keypad_shards)
     assert {shard.sha256 for shard in manifest.shards} < files(tmp_path / "cache")
     trained = [json.loads(line)["keys"] for line in (output / "audit" / "rank0.jsonl").read_text().splitlines()]
-    with TrainStream(manifest, "train", global_batch=8, seed=1, options=ReaderOptions(order="lanes")) as stream:
+    with TrainStream(manifest, "train", global_batch=8, seed=1, options=ReaderOptions(order="interleaved")) as stream:
         assert trained == [[manifest.samples[r]["key"].decode() for r in real(b)] for b in stream.batches(count=3)]
     progress = Checkpoints(output).load(3)[1]
     assert changes(progress, load_config(keypad, [*settings, f"data.shards={url}"]), manifest) == []
     moved = load_config(keypad, [*settings, f"data.shards={keypad_shards}"])
-    assert changes(progress, moved, manifest) == ["data.order 'lanes' -> 'full'"]
+    assert changes(progress, moved, manifest) == ["data.order 'interleaved' -> 'full'"]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"mlflow.db", "progress.json", "metrics.jsonl"} <= {path.name for path in written}
     assert not [path for path in written if b"s3cret" in path.read_bytes()]

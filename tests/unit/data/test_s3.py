@@ -113,7 +113,7 @@ def test_packed_and_uploaded_shards_are_verified_and_train_as_the_folder(
     assert {shard.sha256 for shard in Manifest.load(keypad_shards).shards} < files(tmp_path / "cache")
 
     def train(shards: str, name: str) -> list[str]:
-        settings = ["train.steps=3", "engine.kind=ddp", "tracking.every_steps=1", "data.order=lanes"]
+        settings = ["train.steps=3", "engine.kind=ddp", "tracking.every_steps=1", "data.order=interleaved"]
         settings += [f"data.cache={tmp_path}/training", "tracking.flush_timeout=100"]
         arguments = ["--config", str(REPO / "configs" / "keypad.yaml")]
         arguments += overrides(Path("x"), tmp_path / "out" / name, *settings, f"data.shards={shards}")

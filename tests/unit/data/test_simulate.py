@@ -10,20 +10,19 @@ import pytest
 
 from cpsp_dist.data.manifest import SAMPLE, Field, Manifest, Shard
 from cpsp_dist.data.reader import ReaderOptions, TrainStream
-from cpsp_dist.data.reader.simulate import describe, simulate
+from cpsp_dist.data.reader.simulate import describe_simulation, simulate
 from cpsp_dist.errors import UserError
 from tests.support.tiny_shards import write_shards
 
 
-@pytest.mark.parametrize("order", ["full", "lanes"])
+@pytest.mark.parametrize("order", ["full", "interleaved"])
 @pytest.mark.parametrize("epoch_end", ["carry", "drop", "pad"])
 def test_agrees_with_the_reader(tmp_path, order, epoch_end):
     written = write_shards(tmp_path, {"val": [3], "train": [9, 14, 8, 11, 5]})
     manifest = written.manifest
     nodes, gpus, batch = 2, 3, 2
-    result = simulate(
-        manifest, nodes=nodes, gpus=gpus, batch=batch, order=order, epoch_end=epoch_end, seed=4, step_seconds=0.5
-    )
+    options = ReaderOptions(order=order, epoch_end=epoch_end)
+    result = simulate(manifest, nodes=nodes, gpus=gpus, batch=batch, options=options, seed=4, step_seconds=0.5)
     samples, shards = [], []
     for rank in range(nodes * gpus):
         with TrainStream(
@@ -33,7 +32,7 @@ def test_agrees_with_the_reader(tmp_path, order, epoch_end):
             seed=4,
             rank=rank,
             world=nodes * gpus,
-            options=ReaderOptions(order=order, epoch_end=epoch_end),
+            options=options,
         ) as stream:
             rows = np.concatenate([b.index[b.valid].numpy() for b in stream.batches(count=result.steps)])
         samples.append(len(rows))
@@ -68,17 +67,17 @@ def test_full_scale_on_64_nodes():
     manifest = full_scale(101_072)
     began = time.perf_counter()
     full = simulate(manifest, nodes=64, gpus=8, batch=8, step_seconds=0.25)
-    lanes = simulate(manifest, nodes=64, gpus=8, batch=8, order="lanes")
+    interleaved = simulate(manifest, nodes=64, gpus=8, batch=8, options=ReaderOptions(order="interleaved"))
     assert time.perf_counter() - began < 20
     assert full.samples_a_rank.most - full.samples_a_rank.least == 0
     assert full.first_batch_seconds < 0.05
     assert full.unevenness == pytest.approx(full.uniform_unevenness, rel=0.1)
     assert full.shards_a_node.mean > 380  # a full permutation touches nearly every shard on every node
-    assert lanes.shards_a_node.mean < 20  # lanes do not
-    assert lanes.unevenness < 0.5
+    assert interleaved.shards_a_node.mean < 20
+    assert interleaved.unevenness < 0.5
     assert full.bytes_a_second_a_node == 64 * (501_760 + 5_120 + 10) / 0.25
-    assert len(describe(full).splitlines()) == 7
-    assert len(describe(lanes).splitlines()) == 6
+    assert len(describe_simulation(full).splitlines()) == 7
+    assert len(describe_simulation(interleaved).splitlines()) == 6
 
 
 def test_too_large_a_global_batch():

@@ -21,9 +21,9 @@ from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.launch import files, jobs
-from cpsp_dist.launch.cluster import Resources, dry_run
+from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.jobs import Job, State
-from cpsp_dist.launch.sweep import plan, with_parent
+from cpsp_dist.launch.sweep import plan_runs, with_parent
 from cpsp_dist.tracking.compare import compare
 from cpsp_dist.tracking.store import close_sweep, open_sweep
 from tests.support.environment import REPO, environment
@@ -52,7 +52,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 def test_a_sweep_has_a_run_for_each_combination():
     sweeps = ["train.seed=1,2", "objectives.psa_v=0,0.5", "train.milestones=[6,9],[4]"]
-    output, runs = plan(KEYPAD, ["output=runs/s", "tracking.run_name=all"], sweeps)
+    output, runs = plan_runs(KEYPAD, ["output=runs/s", "tracking.run_name=all"], sweeps)
     assert output == "runs/s"
     assert len({run.name for run in runs}) == 8
     assert [run.name for run in runs[:3]] == [
@@ -75,9 +75,9 @@ def test_a_sweep_has_a_run_for_each_combination():
 
 
 def test_keys_with_one_last_part_are_named_in_full():
-    _, runs = plan(KEYPAD, [], ["checkpoint.every_steps=1", "tracking.every_steps=2"])
+    _, runs = plan_runs(KEYPAD, [], ["checkpoint.every_steps=1", "tracking.every_steps=2"])
     assert [run.name for run in runs] == ["checkpoint.every_steps=1,tracking.every_steps=2"]
-    _, (alone,) = plan(KEYPAD)
+    _, (alone,) = plan_runs(KEYPAD)
     assert alone.name == ""
     assert alone.config == load_config(KEYPAD)
 
@@ -93,7 +93,7 @@ def test_every_mistake_of_a_sweep_is_told_at_once():
     ]
     sweeps += ["pool.bank=1", "data.prefetch_batches=2"]
     with pytest.raises(ConfigError) as raised:
-        plan(KEYPAD, ["pool.scope=local", "evaluation.bach=3", "data.prefetch_batches=4"], sweeps)
+        plan_runs(KEYPAD, ["pool.scope=local", "evaluation.bach=3", "data.prefetch_batches=4"], sweeps)
     assert str(raised.value).splitlines() == [
         f"{KEYPAD}: ",
         "  --sweep output: a sweep sets it for each of its runs",
@@ -218,11 +218,11 @@ def test_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, monkeypatch,
 )
 def test_the_batch_file_asks_for_a_requeue_as_the_exit_code_says(tmp_path, codes, requeues, end):
     """The very file, under bash, with an srun that ends with these codes, one a start, and an scontrol that notes."""
-    _, runs = plan(KEYPAD, [f"output={tmp_path}/out"])
+    _, runs = plan_runs(KEYPAD, [f"output={tmp_path}/out"])
     stub(tmp_path / "bin", "srun", f'read -r code <{tmp_path}/codes; sed -i 1d {tmp_path}/codes; exit "$code"')
     stub(tmp_path / "bin", "scontrol", f"echo $* >>{tmp_path}/asked; kill $PPID")  # as Slurm ends the script
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    text = dry_run(runs, f"{tmp_path}/out", "name", Resources())
+    text = batch_file(runs, f"{tmp_path}/out", "name", Resources())
     (output,) = [line for line in text.splitlines() if "--output=" in line]
     Path(output.partition("=")[2]).parent.mkdir(parents=True)
     env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_JOB_ID="12")
@@ -404,7 +404,7 @@ def test_a_sweep_is_one_run_with_its_runs_below(prefork, keypad_shards, tmp_path
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     output = tmp_path / "tried"
     settings = overrides(keypad_shards, output, *QUICK)
-    _, runs = plan(KEYPAD, settings, ["train.seed=1,2"])
+    _, runs = plan_runs(KEYPAD, settings, ["train.seed=1,2"])
     parent = open_sweep(runs[0].config, str(output), len(runs))
     for number, run in enumerate(runs):
         more = [f"output={run.config.output}", f"train.seed={run.config.train.seed}", f"tracking.parent={parent}"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cpsp_dist.launch.cluster import Resources, dry_run
+from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.requeue import POLICY, RETRIES
-from cpsp_dist.launch.sweep import plan
+from cpsp_dist.launch.sweep import plan_runs
 from tests.support.environment import REPO
 from tests.support.runs import KEYPAD
 
@@ -40,7 +40,7 @@ def test_the_jobs_of_both_hold_it(tmp_path: Path, retries: int) -> None:
     script = (REPO / "slurm/train_100k.sh").read_text()
     assert POLICY in script
     assert f"\nLOST_RANKS={RETRIES}\n" in script
-    _, runs = plan(KEYPAD, [f"output={tmp_path}/run"])
-    job = dry_run(runs, f"{tmp_path}/run", "name", Resources(retries=retries))
+    _, runs = plan_runs(KEYPAD, [f"output={tmp_path}/run"])
+    job = batch_file(runs, f"{tmp_path}/run", "name", Resources(retries=retries))
     assert POLICY in job
     assert f'requeue_reason $code "${{files}}_lost" {retries})' in job

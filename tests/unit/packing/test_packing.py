@@ -26,7 +26,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.packing.index import index_shard
 from cpsp_dist.packing.pack import pack
-from cpsp_dist.packing.plan import PackOptions, plan
+from cpsp_dist.packing.plan import PackOptions, plan_shards
 from cpsp_dist.packing.source import Entry, SourceOptions, is_channels_first, open_source
 from cpsp_dist.packing.verify import verify
 from tests.support import ave_metadata
@@ -384,7 +384,7 @@ entries = st.lists(st.sampled_from(["train", "val", "test"]), min_size=1, max_si
 def test_the_plan_holds_every_video_once(splits: list[str], shard_mb: float, seed: int) -> None:
     fields = {"visual": Field("<f2", (10, 7, 7, 2)), "audio": Field("<f4", (10, 4)), "label": Field("|u1", (10,))}
     videos = [Entry(row, f"v{row}", split, 0) for row, split in enumerate(splits)]
-    plans = plan(videos, fields, PackOptions(shard_mb=shard_mb, seed=seed))
+    plans = plan_shards(videos, fields, PackOptions(shard_mb=shard_mb, seed=seed))
     assert sorted(e.row for p in plans for e in p.entries) == list(range(len(splits)))
     assert all(e.split == p.split for p in plans for e in p.entries)
     assert [p.split for p in plans] == sorted((p.split for p in plans), key=["train", "val", "test"].index)
@@ -397,7 +397,7 @@ def test_the_plan_holds_every_video_once(splits: list[str], shard_mb: float, see
 def test_the_shuffle_is_pinned() -> None:
     fields = {"visual": Field("<f2", (1, 7, 7, 1)), "audio": Field("<f4", (1, 1)), "label": Field("|u1", (1,))}
     videos = [Entry(row, f"v{row}", "train", 0) for row in range(12)]
-    (only,) = plan(videos, fields, PackOptions(seed=0))
+    (only,) = plan_shards(videos, fields, PackOptions(seed=0))
     # Shards packed years apart, by other library versions, hold the same samples.
     assert [e.row for e in only.entries] == [0, 3, 11, 4, 9, 6, 5, 1, 7, 8, 2, 10]
 

@@ -269,9 +269,7 @@ def test_points_are_sent_when_the_store_comes_back(prefork: Any, keypad_shards: 
 
 def test_a_server_that_never_answers_holds_nothing_up(prefork: Any, keypad_shards: Path, tmp_path: Path):
     """It takes the connection and is silent; the client would wait 1,000 s for each request."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(50)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         silent = {
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.getsockname()[1]}",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",

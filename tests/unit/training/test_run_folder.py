@@ -164,7 +164,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tensors(build_model(**model).state_dict(), folder / export.WEIGHTS)
     (folder / export.CATEGORIES).write_text("bark\nbell\n")
     settings: dict[str, Any] = {"format": export.FORMAT_VERSION, "model": model, "inputs": {}, "step": 3}
-    digests = {name: export.file_digest(folder / name) for name in (export.WEIGHTS, export.CATEGORIES)}
+    digests = {name: export.file_sha256(folder / name) for name in (export.WEIGHTS, export.CATEGORIES)}
     settings["sha256"] = digests | {export.SETTINGS: export._digest_of(settings)}
     (folder / export.SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     return folder
