@@ -42,7 +42,7 @@ def load_model(folder: str | Path) -> Network:
     `model(visual [B, T, 7, 7, C], audio [B, T, A])` gives an `Output`, bit for bit that of the trained model.
 
     Raises:
-        DataError: not an exported folder, or not whole.
+        DataError: not an exported folder, one of another format, or not complete.
     """
     import torch
 
@@ -53,8 +53,11 @@ def load_model(folder: str | Path) -> Network:
     try:
         settings = json.loads(_read(folder / SETTINGS))
         categories = _read(folder / CATEGORIES).decode().splitlines()
-        if settings["format"] != FORMAT_VERSION:
-            raise DataError(f"{folder}: export format {settings['format']!r}, this program reads {FORMAT_VERSION}")
+        if (version := settings.get("format")) != FORMAT_VERSION:
+            raise DataError(
+                f"{folder}: exported model of format {version}, this program reads format {FORMAT_VERSION}; use the "
+                "program that wrote it, or export its run again"
+            )
         shapes = shapes_of(folder / WEIGHTS)
         _require_unchanged(folder, settings)
         if len(categories) != settings["model"]["categories"]:

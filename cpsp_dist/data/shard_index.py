@@ -67,9 +67,10 @@ class Index:
     def parse(content: bytes, path: str) -> Index:
         try:
             index = load_json(content)
-            if index.get("cpsp_version") != FORMAT_VERSION:
+            if (version := index.get("cpsp_version")) != FORMAT_VERSION:
                 raise DataError(
-                    f"{path}: format version {index.get('cpsp_version')!r}, this program reads {FORMAT_VERSION}"
+                    f"{path}: shards of format {version}, this program reads format {FORMAT_VERSION}; use the program "
+                    "that packed them, or pack them again (`cpsp-dist shards index` takes tars of others)"
                 )
             fields = {name: _parse_field(f) for name, f in index["fields"].items()}
             shards = [Shard(**shard) for shard in index["shardlist"]]

@@ -16,6 +16,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.packing.per_video import PerVideo, folder_ids
 from cpsp_dist.packing.safe_pickle import load_array
 from cpsp_dist.utils.input_files import read_input
+from cpsp_dist.utils.text import one_line
 
 MAX_BYTES = 64 * 2**20  # of one unpacked array; [10, 2048, 7, 7] in float64 has 8 MB
 
@@ -51,7 +52,7 @@ def _only_pickle(path: Path) -> bytes:
     except DataError:
         raise
     except Exception as error:  # each way of compression raises its own for damaged bytes
-        text = " ".join(str(error).split())[:150]
+        text = one_line(error)[:150]
         raise DataError(f"{path}: not a readable zip, damaged or cut short ({text})") from None
     if len(data) > MAX_BYTES:
         raise DataError(f"{path}: unpacks to more than {MAX_BYTES // 2**20} MiB; refused")

@@ -12,7 +12,7 @@ import numpy as np
 
 from cpsp_dist.errors import DataError
 from cpsp_dist.utils.input_files import open_input
-from cpsp_dist.utils.text import quoted
+from cpsp_dist.utils.text import one_line, quoted
 
 MAX_ROW_BYTES = 64 * 2**20  # of one video; [10, 2048, 7, 7] in float64 has 8 MB; one array of a file by id
 MAX_CHUNK_BYTES = 256 * 2**20  # HDF5 unpacks a chunk as one
@@ -98,5 +98,5 @@ def read_all(data: h5py.Dataset, rows: int) -> Iterator[tuple[int, np.ndarray]]:
 
 def damaged(path: str | Path, error: Exception, what: str = "damaged HDF5 file") -> DataError:
     """HDF5 and h5py raise nearly any type for damaged bytes, some with texts of many lines."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return DataError(f"{path}: {what} ({text[:200] or type(error).__name__})")

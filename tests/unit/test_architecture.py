@@ -322,3 +322,25 @@ def test_tests_choose_ports_in_one_place():
         path for path, tree in modules("tests").items() if any(_called(node) == ".bind" for node in ast.walk(tree))
     }
     assert found == {"support/environment.py"}
+
+
+# DeepSpeed
+
+
+def test_one_file_knows_the_inside_of_deepspeed():
+    """Only it imports DeepSpeed, and what it takes beyond the public interface names the versions it was seen in."""
+    compat = "training/engine/deepspeed_compat.py"
+    assert {str(path.relative_to(PACKAGE)) for _, path, name in imports() if name.split(".")[0] == "deepspeed"} == {
+        compat
+    }
+    engine = modules()["training/engine/deepspeed.py"]
+    private = [node.attr for node in ast.walk(engine) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
+    assert set(private) == {"_plain_norm"}, "the engine's own"
+    text = (PACKAGE / compat).read_text()
+    tested = re.search(r'^TESTED = "(\S+) to (\S+)"$', text, re.MULTILINE)
+    pinned = re.search(r"^deepspeed==(\S+)$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
+    assert tested[2] == pinned[1]
+    for node in modules()[compat].body:
+        if isinstance(node, ast.FunctionDef):
+            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+            assert re.search(r"\b0\.\d+\.\d+ to 0\.\d+\.\d+", "\n".join(lines)), node.name

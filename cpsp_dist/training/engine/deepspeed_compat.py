@@ -142,7 +142,8 @@ def restore(engine: Any, state: TrainingState, ranks: Ranks) -> None:
     if state.moments:
         _make_adam_state(engine, state)
     optimizer = engine.optimizer
-    plain = getattr(optimizer, "optimizer", optimizer) is optimizer  # stage 0 in fp32: torch's own optimizer
+    # Stage 0 in fp32 has torch's own optimizer; the others wrap it as `optimizer` (0.18.0 to 0.19.8).
+    plain = getattr(optimizer, "optimizer", optimizer) is optimizer
     for name, parameter in engine.module.named_parameters():
         if not plain:
             _set(engine, ranks, parameter, state.weights[name])
