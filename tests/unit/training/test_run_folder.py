@@ -15,7 +15,7 @@ import torch
 from cpsp_dist.cli import main
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.export import CARD, load_model
-from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe, load_jobs, save_jobs, states
+from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe_jobs, load_jobs, save_jobs, states
 from cpsp_dist.models import build_model
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
@@ -207,7 +207,7 @@ def test_every_damage_to_a_launch_file_is_one_line(tmp_path: Path, capsys: pytes
             Logs(jobs[:1]).show()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("cpsp_dist.launch.jobs._alive", lambda job: True)
-                assert "seed=0" in describe(jobs[:1], states(jobs[:1]))
+                assert "seed=0" in describe_jobs(jobs[:1], states(jobs[:1]))
     for code in ("999", "-1", "9" * 5000, "\x00"):
         (tmp_path / f"{jobs[0].id}_exit").write_text(code)
         assert states(jobs[:1])[jobs[0].id].code is None
