@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from cpsp_dist.utils.text import one_line
+
 MAX_HEADER = 1000  # bytes; ours have about 120
 _READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -27,7 +29,7 @@ def parse_npy(data: bytes) -> tuple[np.ndarray, int, bool]:
             raise ValueError(f"version {version}")
         shape, fortran, dtype = _READERS[version](stream)
     except Exception as error:  # numpy evaluates the header's text: damage there raises nearly any type
-        raise ValueError(" ".join(str(error).split())[:150]) from None
+        raise ValueError(one_line(error)[:150]) from None
     if dtype.hasobject:
         raise ValueError("an array of objects")
     if any(n < 0 for n in shape) or dtype.itemsize == 0:
