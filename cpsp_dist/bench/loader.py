@@ -1,7 +1,7 @@
 """How fast the streaming reader is, against one core's memcpy of the same bytes in the same run.
 
-Every round measures memcpy and each way of reading, one after the other, so that a machine's moods hit all of them; the
-figures are medians over rounds. Warm: the shards are in the page cache; cold: they are thrown out of it before.
+Every round measures memcpy and each way of reading, one after the other, so that other programs slow down all alike;
+the figures are medians over rounds. Warm: the shards are in the page cache; cold: they are thrown out of it before.
 
 Two measures say what to expect. The floor: a core that copies the bytes and checks them while they are in its cache
 takes the time of memcpy and that of crc32c on a block that lies there; Python and the order of an epoch come on top.
@@ -238,7 +238,7 @@ def _cold(new_stream: Callable[[], TrainStream], steps: int, paths: list[Path]) 
 
 
 def _read(stream: TrainStream, steps: int) -> None:
-    """From a standing start, so that nothing is read outside the measured time."""
+    """Starting from an empty prefetch queue, so that nothing is read outside the measured time."""
     for batch in stream.batches(count=steps):
         assert bool(batch.valid.all())
 

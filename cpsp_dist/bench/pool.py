@@ -1,10 +1,10 @@
 """What the pool costs: bytes and collectives of a step, memory kept for the backward pass, and time.
 
 Ranks are processes of this machine, one thread each, over gloo. Steps are those of PSP at the published sizes, with the
-pool off, local and gathered in turn within a round, so that a machine's moods hit all of them; figures are medians over
-rounds. Pools larger than the ranks of one machine can fill are simulated: the rows are there, nobody sends them. Their
-times, and the share of a step, are CPU time of the one thread, which other processes of the machine hardly lengthen;
-for the share, the step and the pool are timed in turn.
+pool off, local and gathered in turn within a round, so that other programs slow down all alike; figures are medians
+over rounds. Pools larger than the ranks of one machine can fill are simulated: the rows are there, nobody sends them.
+Their times, and the share of a step, are CPU time of the one thread, which other processes of the machine hardly
+lengthen; for the share, the step and the pool are timed in turn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`cpsp-dist demo`: the whole road on the keypad corpus."""
+"""`cpsp-dist demo`: pack, train, evaluate and compare on the keypad corpus."""
 
 from __future__ import annotations
 

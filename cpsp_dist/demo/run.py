@@ -115,7 +115,7 @@ def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, 
         errors="replace",
         env={**os.environ, **(env or {})},
     )
-    # Ends a run that hangs without a word, too.
+    # Also ends a run that hangs without printing.
     limit = threading.Timer(RUN_LIMIT_SECONDS, process.kill)
     limit.start()
     try:

@@ -114,7 +114,7 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
             with contextlib.redirect_stderr(said):  # submitit prints what sbatch says, and raises it too
                 submitted = executor.map_array(run, snapshots, [source] * len(runs_))
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or ["it says nothing"]
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
             raise UserError(f"Slurm refuses the job: {lines[-1].strip().removeprefix('sbatch: error: ')}") from None
         jobs = [
             Job(job.job_id, run_.name, run_.config.output, str(folder), "slurm")

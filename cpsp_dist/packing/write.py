@@ -41,7 +41,7 @@ def write_shard(
 def _add(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:
     """Files `key.name`, as webdataset writes them; its own writer would import torch into every packing process.
 
-    Everything that could differ between two runs or users is pinned. With a whole number as time and short names in
+    Everything that could differ between two runs or users is pinned. With an integer as time and short names in
     ASCII, what Python's tarfile writes are plain USTAR headers.
     """
     for name in sorted(sample):

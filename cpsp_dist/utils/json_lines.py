@@ -110,7 +110,7 @@ class JsonLines:
             self._warn(f"{self.file}: {error.strerror}; {self._what} wait in memory, training continues")
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The objects of all lines that are whole. Raises OSError."""
+        """The objects of all complete lines. Raises OSError."""
         for line in read_bytes(self.file).splitlines(keepends=True):
             if (content := parse_line(line)) is not None:
                 yield content

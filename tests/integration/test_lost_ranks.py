@@ -57,7 +57,7 @@ def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
         assert other.output.strip().splitlines()[-1] == f"error: rank {victim}: sent no heartbeat for 5 s"
 
 
-def test_an_error_of_one_rank_is_told_by_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_reported_by_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """A sample that is damaged while they train: whoever reads it next."""
     shards = tmp_path / "shards"
     shutil.copytree(keypad_shards, shards)

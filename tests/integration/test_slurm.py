@@ -118,7 +118,7 @@ def test_trains_over_two_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tm
         ("data.shards=nowhere", "nowhere"),
     ],
 )
-def test_a_users_mistake_is_told_last_and_not_requeued(slurm: Any, tmp_path: Path, mistake: str, said: str) -> None:
+def test_a_users_mistake_is_printed_last_and_not_requeued(slurm: Any, tmp_path: Path, mistake: str, said: str) -> None:
     job = Job(slurm, tmp_path, "train_100k.sh", NODES, [mistake, "train.sed=1"] if "z" in mistake else [mistake])
     shown = job.wait()
     last = job.output.splitlines()[-1]
@@ -129,7 +129,7 @@ def test_a_users_mistake_is_told_last_and_not_requeued(slurm: Any, tmp_path: Pat
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
 
 
-def test_the_last_error_is_whole_where_ranks_write_into_each_other() -> None:
+def test_the_last_error_is_complete_where_ranks_write_into_each_other() -> None:
     """Seen: every rank tells every mistake of a config, and srun that ranks ended. One line may begin another."""
     program = (REPO / "slurm/train_100k.sh").read_text().split("awk '")[1].split("')")[0]
     log = """step 1/9  loss 1.0
@@ -209,7 +209,7 @@ def history(folder: Path, experiment: str, metric: str) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
 
 
-def test_goes_on_on_another_number_of_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+def test_resumes_on_another_number_of_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """A job that may not be requeued says so; submitted again on 2 nodes in place of 4, the same global batches."""
     more = ["train.steps=30", "engine.kind=ddp", "data.log_samples=true", "train.epochs=99", "tracking.enabled=false"]
     prefork.start(["--config", str(CONFIG), *settings(keypad_shards, tmp_path / "alone", *more)], 2).finish()

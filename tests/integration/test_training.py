@@ -160,7 +160,7 @@ def logged_steps(store: Path) -> list[int]:
     ],
     ids=["adam fp64", "sgd zero 2 to 3"],
 )
-def test_another_world_size_and_engine_goes_on(prefork, keypad_shards, tmp_path, before, after, steps, tolerance):
+def test_another_world_size_and_engine_resumes(prefork, keypad_shards, tmp_path, before, after, steps, tolerance):
     """Some steps on one rank, the rest on two: as on one rank throughout.
 
     Adam in float64, for in float32 a rounding that turns one ReLU over is a thousandth of a weight some steps later,
@@ -259,7 +259,7 @@ def damaged(shards: Path, folder: Path, name: str, size: int) -> Path:
     return folder
 
 
-def test_damaged_data_is_told_once_by_all_ranks_together(prefork, keypad_shards, tmp_path):
+def test_damaged_data_is_reported_once_by_all_ranks_together(prefork, keypad_shards, tmp_path):
     """What every rank meets as what one rank meets alone: one line that names the file, and every rank ends."""
     shard = next(keypad_shards.glob("train-*.tar")).name
     places = {
@@ -283,7 +283,7 @@ def two_gpus(rank: int) -> None:
     torch.cuda.device_count = lambda: 2
 
 
-def test_more_ranks_than_gpus_are_told_by_the_first_of_them(prefork, keypad_shards, tmp_path):
+def test_more_ranks_than_gpus_are_reported_by_the_first_of_them(prefork, keypad_shards, tmp_path):
     """Which is not rank 0, who has its GPU; the others exit without an error message."""
     for local, told in ((2, ["local rank 2, but this machine shows 2 GPU(s)"]), (3, [])):
         launch = prefork.start(

@@ -204,6 +204,16 @@ def test_documents_use_plain_words():
             assert path.name == "CONTRIBUTING.md", f"{name_of(path)}: '{found[0]}'"
 
 
+def test_code_is_in_plain_words():
+    """Of the package and the scripts all; of tests their names, which tables and reports show."""
+    for path in [*PACKAGE.rglob("*.py"), *(REPO / "slurm").glob("*.sh"), *(REPO / "configs").rglob("*.yaml")]:
+        found = re.search(PRIVATE_WORDS, path.read_text(encoding="utf-8"))
+        assert not found, f"{name_of(path)}: '{found[0]}'"
+    for path in (REPO / "tests").rglob("test_*.py"):
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert not re.search(PRIVATE_WORDS, name.replace("_", " ")), f"{name_of(path)}: {name}"
+
+
 def test_readme_is_short():
     assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 

@@ -134,7 +134,7 @@ def test_loads_with_torch_and_safetensors_alone(
     )
 
 
-def test_the_folder_tells_what_it_is(trained: Path, keypad_shards: Path, tmp_path: Path) -> None:
+def test_the_folder_describes_itself(trained: Path, keypad_shards: Path, tmp_path: Path) -> None:
     assert main(["export", str(trained / "psp"), "--out", str(tmp_path / "out")]) == 0
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"model.safetensors", "config.json", "categories.txt", "README.md"}

@@ -179,7 +179,7 @@ def sample_ranges(table: np.ndarray, fields: dict[str, Field]) -> Iterator[tuple
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system that `path` lies on, as Linux calls it ("ext4", "nfs4"); "" where nobody tells."""
+    """The type of the file system that `path` lies on, as Linux calls it ("ext4", "nfs4"); "" where it is not known."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         where = path.resolve()

@@ -408,7 +408,7 @@ def test_an_existing_target_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert_matches("is not a folder of shards", line)
 
 
-def test_a_full_disk_is_told_beforehand(
+def test_a_full_disk_is_reported_beforehand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_ave(tmp_path / "source")

@@ -200,7 +200,7 @@ def test_lanes_mix_class_sorted_data_far_better_than_a_shuffle_buffer():
 
 
 @given(first=st.integers(0, 10**12), count=st.integers(0, 1000), world=st.integers(1, 70))
-def test_shares_are_the_whole_in_order_and_even(first, count, world):
+def test_shares_are_everything_in_order_and_even(first, count, world):
     shares = [rank_slice(first, count, rank, world) for rank in range(world)]
     assert [p for s in shares for p in s] == list(range(first, first + count))
     sizes = [len(s) for s in shares]

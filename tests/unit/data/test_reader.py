@@ -536,7 +536,7 @@ def test_skipping_stops_past_its_budget(copied):
             next(batches)
 
 
-def test_skipping_is_told(copied, caplog):
+def test_skipping_is_reported(copied, caplog):
     path, _ = flip(copied, 0, "label")
     with EvalStream(copied.manifest, "train", batch=4, options=ReaderOptions(on_error="skip")) as stream:
         assert sum(int(batch.valid.sum()) for batch in stream) == 21

@@ -82,7 +82,7 @@ def test_keys_with_one_last_part_are_named_in_full():
     assert alone.config == load_config(KEYPAD)
 
 
-def test_every_mistake_of_a_sweep_is_told_at_once():
+def test_every_mistake_of_a_sweep_is_reported_at_once():
     sweeps = [
         "train.seed=1,x",
         "train.gama=1",
@@ -357,7 +357,7 @@ def test_what_is_submitted_is_two_paths(trained, private_url, capsys):
 
 
 @pytest.mark.long
-def test_a_failing_local_run_is_told_as_failed(tmp_path):
+def test_a_failing_local_run_is_reported_as_failed(tmp_path):
     done = launch(str(KEYPAD), f"output={tmp_path}/out", f"data.shards={tmp_path}/none", "--local")
     assert done.returncode == 2
     told = f"{tmp_path}/none: no such folder of shards; pack one with `cpsp-dist shards pack`"

@@ -135,7 +135,7 @@ def resumed(source: Path, out: Path, options: PackOptions = SMALL) -> tuple[dict
     return named(files_under(out)), {name for name in before if after.get(name) == before[name]}
 
 
-def test_a_finished_shard_is_kept_only_if_it_is_whole(source: Path, whole: dict, tmp_path: Path) -> None:
+def test_a_finished_shard_is_kept_only_if_it_is_complete(source: Path, whole: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(4, source, out)
     names = [path.name for path in finished(tmp_path / "out.part")]
@@ -185,7 +185,7 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert part.is_dir()
 
 
-def test_a_killed_worker_is_told_and_what_is_finished_is_kept(source: Path, whole: dict, tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_and_what_is_finished_is_kept(source: Path, whole: dict, tmp_path: Path) -> None:
     out, part = tmp_path / "out", tmp_path / "out.part"
     process = subprocess.Popen(command(source, out, 2), env=environment(), stderr=subprocess.PIPE, text=True)
 

@@ -135,7 +135,7 @@ def test_a_killed_run_is_one_run_with_each_point_once(two_runs: Path) -> None:
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [2, 4, 6], name
 
 
-def test_git_state_tells_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state_names_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60).stdout
@@ -212,7 +212,7 @@ def test_compare_finds_the_store_itself(two_runs: Path, tmp_path: Path, monkeypa
     assert capsys.readouterr().out == by_environment
 
 
-def test_compare_tells_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
+def test_compare_names_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
     assert main(["compare", "--uri", f"sqlite:///{tmp_path}/none.db"]) == 2
     assert main(["compare", "--uri", f"sqlite:///{two_runs / 'mlflow.db'}", "--experiment", "cps"]) == 2
     first, second = capsys.readouterr().err.splitlines()

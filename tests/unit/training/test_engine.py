@@ -113,7 +113,7 @@ def same(one: TrainingState, two: TrainingState) -> bool:
 
 
 @pytest.mark.long
-def test_state_is_whole_and_moves_between_all_engines(ranks):
+def test_state_is_complete_and_moves_between_all_engines(ranks):
     (one,) = ranks(exchange, 1, {}, timeout=200)
     on_three = ranks(exchange, 3, one["states"], timeout=300)
     for found in (one, *on_three):

@@ -205,7 +205,7 @@ def toy_step(x: list[float], back: dict[str, list[float]], valid: int) -> str:
     return diagnostics.diagnose_backward(Replay(network, batch, lambda _, b: network(b.audio)), str)
 
 
-def test_the_guilty_are_told_from_the_rest() -> None:
+def test_the_cause_is_named_alone() -> None:
     steep = toy_step([4.0, 0.0, 1.0, 0.0, 9.0], {"event_logits": [1.0] * 5, "category_logits": [1.0] * 5}, valid=5)
     assert steep == "rank 0: gradient of loss term event inside the network (w), videos 1, 3"
     steep = toy_step([4.0, 0.0, 1.0, 0.0], {"event_logits": [1.0] * 4}, valid=3)
