@@ -112,15 +112,21 @@ def _client(uri: str) -> Any:
     file = sqlite_file(uri)
     if file is None:
         return mlflow.MlflowClient(tracking_uri=uri)
+    _make_store(file)
+    _require_sqlite(file)
+    return _sqlite_client(uri)
+
+
+def _sqlite_client(uri: str) -> Any:
+    import mlflow
+
     try:
-        _make_store(file)
-        _require_sqlite(file)
         return mlflow.MlflowClient(tracking_uri=uri)
     finally:
-        raw = Path(uri.removeprefix(SQLITE)).parent
-        if raw != file.parent:  # mlflow makes a folder of the quoted name
+        raw = Path(uri.removeprefix(SQLITE))
+        if raw != sqlite_file(uri):  # mlflow makes a folder of the quoted name
             with contextlib.suppress(OSError):
-                os.removedirs(raw)
+                os.removedirs(raw.parent)
 
 
 def _require_sqlite(file: Path) -> None:
@@ -142,12 +148,10 @@ def _make_store(file: Path) -> None:
     making a kill has ended, or where two runs begin at once."""
     if file.exists():
         return
-    import mlflow
-
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as part:
         made = Path(part) / file.name
-        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{_quoted(made)}").search_experiments(max_results=1)
+        _sqlite_client(f"{SQLITE}{_quoted(made)}").search_experiments(max_results=1)
         try:
             os.link(made, file)
         except FileExistsError:
@@ -194,7 +198,7 @@ def all_runs(uri: str, experiment: str, parent: str | None = None) -> list[dict[
     try:
         store = Store(uri)
         found = store.get_experiment_by_name(experiment)
-        if found is None:
+        if found is None or not found.experiment_id:
             names = ", ".join(e.name for e in store.search_experiments())
             raise UserError(f"no experiment '{experiment}' at {shown}; there are: {names}")
         every = _search(store, found.experiment_id)

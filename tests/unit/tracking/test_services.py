@@ -1,0 +1,266 @@
+"""MLflow down, refusing, silent, slow, or no MLflow at all: a bounded wait, one line, and no point is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpsp_dist.cli import main
+from cpsp_dist.config import Config, load_config
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.errors import UserError
+from cpsp_dist.tracking import store as stores
+from cpsp_dist.tracking.mlflow import Tracker
+from cpsp_dist.tracking.store import all_runs, close_sweep, open_sweep
+from tests.support.environment import REPO, free_port
+from tests.support.fake_mlflow import Reply, fake_mlflow, good, http
+from tests.support.mutations import damaged, replaced
+
+SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+
+
+@pytest.fixture(scope="module")
+def config_and_data(keypad_shards: Path) -> tuple[Config, Manifest]:
+    config = load_config(REPO / "configs" / "keypad.yaml", [f"data.shards={keypad_shards}"])
+    return config, Manifest.load(keypad_shards)
+
+
+def in_folder(config: Config, folder: Path, flush_timeout: float = 2.0, **tracking: Any) -> Config:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config.tracking.model_copy(update={"flush_timeout": flush_timeout, **tracking})
+    return config.model_copy(update={"output": str(folder), "tracking": settings})
+
+
+def track(config: Config, manifest: Manifest, steps: int = 3, run_id: str | None = None) -> str | None:
+    """What a run of so many steps logs; the id of its MLflow run, where there is one."""
+    with Tracker(config, manifest, 1, run_id=run_id, step=0, finished=False, enabled=True) as tracker:
+        for step in range(1, steps + 1):
+            tracker.log(step, {"loss/total": 1 / step})
+        tracker.send()
+    steps_logged = [json.loads(line)["step"] for line in Path(config.output, "metrics.jsonl").read_text().splitlines()]
+    assert steps_logged == [*range(1, steps + 1)]
+    return tracker.run_id
+
+
+def silent(connection: Any, path: str, number: int) -> None:
+    connection.wait(60)
+
+
+def dripping(connection: Any, path: str, number: int) -> None:
+    connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while not connection.wait(0.3):
+        connection.send(b"x")
+
+
+def always(data: bytes) -> Reply:
+    return lambda connection, path, number: connection.send(data)
+
+
+SERVICES: dict[str, Reply] = {
+    "silent": silent,
+    "dripping": dripping,
+    "500": always(http(500, b'{"error_code": "INTERNAL_ERROR", "message": "disk\\nfull"}')),
+    "404": always(http(404, b"<html>not\nhere</html>", "text/html")),
+    "401": always(http(401, b"You are not authenticated.", "text/plain")),
+    "page": always(http(200, b"<html>\nlog in</html>", "text/html")),
+    "list": always(http(200, b"[]")),
+    "null": always(http(200, b"null")),
+    "empty": always(http(200, b"{}")),
+    "not http": always(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "closes": always(b""),
+}
+LONG = ("401", "page", "null", "not http", "404")
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in SERVICES)])
+def test_a_service_that_is_none(
+    config_and_data: tuple[Config, Manifest],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """For each thing that talks to it: comparing, a sweep's begin and end, training."""
+    config, manifest = config_and_data
+    with fake_mlflow(SERVICES[name]) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        began = time.monotonic()
+        assert main(["compare"]) == 2
+        told = capfd.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1), told.err
+        assert told.err.startswith("error: ")
+        assert url in told.err
+        if name != "empty":
+            with pytest.raises(UserError, match=r"or set tracking\.enabled=false") as caught:
+                open_sweep(config, str(tmp_path / "sweep"), 2)
+            assert "\n" not in str(caught.value)
+        close_sweep(in_folder(config, tmp_path / "a", parent="0" * 32))
+        track(in_folder(config, tmp_path / "run"), manifest)
+        assert time.monotonic() - began < 4 * SECONDS
+    lines = capfd.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("warning: ") for line in lines), lines
+
+
+def test_every_damaged_answer_is_one_line_or_harmless(
+    config_and_data: tuple[Config, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config, manifest = config_and_data
+    draw = random.Random(11)
+
+    def reply(connection: Any, path: str, number: int) -> None:
+        content = good(path)
+        if draw.random() < 0.5:
+            (content,) = damaged(content, draw.randrange(10**6), 1)
+        connection.send(http(draw.choice((200, 200, 200, 200, 400, 403, 404, 429, 500, 503)), content))
+
+    with fake_mlflow(reply) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        ended = []
+        for _ in range(60):
+            ended.append(main(["compare"]))
+            told = capfd.readouterr()
+            assert told.err.count("\n") == (ended[-1] == 2), told.err
+        assert {*ended} == {0, 2}
+        for number in range(6):
+            began = time.monotonic()
+            track(in_folder(config, tmp_path / str(number)), manifest)
+            assert time.monotonic() - began < SECONDS
+        assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_store_that_is_no_database(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mlflow.db"
+    contents = [b"SQLite format 3\0" + b"\xff" * 5000, b"no database" * 100]
+    for content in contents:
+        file.write_bytes(content)
+        assert main(["compare", "--uri", f"sqlite:///{file}"]) == 2
+        told = capfd.readouterr()
+        assert told.err.count("\n") == 1, told.err
+        assert f"{file}: not a usable MLflow store" in told.err
+    file.unlink()
+    for what in replaced(file):
+        assert main(["compare", "--uri", f"sqlite:///{file}"]) == 2, what
+        told = capfd.readouterr()
+        assert told.err.count("\n") == 1, told.err
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of MLflow, without a run; made once, which takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    stores.Store(f"sqlite:///{file}").search_experiments(max_results=1)
+    return file
+
+
+def runs_in(uri: str) -> list[dict[str, Any]]:
+    return all_runs(uri, "cpsp")
+
+
+def inputs_of(uri: str) -> list[str]:
+    with sqlite3.connect(stores.sqlite_file(uri) or "") as database:
+        return [digest for (digest,) in database.execute("select digest from datasets")]
+
+
+@pytest.fixture
+def store(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 60.0)
+    (tmp_path / "mlflow.db").write_bytes(new_store.read_bytes())
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def test_the_fingerprint_is_there_where_artifacts_cannot_be_stored(
+    config_and_data: tuple[Config, Manifest], tmp_path: Path, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, manifest = config_and_data
+    stores.Store(store).create_experiment("cpsp", artifact_location="/proc/nowhere/art")
+    track(in_folder(config, tmp_path / "run", flush_timeout=60), manifest)
+    (run,) = runs_in(store)
+    assert run["metrics"] == {"loss/total": 1 / 3}
+    assert run["status"] == "FINISHED"
+    assert inputs_of(store) == [manifest.fingerprint[:32]]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: MLflow does not take config.json: ")
+
+
+def test_a_deleted_or_copied_run_gets_a_new_one_with_all_points(
+    config_and_data: tuple[Config, Manifest], tmp_path: Path, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, manifest = config_and_data
+    first = in_folder(config, tmp_path / "first", flush_timeout=60)
+    run_id = track(first, manifest)
+    copy = in_folder(config, tmp_path / "copy", flush_timeout=60)
+    assert track(copy, manifest, run_id=run_id) not in (None, run_id)
+    assert f"belongs to {tmp_path}/first, of which {tmp_path}/copy is a copy" in capfd.readouterr().err
+    assert [run["metrics"] for run in runs_in(store)] == [{"loss/total": 1 / 3}] * 2
+    os.rename(tmp_path / "first", tmp_path / "moved")
+    (tmp_path / "moved" / "metrics.jsonl").unlink()
+    assert track(in_folder(config, tmp_path / "moved", flush_timeout=60), manifest, run_id=run_id) == run_id
+    stores.Store(store).delete_run(run_id)
+    assert track(in_folder(config, tmp_path / "after", flush_timeout=60), manifest, run_id=run_id) != run_id
+    assert "was deleted; a new one gets all points" in capfd.readouterr().err
+    assert track(in_folder(config, tmp_path / "last", flush_timeout=60), manifest, run_id="f" * 32) is not None
+    assert "MLflow has no run ffff" in capfd.readouterr().err
+
+
+def test_a_deleted_experiment_is_named(
+    config_and_data: tuple[Config, Manifest], tmp_path: Path, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, manifest = config_and_data
+    client = stores.Store(store)
+    client.delete_experiment(client.create_experiment("cpsp"))
+    track(in_folder(config, tmp_path / "run", flush_timeout=60), manifest)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "experiment 'cpsp' was deleted; restore it" in line
+    with pytest.raises(UserError, match="was deleted; restore it"):
+        open_sweep(config, str(tmp_path / "sweep"), 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["pct%25z", "a?b#ü"])
+def test_a_folder_whose_name_means_something_in_a_url(
+    config_and_data: tuple[Config, Manifest], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 60.0)
+    config, manifest = config_and_data
+    here = in_folder(config, tmp_path / name / "run", flush_timeout=60)
+    track(here, manifest)
+    assert (tmp_path / name / "mlflow.db").is_file()
+    assert [run["metrics"] for run in runs_in(stores.tracking_uri(here.output))] == [{"loss/total": 1 / 3}]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_port_where_nobody_listens(
+    config_and_data: tuple[Config, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config, manifest = config_and_data
+    for uri in (f"http://127.0.0.1:{free_port()}", "nonsense://x", "http://", "postgresql://u:s3cretpw@127.0.0.1:1/x"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert main(["compare"]) == 2
+        track(in_folder(config, tmp_path / "run"), manifest)
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        told = capfd.readouterr().err
+        assert told.count("\n") == 2, told
+        assert "s3cretpw" not in told
