@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import venv
@@ -15,6 +16,8 @@ from cpsp_dist.bench.loader import bench_loader, noise_shards
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 #: peer -> what its environment installs; None: this environment serves.
 PEERS: dict[str, list[str] | None] = {
@@ -70,7 +73,7 @@ def _environment(folder: Path, requirements: list[str] | None) -> Path:
         return Path(sys.executable)
     done, python = folder / ".installed", folder / "bin" / "python"
     if not done.is_file() or done.read_text() != "\n".join(requirements):
-        print(f"installing {', '.join(requirements)} into {folder}", file=sys.stderr)
+        logger.info(f"installing {', '.join(requirements)} into {folder}")
         venv.create(folder, with_pip=True, clear=True)
         _call(
             [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from cpsp_dist.cli.paths import local_path
+from cpsp_dist.utils.console import echo, table
 
 PEERS = ("webdataset", "mosaicml", "litdata", "published")
+POOLS = ("off", "local", "gathered")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -81,26 +84,32 @@ def _loader(args: argparse.Namespace) -> None:
         also=["webdataset"] if args.only_warm else ["cold", "webdataset"],
     )
     if args.json:
-        print(json.dumps(result, indent=1))
+        echo(json.dumps(result, indent=1))
         return
     checked = "crc32c checked" if result["check_crc"] else "crc32c not checked"
-    print(f"{result['samples']:,} samples of {result['sample_bytes'] / 1e6:.2f} MB, batch {result['batch']},", end=" ")
-    print(f"{checked}; medians of {result['rounds']} rounds; {result['cores']} cores, load {result['load']:.1f}")
-    print(f"{'':22} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
-    for kind, rows in (("memcpy", result["memcpy"]), ("warm", result["threads"]), ("cold", result.get("cold", {}))):
-        for count, row in rows.items():
-            _print_row(f"{kind}, {count} thread{'s' if count > 1 else ''}", row)
-    _print_row("plain webdataset", result["webdataset"])
-    print(f"The fastest warm reader has {result['memcpy_ratio']:.2f} of one core's memcpy, and", end=" ")
-    print(f"{result['webdataset_ratio']:.1f} times webdataset's rate.")
+    rows = []
+    for kind, threads in (("memcpy", result["memcpy"]), ("warm", result["threads"]), ("cold", result.get("cold", {}))):
+        rows += [_rate(f"{kind}, {count} thread{'s' if count > 1 else ''}", row) for count, row in threads.items()]
+    echo(
+        f"{result['samples']:,} samples of {result['sample_bytes'] / 1e6:.2f} MB, batch {result['batch']}, {checked}; "
+        f"medians of {result['rounds']} rounds; {result['cores']} cores, load {result['load']:.1f}",
+        table([*rows, _rate("plain webdataset", result["webdataset"])]),
+        f"The fastest warm reader has {result['memcpy_ratio']:.2f} of one core's memcpy, and "
+        f"{result['webdataset_ratio']:.1f} times webdataset's rate.",
+    )
     if result["check_crc"]:
-        print(f"Floor: copying, and crc32c of bytes in the cache ({result['crc32c_cpu_ms_per_sample']:.3f} ms", end=" ")
-        print(f"a sample): one core alone reaches at most {result['floor_ratio']:.2f} of memcpy; more threads, more.")
+        echo(
+            f"Floor: copying, and crc32c of bytes in the cache ({result['crc32c_cpu_ms_per_sample']:.3f} ms a sample): "
+            f"one core alone reaches at most {result['floor_ratio']:.2f} of memcpy; more threads, more."
+        )
 
 
-def _print_row(name: str, row: dict[str, float]) -> None:
+def _rate(name: str, row: dict[str, Any]) -> dict[str, str]:
+    """A row of a table; the reason where it could not be measured."""
+    if "error" in row:
+        return {"": f"{name} failed: {row['error']}", "samples/s": "-", "of memcpy": "-", "CPU ms/sample": "-"}
     rate, ratio, cpu = row["samples_per_second"], row["memcpy_ratio"], row["cpu_ms_per_sample"]
-    print(f"{name:22} {rate:10,.0f} {ratio:10.3f} {cpu:14.3f}")
+    return {"": name, "samples/s": f"{rate:,.0f}", "of memcpy": f"{ratio:.3f}", "CPU ms/sample": f"{cpu:.3f}"}
 
 
 def _peers(args: argparse.Namespace) -> None:
@@ -109,15 +118,7 @@ def _peers(args: argparse.Namespace) -> None:
     from cpsp_dist.bench.peers import bench_peers
 
     rows = bench_peers(args.envs, args.samples, args.peer or list(PEERS))
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return
-    print(f"{'':22} {'samples/s':>10} {'of memcpy':>10} {'CPU ms/sample':>14}")
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{name:22} failed: {row['error']}")
-            continue
-        _print_row(name, row)
+    echo(json.dumps(rows, indent=1) if args.json else table([_rate(name, row) for name, row in rows.items()]))
 
 
 def _pool(args: argparse.Namespace) -> None:
@@ -126,33 +127,49 @@ def _pool(args: argparse.Namespace) -> None:
     from cpsp_dist.bench.pool import bench_pool
 
     result = bench_pool(batch=args.batch, ranks=args.ranks, pools=args.pools, rounds=args.rounds)
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    print(f"{args.batch} videos a rank, embeddings of {result['width']}, medians of {result['rounds']} rounds")
-    print("A step's pool: received bytes forward and backward, of them the floor (W-1)*b*d*4 each way")
-    print(f"{'ranks':>5} {'collectives':>11} {'floor, 2 ways':>13} {'bytes':>10} {'on the wire':>11}", end=" ")
-    print(f"{'waited ms':>9}")
-    for world, row in result["ranks"].items():
-        wire = "unknown" if row["wire_bytes"] is None else f"{row['wire_bytes']:,}"
-        print(f"{world:5} {row['collectives']:11} {2 * row['floor_bytes']:13,} {row['bytes']:10,} {wire:>11}", end=" ")
-        print(f"{row['gather_ms']:9.1f}")
-    print("A whole step of a rank with the pool off, local, gathered: time and CPU time in ms")
-    print(f"{'ranks':>5} {'off':>8} {'local':>8} {'gathered':>8} {'CPU off':>9} {'CPU local':>9} {'CPU gathered':>12}")
-    for world, row in result["ranks"].items():
-        step, cpu = row["step_ms"].values(), row["step_cpu_ms"].values()
-        print(
-            f"{world:5}",
-            *(f"{ms:8.0f}" for ms in step),
-            *(f"{ms:{n}.0f}" for ms, n in zip(cpu, (9, 9, 12), strict=True)),
-        )
-    print("Pools (simulated): CPU time of mining, loss and backward; of the bare product; bytes kept for backward")
-    print(f"{'pool':>6} {'ms':>9} {'product ms':>10} {'two-stage':>12} {'full matrix':>13} {'replicated':>15}")
-    for size, row in result["pools"].items():
-        kept = ["not run" if x is None else f"{x:,}" for x in row["saved_bytes"].values()]
-        print(f"{size:>6} {row['ms']:9.2f} {row['floor_ms']:10.2f} {kept[0]:>12} {kept[1]:>13} {kept[2]:>15}")
+    echo(json.dumps(result, indent=1) if args.json else _describe_pool(result, args.batch))
+
+
+def _describe_pool(result: dict[str, Any], batch: int) -> str:
+    exchange = [
+        {
+            "ranks": world,
+            "collectives": row["collectives"],
+            "floor, 2 ways": f"{2 * row['floor_bytes']:,}",
+            "bytes": f"{row['bytes']:,}",
+            "on the wire": "unknown" if row["wire_bytes"] is None else f"{row['wire_bytes']:,}",
+            "waited ms": f"{row['gather_ms']:.1f}",
+        }
+        for world, row in result["ranks"].items()
+    ]
+    steps = [
+        {"ranks": world}
+        | {pool: f"{ms:.0f}" for pool, ms in zip(POOLS, row["step_ms"].values(), strict=True)}
+        | {f"CPU {pool}": f"{ms:.0f}" for pool, ms in zip(POOLS, row["step_cpu_ms"].values(), strict=True)}
+        for world, row in result["ranks"].items()
+    ]
+    sizes = [
+        {"pool": size, "ms": f"{row['ms']:.2f}", "product ms": f"{row['floor_ms']:.2f}"}
+        | {
+            kind: "not run" if kept is None else f"{kept:,}"
+            for kind, kept in zip(("two-stage", "full matrix", "replicated"), row["saved_bytes"].values(), strict=True)
+        }
+        for size, row in result["pools"].items()
+    ]
+    lines = [
+        f"{batch} videos a rank, embeddings of {result['width']}, medians of {result['rounds']} rounds",
+        "A step's pool: received bytes forward and backward, of them the floor (W-1)*b*d*4 each way",
+        table(exchange),
+        "A complete step of a rank with the pool off, local, gathered: time and CPU time in ms",
+        table(steps),
+        "Pools (simulated): CPU time of mining, loss and backward; of the bare product; bytes kept for backward",
+        table(sizes),
+    ]
     if "share" in result:
         share = result["share"]
         shares = f"{share['share']:.2%} of a training step's CPU time ({share['least']:.2%} to {share['most']:.2%})"
-        print(f"A pool of {share['pool']:,} at {args.batch} videos a rank: {shares}; its bare product", end=" ")
-        print(f"{share['floor_share']:.2%}")
+        lines.append(
+            f"A pool of {share['pool']:,} at {batch} videos a rank: {shares}; its bare product "
+            f"{share['floor_share']:.2%}"
+        )
+    return "\n".join(lines)

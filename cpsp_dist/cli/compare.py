@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from cpsp_dist.utils.console import echo
+
 STORE = "sqlite:///runs/mlflow.db"
 
 
@@ -30,4 +32,4 @@ def _compare(args: argparse.Namespace) -> None:
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
     metrics = args.metrics.split(",")
-    print(compare(uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))
+    echo(compare(uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))

@@ -23,6 +23,6 @@ def _completion(args: argparse.Namespace) -> None:
     import shtab
 
     from cpsp_dist.cli import build_parser
-    from cpsp_dist.utils.console import output
+    from cpsp_dist.utils.console import echo
 
-    output(shtab.complete(build_parser(), args.shell))
+    echo(shtab.complete(build_parser(), args.shell))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils import shipped
+from cpsp_dist.utils.console import echo
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,8 +41,8 @@ def _register(
 
 def _list_or_copy(folder: Path, target: Path | None) -> None:
     if target is not None:
-        print(f"{target}: {len(shipped.copy_out(folder, target))} files")
+        echo(f"{target}: {len(shipped.copy_out(folder, target))} files")
         return
     names = {path: path.relative_to(folder).as_posix().removesuffix(".yaml") for path in shipped.listed(folder)}
     width = max(map(len, names.values()), default=0)
-    print("\n".join(f"{name:{width}}  {shipped.description(path)}" for path, name in names.items()))
+    echo("\n".join(f"{name:{width}}  {shipped.description(path)}" for path, name in names.items()))

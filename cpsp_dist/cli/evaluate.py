@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cpsp_dist.utils.console import echo
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="accuracy of a trained run's best weights: by category, by second")
@@ -21,4 +23,4 @@ def _evaluate(args: argparse.Namespace) -> None:
     from cpsp_dist.training.evaluate import evaluate_run
 
     found = evaluate_run(args.run, args.split, args.shards)
-    print(json.dumps(found, indent=1) if args.json else format_evaluation(found))
+    echo(json.dumps(found, indent=1) if args.json else format_evaluation(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cpsp_dist.cli.paths import local_path
+from cpsp_dist.utils.console import echo
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,4 +24,4 @@ def _export(args: argparse.Namespace) -> None:
     from cpsp_dist.export import export
 
     out = export(args.run, args.out)
-    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

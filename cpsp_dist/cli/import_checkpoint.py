@@ -7,6 +7,7 @@ import argparse
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.models import MODELS
+from cpsp_dist.utils.console import echo
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,4 +48,4 @@ def _import(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write: {error.strerror or error}") from None
     total = sum(value.numel() for value in weights.values())
-    print(f"{args.out}: {len(weights)} parameters, {total:,} values")
+    echo(f"{args.out}: {len(weights)} parameters, {total:,} values")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from typing import TYPE_CHECKING
 
 from cpsp_dist.launch.requeue import RETRIES
+from cpsp_dist.utils.console import echo
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from cpsp_dist.launch.jobs import Job, State
@@ -110,23 +113,23 @@ def _launch(args: argparse.Namespace) -> int:
         raise UserError("--local is one machine: leave out --nodes, and give --ranks-per-node")
     if args.dry_run:
         planned = [f"{run.name or name}: output {run.config.output}" for run in runs]
-        print(*planned, f"each: {resources}", sep="\n", file=sys.stderr)
+        logger.info("\n".join([*planned, f"each: {resources}"]))
         if args.local:
-            print("--local needs no sbatch file; nothing was started", file=sys.stderr)
+            logger.info("--local needs no sbatch file; nothing was started")
         else:
-            print(cluster.batch_file(runs, output, name, resources))
+            echo(cluster.batch_file(runs, output, name, resources))
         return 0
     if args.local:
         started, ended = local.run_local(runs, output, args.config, resources)
         return _told(started, ended, len(runs))
     submitted = cluster.submit(runs, output, name, args.config, resources)
     main, folder = submitted[0].id.partition("_")[0], submitted[0].folder
-    print(f"submitted job {main}: {len(runs)} run{'s' if len(runs) > 1 else ''}, each {resources}")
+    echo(f"submitted job {main}: {len(runs)} run{'s' if len(runs) > 1 else ''}, each {resources}")
     for job in submitted:
-        print(f"  {job.label}: job {job.id}, log {job.log}")
-    print(f"how it is doing:  cpsp-dist launch --status {folder}")
-    print(f"its log, live:    cpsp-dist launch --status {folder} --follow")
-    print(f"to end it:        scancel {main}", flush=True)
+        echo(f"  {job.label}: job {job.id}, log {job.log}")
+    echo(f"how it is doing:  cpsp-dist launch --status {folder}")
+    echo(f"its log, live:    cpsp-dist launch --status {folder} --follow")
+    echo(f"to end it:        scancel {main}")
     return _follow(submitted) if args.follow else 0
 
 
@@ -134,7 +137,7 @@ def _status(found: list[Job]) -> int:
     from cpsp_dist.launch import files, jobs
 
     now = jobs.states(found)
-    print(jobs.describe_jobs(found, now))
+    echo(jobs.describe_jobs(found, now))
     files.end_sweep(found, now)
     return 0
 
@@ -146,10 +149,9 @@ def _follow(found: list[Job]) -> int:
         return _told(found, jobs.follow(found), len(found))
     except KeyboardInterrupt:
         main = found[0].id.partition("_")[0]
-        print(
+        logger.info(
             f"\nno longer following; job {main} keeps running. Again: "
-            f"cpsp-dist launch --status {found[0].folder} --follow; to end it: scancel {main}",
-            file=sys.stderr,
+            f"cpsp-dist launch --status {found[0].folder} --follow; to end it: scancel {main}"
         )
         return 130
 
@@ -158,11 +160,11 @@ def _told(ended_jobs: list[Job], ended: dict[str, State], runs: int) -> int:
     """The last word on jobs that were waited for; the exit code."""
     from cpsp_dist.launch import files, jobs
 
-    print(jobs.describe_jobs(ended_jobs, ended))
+    echo(jobs.describe_jobs(ended_jobs, ended))
     files.end_sweep(ended_jobs, ended)
     if command := files.comparison(ended_jobs):
-        print(f"to compare them:  {command}")
+        echo(f"to compare them:  {command}")
     if len(ended_jobs) < runs:
-        print(f"{runs - len(ended_jobs)} of {runs} runs were not started", file=sys.stderr)
+        logger.warning(f"{runs - len(ended_jobs)} of {runs} runs were not started")
         return jobs.exit_code(ended) or 1
     return jobs.exit_code(ended)

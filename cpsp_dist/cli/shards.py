@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+import logging
 
 from cpsp_dist.cli import shards_rework
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing import LAYOUTS
+from cpsp_dist.utils.console import echo
+
+logger = logging.getLogger(__name__)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -119,16 +122,16 @@ def _pack(args: argparse.Namespace) -> int:
         raise UserError(f"--workers {args.workers}: has to be 1 or more")
     source = open_source(SourceOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SourceOptions)}))
     for note in source.notes:
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     options = PackOptions(args.visual_dtype, args.shard_mb, args.seed, args.on_error)
     if args.portion:
         made, shards = pack_portion(
             source, args.out, options, int(number), int(portions), overwrite=args.overwrite, workers=args.workers
         )
-        print(f"{args.out}.part: {made} of {shards} shards made by portion {args.portion}; not finished yet")
+        echo(f"{args.out}.part: {made} of {shards} shards made by portion {args.portion}; not finished yet")
         return 0
     manifest = pack(source, args.out, options, overwrite=args.overwrite, workers=args.workers)
-    print(describe_shards(manifest))
+    echo(describe_shards(manifest))
     return 0
 
 
@@ -136,7 +139,7 @@ def _verify(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.verify import verify
 
     manifest = verify(args.folder)
-    print(f"{manifest.place}: {len(manifest.samples):,} samples in {len(manifest.shards)} shards, every byte as packed")
+    echo(f"{manifest.place}: {len(manifest.samples):,} samples in {len(manifest.shards)} shards, every byte as packed")
     return 0
 
 
@@ -144,7 +147,7 @@ def _info(args: argparse.Namespace) -> int:
     from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.packing.preview import describe_shards
 
-    print(describe_shards(Manifest.load(args.folder)))
+    echo(describe_shards(Manifest.load(args.folder)))
     return 0
 
 
@@ -159,7 +162,7 @@ def _preview(args: argparse.Namespace) -> int:
     if args.png:
         draw(manifest, rows, args.png)
     for line in preview(manifest, rows):
-        print(line)
+        echo(line)
     return 0
 
 
@@ -176,7 +179,7 @@ def _plan(args: argparse.Namespace) -> int:
         step_seconds=args.step_seconds,
         **sizes,
     )
-    print(describe_simulation(found))
+    echo(describe_simulation(found))
     return 0
 
 
@@ -184,5 +187,5 @@ def _keypad(args: argparse.Namespace) -> int:
     from cpsp_dist.demo.keypad import generate
 
     generate(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.seed)
-    print(f"{args.out}: keypad with {args.train} train, {args.val} val, {args.test} test videos, in AVE's layout")
+    echo(f"{args.out}: keypad with {args.train} train, {args.val} val, {args.test} test videos, in AVE's layout")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils.console import echo
 
 if TYPE_CHECKING:
     from cpsp_dist.packing.packed import Packed
@@ -54,7 +55,7 @@ def _index(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.rework import rebuild
     from cpsp_dist.packing.text import read_categories
 
-    print(describe_shards(rebuild(args.folder, read_categories(args.categories) if args.categories else None)))
+    echo(describe_shards(rebuild(args.folder, read_categories(args.categories) if args.categories else None)))
     return 0
 
 
@@ -62,7 +63,7 @@ def _merge(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.preview import describe_shards
     from cpsp_dist.packing.rework import merge
 
-    print(describe_shards(merge(args.folders, args.out)))
+    echo(describe_shards(merge(args.folders, args.out)))
     return 0
 
 
@@ -116,4 +117,4 @@ def _repack(args: argparse.Namespace, source: Packed, out: Path) -> None:
     from cpsp_dist.packing.preview import describe_shards
 
     dtype = {"<f2": "float16", "<f4": "float32"}[source.manifest.fields["visual"].dtype]
-    print(describe_shards(pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)))
+    echo(describe_shards(pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)))

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cpsp_dist.config.schema import Config
+from cpsp_dist.utils.console import echo
 
 HEAD = """# Configuration
 
@@ -79,4 +80,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    echo(reference(), end="")

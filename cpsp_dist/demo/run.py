@@ -14,6 +14,7 @@ from pathlib import Path
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.compare import compare
+from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.extras import require
 
 #: What is compared: name, settings. All at one global batch and the same seeds.
@@ -61,10 +62,10 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
                 env={"MLFLOW_TRACKING_URI": store},
             )
     say("Compare the runs (test accuracy in percent; mean ± standard deviation over seeds)")
-    print(compare(store, "demo", ["accuracy/test", "accuracy/best_val", "videos_per_second"], mean=True))
-    print(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
-    print(f"  {_command('cpsp-dist')} compare --experiment demo --uri {store}")
-    print(f"  {_command('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+    echo(compare(store, "demo", ["accuracy/test", "accuracy/best_val", "videos_per_second"], mean=True))
+    echo(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
+    echo(f"  {_command('cpsp-dist')} compare --experiment demo --uri {store}")
+    echo(f"  {_command('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
 
 
 def _ranks() -> int:
@@ -73,7 +74,7 @@ def _ranks() -> int:
 
     if torch.cuda.device_count() != 1:
         return 2
-    print("One GPU, so one rank, whose own pool is the gathered one; the difference takes two")
+    echo("One GPU, so one rank, whose own pool is the gathered one; the difference takes two")
     return 1
 
 
@@ -101,7 +102,7 @@ class _Steps:
 
     def __call__(self, text: str) -> None:
         self.done += 1
-        print(f"\n[{self.done}/{self.total}] {text}", flush=True)
+        echo(f"\n[{self.done}/{self.total}] {text}")
 
 
 def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
@@ -122,7 +123,7 @@ def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, 
         assert process.stdout is not None
         for line in process.stdout:
             if not any(text in line for text in quiet):
-                print("    " + line, end="", flush=True)
+                echo("    " + line, end="")
         code = process.wait()
     finally:
         limit.cancel()

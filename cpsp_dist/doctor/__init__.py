@@ -22,6 +22,7 @@ from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.engine import deepspeed_settings, import_deepspeed
+from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.shipped import find_config
 from cpsp_dist.utils.text import one_line
@@ -44,7 +45,7 @@ def doctor(path: str | None, overrides: Sequence[str], limit: float, *, as_json:
         slurm = machine.slurm(ranks.world, len(machine.cores()["affinity"]))
         rendezvous = Rendezvous(ranks, limit)
     except UserError as error:
-        print(Finding(ERROR, "ranks", one_line(error)).format(), flush=True)
+        echo(Finding(ERROR, "ranks", one_line(error)).format())
         return _end(EXIT_USER_ERROR)
     checks = RankChecks(rendezvous, limit)
     checks.findings += slurm
@@ -55,7 +56,7 @@ def doctor(path: str | None, overrides: Sequence[str], limit: float, *, as_json:
         text = (
             f"rank {ranks.rank}: the rendezvous at {rendezvous.place} was lost: {one_line(error).split(' [')[0][:150]}"
         )
-        print(Finding(ERROR, "ranks", text, "look at the output of rank 0").format(), flush=True)
+        echo(Finding(ERROR, "ranks", text, "look at the output of rank 0").format())
         return _end(EXIT_USER_ERROR)
 
 
@@ -199,11 +200,11 @@ def _print(rendezvous: Rendezvous, reported: Sequence[tuple[int | None, Finding]
     if as_json:
         found = [f._asdict() | {"nodes": hosts} for f, hosts, _ in lines]
         found = [{key: one_line(v) if isinstance(v, str) else v for key, v in one.items()} for one in found]
-        print(json.dumps({"errors": errors, "warnings": warnings, "findings": found}, indent=1), flush=True)
+        echo(json.dumps({"errors": errors, "warnings": warnings, "findings": found}, indent=1))
     else:
         for _, _, line in lines:
-            print(line)
-        print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}", flush=True)
+            echo(line)
+        echo(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}")
     return EXIT_USER_ERROR if errors else 0
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from cpsp_dist.errors import EXIT_REQUEUE, UserError
+from cpsp_dist.utils.console import echo
 
 
 def run(snapshot: str, source: str) -> None:
@@ -33,7 +34,7 @@ def run(snapshot: str, source: str) -> None:
     if here.cluster == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name may lead nowhere
     if here.global_rank == 0:
-        print(f"{source}, as it was when this was launched: {snapshot}", flush=True)
+        echo(f"{source}, as it was when this was launched: {snapshot}")
     sys.argv = ["cpsp_dist.train", "--config", snapshot]  # what MLflow records as the command
     from cpsp_dist.train import main as train_main
 

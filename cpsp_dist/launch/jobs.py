@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.json_lines import read_bytes
 
 #: Seconds between two looks at the logs, and between two questions to Slurm.
@@ -165,8 +166,6 @@ def _alive(job: Job) -> bool:
 
 def describe_jobs(jobs: Sequence[Job], now: dict[str, State]) -> str:
     """A line for each job: state, step, log; and below it why one failed."""
-    from cpsp_dist.tracking.compare import format_table
-
     rows = [
         {
             "run": job.label,
@@ -180,7 +179,7 @@ def describe_jobs(jobs: Sequence[Job], now: dict[str, State]) -> str:
     failed = [
         f"{job.label}: {reason(job, now[job.id])}" for job in jobs if now[job.id].ended and not now[job.id].succeeded
     ]
-    return "\n".join([format_table(rows), *failed])
+    return "\n".join([table(rows), *failed])
 
 
 def reason(job: Job, state: State) -> str:
@@ -226,7 +225,7 @@ class Logs:
             text = text[: text.rfind(b"\n") + 1]
             self._read[job.id] = self._read.get(job.id, 0) + len(text)
             for line in text.decode(errors="replace").splitlines():
-                print(f"{job.name}: {line}" if job.name else line, flush=True)
+                echo(f"{job.name}: {line}" if job.name else line)
 
 
 def follow(jobs: Sequence[Job]) -> dict[str, State]:
@@ -242,7 +241,7 @@ def follow(jobs: Sequence[Job]) -> dict[str, State]:
             state, before = now[job.id], printed.get(job.id)
             if state.text in ("PENDING", "UNKNOWN") and state != before:
                 why = f": {state.reason}" if state.reason else ""
-                print(f"{job.label}: job {job.id} is {state.text.lower()}{why}", flush=True)
+                echo(f"{job.label}: job {job.id} is {state.text.lower()}{why}")
             printed[job.id] = state
             if state.reason != FORGOTTEN:
                 known[job.id] = asked

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +20,9 @@ from cpsp_dist.launch.files import prepared, write_snapshots
 from cpsp_dist.launch.job import run
 from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, read_code, save_jobs, states
 from cpsp_dist.launch.sweep import Planned
+from cpsp_dist.utils.console import echo
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that ranks which were asked to stop may take to save.
 SAVING = 120
@@ -60,7 +63,7 @@ def run_local(
                 save_jobs(folder, jobs)
                 running[job.id] = handle
                 if run_.name:
-                    print(f"{run_.name}: started, log {job.log}", flush=True)
+                    echo(f"{run_.name}: started, log {job.log}")
             if stop.asked:
                 waiting.clear()
                 stop.pass_on(running)
@@ -121,7 +124,7 @@ class _LocalStop:
 
     def pass_on(self, running: Iterable[str]) -> None:
         if self._passed == 0:
-            print(f"stopping: waiting up to {SAVING} s for the ranks to save and end", file=sys.stderr, flush=True)
+            logger.info(f"stopping: waiting up to {SAVING} s for the ranks to save and end")
             self.until = time.monotonic() + SAVING
         if self._passed < self.asked:
             self._passed = self.asked

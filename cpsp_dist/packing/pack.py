@@ -29,8 +29,8 @@ from cpsp_dist.packing.source import Source, SourceOptions, open_source
 from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
 from cpsp_dist.packing.write import write_shard
 from cpsp_dist.utils import files
+from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.hashing import text_sha256
-from cpsp_dist.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
 from cpsp_dist.packing.write import id_in_key
+from cpsp_dist.utils.console import table
 from cpsp_dist.utils.extras import require
 
 BACKGROUND, EVENT = "▁", "█"
@@ -28,14 +29,15 @@ def describe_shards(manifest: Manifest) -> str:
     tables = {split: manifest.samples[rows.start : rows.stop] for split, rows in manifest.splits.items()}
     segments = manifest.fields["label"].shape[0]
     summary = []
-    for split, table in tables.items():
+    for split, rows in tables.items():
         shards = [s for s in manifest.shards if s.split == split]
-        share = table["events"].sum(dtype=np.int64) / (len(table) * segments)
+        share = rows["events"].sum(dtype=np.int64) / (len(rows) * segments)
         size = sum(s.filesize for s in shards) / 1e6
-        counts = (len(table), len(np.unique(table["video"])), len(shards))
-        summary.append([split, *(f"{n:,}" for n in counts), f"{size:,.1f}", f"{share:.1%}"])
-    classes = {split: Counter(table["category"].tolist()) for split, table in tables.items()}
-    events = {split: Counter(table["events"].tolist()) for split, table in tables.items()}
+        counts = {"samples": len(rows), "videos": len(np.unique(rows["video"])), "shards": len(shards)}
+        row = {"split": split} | {name: f"{count:,}" for name, count in counts.items()}
+        summary.append(row | {"MB": f"{size:,.1f}", "event segments": f"{share:.1%}"})
+    classes = {split: Counter(rows["category"].tolist()) for split, rows in tables.items()}
+    events = {split: Counter(rows["events"].tolist()) for split, rows in tables.items()}
     names = list(enumerate(manifest.categories))
     if any(c[-1] for c in classes.values()):
         names.append((-1, NO_CATEGORY))
@@ -44,17 +46,11 @@ def describe_shards(manifest: Manifest) -> str:
             f"{manifest.place}: {len(manifest.samples):,} samples of {len(manifest.categories)} classes; {fields}",
             f"fingerprint {manifest.fingerprint}",
             "",
-            *_table(["split", "samples", "videos", "shards", "MB", "event segments"], summary),
+            table(summary),
             "",
-            *_table(
-                ["class", *tables, ""],
-                [[name, *(str(c[k]) for c in classes.values()), _bar(k, classes)] for k, name in names],
-            ),
+            table([{"class": name} | _counts(k, classes) for k, name in names]),
             "",
-            *_table(
-                ["event segments", *tables, ""],
-                [[str(k), *(str(c[k]) for c in events.values()), _bar(k, events)] for k in range(segments + 1)],
-            ),
+            table([{"event segments": k} | _counts(k, events) for k in range(segments + 1)]),
         ]
     )
 
@@ -129,20 +125,8 @@ def _names(manifest: Manifest, row: int) -> tuple[str, str, str]:
     return manifest.shards[sample["shard"]].split, sample["key"].decode(), category
 
 
-def _bar(key: int, counts: dict[str, Counter[int]]) -> str:
-    """All splits' count of `key`, against the most of any."""
+def _counts(key: int, counts: dict[str, Counter[int]]) -> dict[str, int | str]:
+    """Each split's count of `key`, and a bar of all splits' together against the most of any."""
     total = sum(counts.values(), Counter[int]())
-    return EVENT * round(BAR * total[key] / max(total.values()))
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of columns; the first one and a last one without a header are text, the others numbers."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0] = row[0].ljust(widths[0])
-        if not header[-1]:
-            cells[-1] = row[-1]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    bar = EVENT * round(BAR * total[key] / max(total.values()))
+    return {split: count[key] for split, count in counts.items()} | {"": bar}

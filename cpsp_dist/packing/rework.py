@@ -17,7 +17,7 @@ from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_o
 from cpsp_dist.packing.plan import keyed_hash
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.target import workplace
-from cpsp_dist.utils.progress import progress
+from cpsp_dist.utils.console import progress
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest, Shard
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import index_shard
 from cpsp_dist.packing.rework import same_rows
+from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.input_files import open_input
-from cpsp_dist.utils.progress import Progress
 
 MAX_LISTED = 20
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cpsp_dist.metrics import METRICS
 from cpsp_dist.tracking.store import all_runs
+from cpsp_dist.utils.console import table
 
 #: Settings that differ between runs but get no column: the run's name has them.
 UNTOLD = ("output", "tracking.run_name", "tracking.parent")
@@ -23,10 +24,7 @@ def format_evaluation(found: dict[str, Any]) -> str:
         for name, shares in found["categories"].items()
     ]
     summary = "\n".join(line for metric in METRICS.values() for line in metric.summary(found))
-    return (
-        f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n"
-        f"{summary}\n\n{format_table(rows)}"
-    )
+    return f"{found['split']}: {found['videos']} videos, weights of step {found['step']}\n{summary}\n\n{table(rows)}"
 
 
 def compare(
@@ -54,20 +52,7 @@ def compare(
         return json.dumps(rows, indent=1)
     if not rows:
         return f"experiment '{experiment}' has no runs yet"
-    return format_table(rows)
-
-
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as aligned text, numbers to the right."""
-    columns = list(rows[0])
-    cells = [[_text(row[column]) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
-    right = [all(isinstance(row[column], float | int | None) for row in rows) for column in columns]
-
-    def line(texts: Sequence[str]) -> str:
-        return "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True)).rstrip()
-
-    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+    return table(rows)
 
 
 def _row(run: dict[str, Any], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
@@ -97,9 +82,3 @@ def _means(runs: Sequence[dict[str, Any]], settings: Sequence[str], metrics: Seq
 
 def _short(key: str) -> str:
     return key.removeprefix("objectives.").removeprefix("train.")
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -27,6 +27,7 @@ from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
+from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.text import format_bytes
 
 _size = partial(format_bytes, digits=2)
@@ -63,10 +64,8 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         f"First step, on {ranks.device.type}": _step(step, ranks, world),
     }
     for title, lines in sections.items():
-        print(title, *(f"  {line}" for line in lines), sep="\n")
-    print(
-        "Nothing was written." if manifest.remote is None else "Nothing was written but fetched shards, to the cache."
-    )
+        echo(title, *(f"  {line}" for line in lines))
+    echo("Nothing was written." if manifest.remote is None else "Nothing was written but fetched shards, to the cache.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import Forward, PlainModel
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
+from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,11 @@ def evaluate(
     seconds = manifest.fields["label"].shape[0]
     metrics = [metric(manifest.categories, seconds) for metric in METRICS.values()]
     videos = torch.zeros(2, dtype=torch.int64)  # read, skipped
-    with open_eval_stream(config, manifest, split, ranks) as stream:
+    total = len(manifest.rows(split))
+    with (
+        open_eval_stream(config, manifest, split, ranks) as stream,
+        Progress(total, "videos", f"evaluating {split}", summary=False, enabled=ranks.first) as shown,
+    ):
         for cpu_batch in stream:
             if signals.received:
                 break
@@ -57,6 +62,7 @@ def evaluate(
             for metric in metrics:
                 metric.update(output, batch)
             videos[0] += batch.valid.sum().cpu()
+            shown.update(min(int(cpu_batch.valid.sum()) * ranks.world, total - shown.done))  # as far as the others are
         videos[1] = stream.skipped
     model.module.train(was_training)
     process_group.raise_if_stop_requested(signals, ranks.device, "trained and saved, not yet evaluated")

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two lines of progress where there is no terminal.
 PLAIN_SECONDS = 5.0
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?|-|nan")
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+)?%?|-|nan|unknown|not run")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -35,7 +35,7 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
-def output(*lines: str, end: str = "\n") -> None:
+def echo(*lines: str, end: str = "\n") -> None:
     """A command's result, on stdout at once. Raises OSError: it cannot be written."""
     sys.stdout.write(printable("\n".join(lines)) + end)
     sys.stdout.flush()
@@ -62,7 +62,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         drawn.add_column(Text(_cell(name)), justify="right" if right else "left", overflow="fold")
     if not fits:
         widths = [max(Text(text).cell_len for text in texts) for texts in zip(map(_cell, names), *cells, strict=True)]
-        drawn.add_row(*("-" * width for width in widths))
+        drawn.add_row(*("-" * width if name else "" for name, width in zip(names, widths, strict=True)))
     for row in cells:
         drawn.add_row(*map(Text, row))
     width = shutil.get_terminal_size().columns if fits else 1_000_000
@@ -81,13 +81,13 @@ def _cell(value: Any) -> str:
 class Progress:
     """Counts `unit`s up to `total` (None: not known): a bar on a terminal (stderr), else a log line every few seconds.
 
-    Use as a context manager; `update` after each piece of work.
+    Use as a context manager; `update` after each piece of work. summary: log a last line of short work too.
     """
 
-    def __init__(self, total: int | None, unit: str, label: str, *, enabled: bool = True):
+    def __init__(self, total: int | None, unit: str, label: str, *, summary: bool = True, enabled: bool = True):
         self.total, self.unit, self.label, self.done = total, unit, label, 0
         self.start = self.shown = time.monotonic()
-        self.enabled = enabled
+        self.enabled, self.summary = enabled, summary
         self._bar = _bar() if enabled and is_terminal(sys.stderr) else None
 
     def __enter__(self) -> Progress:
@@ -99,9 +99,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show()
         if self._bar is not None:
             self._bar.stop()
+        if self.enabled and (self.summary or time.monotonic() - self.start >= PLAIN_SECONDS):
+            self._log()
 
     def update(self, count: int = 1) -> None:
         self.done += count
@@ -125,7 +126,10 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, text=self.text())
         elif self.enabled:
-            logger.info("%s: %s", self.label, self.text())
+            self._log()
+
+    def _log(self) -> None:
+        logger.info("%s: %s", self.label, self.text())
 
 
 def progress(iterable: Iterable[T], unit: str, label: str, total: int | None = None) -> Iterator[T]:
@@ -149,7 +153,7 @@ def _bar() -> Bar:
         BarColumn(),
         TextColumn("{task.fields[text]}", markup=False),
     )
-    return Bar(*columns, console=Console(stderr=True), refresh_per_second=5)
+    return Bar(*columns, console=Console(stderr=True), refresh_per_second=5, transient=True)
 
 
 def _clock(seconds: float) -> str:

@@ -133,9 +133,17 @@ def console(*, stdout: bool = False, debug: bool = False) -> Iterator[None]:
         stdout: INFO goes to stdout: a training's lines are its output. Else everything goes to stderr.
         debug: all levels and tracebacks; also where CPSP_DEBUG asks for it.
     """
-    debug = debug or debug_requested()
-    with _attached(ConsoleHandler(stdout, debug), propagate=False):
-        yield
+    logger = logging.getLogger(PROJECT)
+    outer = [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]
+    debug = debug or debug_requested() or any(handler.debug for handler in outer)
+    for handler in outer:  # `cpsp-dist train` runs the training command inside
+        logger.removeHandler(handler)
+    try:
+        with _attached(ConsoleHandler(stdout, debug), propagate=False):
+            yield
+    finally:
+        for handler in outer:
+            logger.addHandler(handler)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from cpsp_dist.config import flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.tracking import mlflow as tracking
-from cpsp_dist.tracking.compare import compare, format_table
+from cpsp_dist.tracking.compare import compare
+from cpsp_dist.utils.console import table
 from tests.support.environment import REPO, free_port
 from tests.support.runs import tracked_points
 
@@ -223,7 +224,7 @@ def test_compare_names_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
 
 def test_tables_align():
     rows = [{"run": "a", "value": 1.0}, {"run": "longer", "value": None}]
-    assert format_table(rows) == "run     value\n------  -----\na           1\nlonger      -"
+    assert table(rows) == "run     value\n------  -----\na           1\nlonger      -"
 
 
 @pytest.mark.long

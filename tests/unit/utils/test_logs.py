@@ -38,6 +38,14 @@ def test_the_console_of_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "step 1\nwarning: slow\nerror: broken\n")
 
 
+def test_a_command_inside_a_command_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with logs.console():
+        with logs.console(stdout=True):
+            print_all()
+        logger.info("step 2")
+    assert capsys.readouterr() == ("step 1\n", "warning: slow\nerror: broken\nstep 2\n")
+
+
 def test_other_ranks_print_warnings_with_their_number(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
