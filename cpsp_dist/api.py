@@ -15,9 +15,11 @@ from cpsp_dist.config import Config, load_config
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
+from cpsp_dist.distributed.launchers import EXPORTED, read_place
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.training import evaluate as evaluation
 from cpsp_dist.training import trainer
+from cpsp_dist.training.agreement import facts
 from cpsp_dist.utils.logs import console_by_default, run_log
 
 
@@ -61,8 +63,7 @@ def train(
     """Train as `cpsp-dist train` does, or resume the run in `config.output`; may be called many times in a process.
 
     Without a launcher it is one process. Under one, all ranks call it together; where torch.distributed is initialised
-    already, its group is used and left open, else a group is made for the call. Several trainings on several ranks want
-    a group of the program's own: a launcher's address serves for one group only. No signal handler is installed.
+    already, its group is used and left open, else a group is made for the call. No signal handler is installed.
 
     Args:
         config: a `Config`, or the path of a YAML file or the name of a shipped one, as "keypad".
@@ -81,13 +82,15 @@ def train(
             raise ValueError("overrides go with a config file; a Config is changed with model_copy")
     else:
         config = load_config(config, overrides)
-    ranks = process_group.discover()
+    place = read_place()
+    ranks = process_group.discover(place=place)
     signals = StopSignals()  # never entered: it receives nothing
     before = dict(os.environ)
     joined = dist.is_initialized()
     group: Any = nullcontext()
     if not joined:
-        group = process_group.connected(ranks, config.engine.timeout, config.engine.heartbeat_timeout, signals)
+        settings = process_group.Connection(config.engine.timeout, config.engine.heartbeat_timeout, facts(config))
+        group = process_group.connected(place, ranks, settings, signals)
     try:
         with console_by_default(), run_log(config.output, ranks.rank), group:
             results = trainer.train(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)
@@ -110,7 +113,7 @@ def evaluate(output: str | Path, split: str = "test", *, shards: str | Path | No
 
 
 def _restore_launcher_variables(before: dict[str, str]) -> None:
-    """A single process that was given no address takes a new one at each call."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in before:
-            os.environ.pop(name, None)
+    """As the launcher left them: LOCAL_RANK is the number of the GPU during a training."""
+    for name in EXPORTED:
+        os.environ.pop(name, None)
+        os.environ.update({name: before[name]} if name in before else {})

@@ -12,7 +12,13 @@ EXIT_REQUEUE = 75  # (EX_TEMPFAIL) stopped by a signal, saved: start again
 
 
 class UserError(Exception):
-    """Something the user can fix. The text names the file, key or flag, and what to do."""
+    """Something the user can fix. The text names the file, key or flag, and what to do.
+
+    Attributes:
+        claimed_by: the rank that met it first, where several may have met the same; None where that is not known.
+    """
+
+    claimed_by: int | None = None
 
 
 class ConfigError(UserError):
@@ -20,13 +26,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or of the wrong form; names the file, and the sample where there is one.
-
-    Attributes:
-        claimed_by: the rank that met it first, where several may have met the same; None where that is not known.
-    """
-
-    claimed_by: int | None = None
+    """Data that is missing, damaged or of the wrong form; names the file, and the sample where there is one."""
 
 
 class RankError(UserError):
@@ -47,6 +47,10 @@ class LostRank(Exception):
     def __init__(self, text: str, code: int = EXIT_LOST_RANK, ranks: Sequence[int] = ()):
         super().__init__(text)
         self.code, self.ranks = code, ranks
+
+
+class DeviceLost(LostRank):
+    """This rank's GPU or its network failed; another start, elsewhere, may do."""
 
 
 #: A disk's own failures: Python names no file where a write meets them.

@@ -81,25 +81,37 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> None:
         with StopSignals() as signals:  # first of all: the imports below take seconds
+            from cpsp_dist.distributed.launchers import read_place
+            from cpsp_dist.distributed.orphans import end_with_parent
+
+            place = read_place()
+            end_with_parent()
             from cpsp_dist.config import load_config
-
-            config = load_config(args.config, args.overrides)
             from cpsp_dist.distributed import process_group
+            from cpsp_dist.distributed.rendezvous import failures_reported
 
-            ranks = process_group.discover()
-            if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
-                raise UserError(
-                    "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
-                )
-            engine = config.engine
+            with failures_reported(place):
+                config = load_config(args.config, args.overrides)
+                ranks = process_group.discover(place=place)
+                if args.world is not None and (not args.dry_run or ranks.world > 1 or args.world < 1):
+                    raise UserError(
+                        "--world N, at least 1, goes with --dry-run on one process; under a launcher its ranks count"
+                    )
+            from cpsp_dist.training.agreement import facts
+
+            flags = {name: getattr(args, name) for name in ("dry_run", "fresh", "allow_config_change")}
+            settings = process_group.Connection(
+                config.engine.timeout, config.engine.heartbeat_timeout, facts(config, **flags)
+            )
             with (
                 run_log(config.output, ranks.rank, enabled=not args.dry_run),
-                process_group.connected(ranks, engine.timeout, engine.heartbeat_timeout, signals),
+                process_group.connected(place, ranks, settings, signals),
             ):
                 if args.dry_run:
                     from cpsp_dist.training.dry_run import dry_run
+                    from cpsp_dist.training.resume import Choices
 
-                    dry_run(config, ranks, args.world or ranks.world)
+                    dry_run(config, ranks, args.world or ranks.world, Choices(args.fresh, args.allow_config_change))
                     return
                 from cpsp_dist.training.trainer import train
 

@@ -19,6 +19,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _evaluate(args: argparse.Namespace) -> None:
     import json
 
+    from cpsp_dist.distributed.launchers import require_one_process
+
+    require_one_process("evaluate")
     from cpsp_dist.tracking.compare import format_evaluation
     from cpsp_dist.training.evaluate import evaluate_run
 

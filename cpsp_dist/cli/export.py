@@ -21,6 +21,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _export(args: argparse.Namespace) -> None:
+    from cpsp_dist.distributed.launchers import require_one_process
+
+    require_one_process("export")
     from cpsp_dist.export import export
 
     out = export(args.run, args.out)

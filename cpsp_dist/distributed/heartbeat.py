@@ -7,13 +7,11 @@ rank sends a heartbeat to the rendezvous' store (on rank 0, or the launcher's), 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import threading
 import time
-
-import torch.distributed as dist
+from typing import Any
 
 from cpsp_dist.errors import EXIT_LOST_RANK, LostRank
 from cpsp_dist.utils.command import report
@@ -21,28 +19,35 @@ from cpsp_dist.utils.hashing import text_sha256
 
 #: Seconds between two heartbeats.
 INTERVAL = 0.5
-#: Seconds between learning of a lost rank and ending this process, if it has not ended by itself.
-GRACE = 8.0
-#: Seconds that rank 0 waits for the others to learn of its exit, for the store ends with it.
+#: Seconds between learning of a lost rank and ending this process, if it has not ended by itself. Behind a kernel of
+#: NCCL it cannot, and NCCL's own watchdog aborts it with another exit code when it sees a closed connection.
+GRACE = {"cpu": 8.0, "cuda": 0.5}
+#: Seconds that a rank which exits early waits for the others to learn of it: the store may end with it, and they would
+#: take its closed connections for the reason.
 PEER_WAIT = 4.0
+#: Seconds that a loop which looks each half second counts at most: the rest it did not run.
+MOST_BETWEEN = 2.0
 EXITED, BEATS, NOTED = "exited", "beat", "noted"
 SILENT_EXIT = "exited without an error message (killed, out of memory, or its machine failed)"
 
 
 class Heartbeat:
-    """One rank's part. `timeout`: seconds without heartbeat after which a rank counts as lost."""
+    """One rank's part.
 
-    def __init__(self, rank: int, world: int, timeout: float):
-        self.rank, self.world, self.timeout = rank, world, timeout
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = datetime.timedelta(seconds=timeout)
-        # A connection of its own: a collective that waits at the group's would stop the heartbeat.
-        tcp = dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
-        # A launcher's store may outlive a start.
-        start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-        self.store = dist.PrefixStore(f"cpsp_dist/{start}", tcp)
+    Args:
+        store: for its keys alone, over a connection of its own: a collective that waits would stop the heartbeat.
+        timeout: seconds without heartbeat after which a rank counts as lost. Time in which this process itself stood
+            still (`scontrol suspend` stops all ranks) does not count.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, timeout: float, device: str = "cpu"):
+        self.store, self.rank, self.world, self.timeout, self.grace = store, rank, world, timeout, GRACE[device]
+        #: Seconds that this process stood still.
+        self.paused = 0.0
         self.lost: LostRank | None = None
-        self._lost_at = self._answered = time.monotonic()
+        self._lost_at = time.monotonic()
+        self._unanswered = 0.0
         self._lock = threading.Lock()
         self._done, self._silent = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -73,12 +78,15 @@ class Heartbeat:
         return None
 
     def wait_for_peers(self) -> None:
-        """The last call before this process exits early. Rank 0 holds the store: it leaves last, within a limit."""
+        """The last call before this process exits early: it leaves when the others know, within a limit."""
         end = time.monotonic() + PEER_WAIT
-        others = [f"{NOTED}{r}" for r in range(1, self.world)]
+        gone = self.lost.ranks if self.lost is not None else ()
+        others = [f"{NOTED}{rank}" for rank in range(self.world) if rank != self.rank and rank not in gone]
         with contextlib.suppress(RuntimeError):
-            while self.rank == 0 and time.monotonic() < end and not self.store.check(others):
-                time.sleep(0.05)
+            if 0 not in gone:  # with the store, which may never answer
+                self.store.set(f"{NOTED}{self.rank}", "1")
+                while time.monotonic() < end and others and not self.store.check(others):
+                    time.sleep(0.05)
         self._stop_beating()
 
     def find_dead_ranks(self) -> LostRank | None:
@@ -113,31 +121,52 @@ class Heartbeat:
                 self.lost = LostRank(f"{who}: {reason}", code, ranks)
 
     def _beat(self) -> None:
-        left, seen, changed, count, noted = (self.rank - 1) % self.world, b"", time.monotonic(), 0, False
+        left, seen, silent, count, noted = (self.rank - 1) % self.world, b"", 0.0, 0, False
+        clock = AwakeClock()
         try:
             while not self._silent.wait(INTERVAL):
                 count += 1
                 self.store.set(f"{BEATS}{self.rank}", str(count))
                 beat = self.store.get(f"{BEATS}{left}") if self.store.check([f"{BEATS}{left}"]) else b""
+                silent += clock.passed()
                 if beat != seen:
-                    seen, changed = beat, time.monotonic()
-                elif time.monotonic() - changed > self.timeout:
+                    seen, silent = beat, 0.0
+                elif silent > self.timeout:
                     self._publish([left], f"sent no heartbeat for {self.timeout:.0f} s")
                 if not noted and self.store.check([EXITED]):
                     noted = True
                     self._note(**json.loads(self.store.get(EXITED)))
                     self.store.set(f"{NOTED}{self.rank}", "1")
-                self._answered = time.monotonic()
+                self._unanswered = 0.0
         except RuntimeError:
             if not self._silent.wait(2 * INTERVAL):
                 self._note([0], SILENT_EXIT)
 
     def _enforce(self) -> None:
         """End this process where its main thread cannot: it may wait in a collective for a rank that is gone."""
-        while not self._done.wait(INTERVAL):
-            if self.lost is None and time.monotonic() - self._answered > self.timeout + 2:
+        clock = AwakeClock()
+        while not self._done.wait(min(INTERVAL, self.grace)):
+            self._unanswered += clock.passed()
+            self.paused += clock.stood
+            if self.lost is None and self._unanswered > self.timeout + 2:
                 self._note([0], f"sent no heartbeat for {self.timeout:.0f} s")
-            if self.lost is not None and time.monotonic() - self._lost_at > GRACE:
+            if self.lost is not None and time.monotonic() - self._lost_at > self.grace:
                 report(self.lost)
+                limit = threading.Timer(2 * PEER_WAIT, os._exit, [self.lost.code])
+                limit.daemon = True
+                limit.start()
                 self.wait_for_peers()
                 os._exit(self.lost.code)
+
+
+class AwakeClock:
+    """Seconds since the last look, without those in which this process was stopped: it looks every half second."""
+
+    def __init__(self) -> None:
+        self._last, self.stood = time.monotonic(), 0.0
+
+    def passed(self) -> float:
+        now = time.monotonic()
+        whole, self._last = now - self._last, now
+        self.stood = max(0.0, whole - MOST_BETWEEN)
+        return min(whole, MOST_BETWEEN)

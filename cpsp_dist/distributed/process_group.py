@@ -1,29 +1,31 @@
-"""Which rank this process is, under any launcher, and the few collectives that are not part of a loss.
+"""The ranks as one process group, and the few collectives that are not part of a loss.
 
-Launchers only set the environment; this is the one place that reads it. Order: RANK and WORLD_SIZE (torchrun,
-accelerate, deepspeed, submitit), then a Slurm step (srun), then a single process.
+`launchers` reads which rank this is, `devices` chooses what it computes on, `rendezvous` brings the ranks together,
+`heartbeat` ends them together.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from signal import Signals
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from cpsp_dist.distributed.card import own_card
+from cpsp_dist.distributed.devices import choose_device, explain, reason_of, set_device
 from cpsp_dist.distributed.heartbeat import Heartbeat
+from cpsp_dist.distributed.launchers import Place, export_place, read_place
+from cpsp_dist.distributed.rendezvous import Session, failures_reported, meet
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, RankError, Stopped, UserError
-from cpsp_dist.utils.text import first_line, one_line
+from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, DeviceLost, LostRank, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -40,101 +42,94 @@ class Ranks:
         return self.rank == 0
 
 
-def discover(env: Mapping[str, str] = os.environ) -> Ranks:
-    """The place of this process, from its environment.
+def discover(env: Mapping[str, str] = os.environ, place: Place | None = None) -> Ranks:
+    """The place of this process, from its environment, or as `read_place` found it, and its device.
 
     Raises:
-        UserError: half of a launcher's variables, or more ranks on this machine than GPUs.
+        UserError: the environment makes no sense, or there is no GPU for this rank.
     """
-    if "RANK" in env:
-        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing:
-            raise UserError(f"RANK is set but {', '.join(missing)} is not; start through a launcher, or unset RANK")
-        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        # Inside srun. A batch script itself has SLURM_PROCID too, but no step, and is one process.
-        rank = int(env["SLURM_PROCID"])
-        world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-        local = int(env.get("SLURM_LOCALID", "0"))
-    else:
-        rank, world, local = 0, 1, 0
-    gpus = torch.cuda.device_count()
-    if gpus and local >= gpus:
-        # Of several, the first reports it: local rank 0 has its GPU and knows nothing.
-        kind = RankError if local == gpus else UserError
-        raise kind(f"local rank {local}, but this machine shows {gpus} GPU(s); start at most one rank for each")
-    return Ranks(rank, world, local, torch.device("cuda", local) if gpus else torch.device("cpu"))
+    place = read_place(env) if place is None else place
+    return Ranks(place.rank, place.world, place.local_rank, choose_device(place, env))
 
 
-def port_of_job(job: str) -> str:
-    """Two jobs on one node must not connect, nor take a port that the system gives to whoever asks for any (32768 and
-    more). A single process takes any free port."""
-    return str(20000 + int(job) % 12000)
+@dataclass(frozen=True)
+class Connection:
+    """How ranks are connected. timeout: seconds that a rank or a collective waits for the others; heartbeat_timeout:
+    seconds without heartbeat after which a rank counts as lost; facts: what has to be the same on all, see `meet`."""
+
+    timeout: int
+    heartbeat_timeout: int
+    facts: Mapping[str, Any]
 
 
-def resolve_rendezvous(ranks: Ranks) -> str:
-    """Where the ranks connect, as "host:port"; from here on the environment has it, whichever launcher was used.
+def connect(place: Place, ranks: Ranks, settings: Connection) -> Session:
+    """Meet the other ranks, and have a device.
 
     Raises:
-        UserError: several ranks, and nothing in the environment says where.
-    """
-    # One spelling of the environment for everything below (deepspeed reads these itself).
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _slurm_first_host() if ranks.world > 1 else "127.0.0.1"
-    if "MASTER_PORT" not in os.environ:
-        job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = port_of_job(job) if job and ranks.world > 1 else "0"
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-
-
-def connect(ranks: Ranks, timeout: int) -> None:
-    """Join the other ranks; no collective waits longer than `timeout` seconds.
-
-    Raises:
-        UserError: the others did not come in time.
+        UserError: they did not come in time, or cannot train together. LostRank: one failed before.
     """
     # torch 2.13 renames collectives that torch 2.4 has, and warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    resolve_rendezvous(ranks)
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
+    export_place(place, ranks.device.index)
+    with failures_reported(place):
+        set_device(ranks.device)
+        card = own_card(ranks.device)
+    return meet(place, card, dict(settings.facts), settings.timeout)
+
+
+def init_process_group(session: Session, ranks: Ranks, timeout: int) -> None:
+    """All ranks are there already.
+
+    Raises:
+        UserError, DeviceLost: the network, NCCL or a GPU does not work.
+    """
+    cuda = ranks.device.type == "cuda"
     try:
         dist.init_process_group(
-            "nccl" if ranks.device.type == "cuda" else "gloo",
+            "nccl" if cuda else "gloo",
+            store=session.connect_again("group", timeout) if ranks.world > 1 else session.store,
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=datetime.timedelta(seconds=timeout),
-            device_id=ranks.device if ranks.device.type == "cuda" else None,
+            device_id=ranks.device if cuda and _binds_device(ranks.world) else None,
         )
-    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    except RuntimeError as error:
+        meant = explain(error, ranks.device)
+        if meant is not None:
+            raise meant from None
+        where = f"{session.place.address}:{session.place.port}"
         raise UserError(
-            f"rank {ranks.rank} of {ranks.world}: rendezvous failed at {place} within {timeout} s: "
-            f"{one_line(error)[:200]}"
+            f"rank {ranks.rank} of {ranks.world}: all ranks met at {where}, but cannot connect: {reason_of(error)}; "
+            "on machines with several networks export GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
         ) from None
 
 
+def _binds_device(world: int, version: str = torch.__version__) -> bool:
+    """Whether NCCL's group is bound to the device: not alone (DeepSpeed splits the group: deepspeedai/DeepSpeed#8248),
+    and not with torch after 2.6.0 and before 2.7.1, which hangs (pytorch/pytorch#153960)."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    return world > 1 and not (2, 6, 0) < numbers < (2, 7, 1)
+
+
 @contextmanager
-def connected(ranks: Ranks, timeout: int, heartbeat_timeout: int, signals: StopSignals) -> Iterator[None]:
+def connected(place: Place, ranks: Ranks, settings: Connection, signals: StopSignals) -> Iterator[Session]:
     """A context in which this rank is joined to the others: they begin and leave together, and when one exits early
     the others exit too.
 
-    Args:
-        timeout: seconds that a collective waits.
-        heartbeat_timeout: seconds without heartbeat after which a rank counts as lost.
-
     Raises:
-        UserError: the others did not come in time.
+        UserError: the others did not come in time, or cannot train together.
         LostRank: another rank exited early, in place of the error of a collective that failed for it.
     """
-    connect(ranks, timeout)
-    heartbeat = Heartbeat(ranks.rank, ranks.world, heartbeat_timeout) if ranks.world > 1 else None
-    if heartbeat is not None:
+    session = connect(place, ranks, settings)
+    heartbeat = None
+    if ranks.world > 1:
+        store = session.connect_again("heartbeat", settings.heartbeat_timeout)
+        heartbeat = Heartbeat(store, ranks.rank, ranks.world, settings.heartbeat_timeout, ranks.device.type)
         signals.on_forced_exit = partial(heartbeat.report_exit, code=EXIT_REQUEUE)
     try:
+        init_process_group(session, ranks, settings.timeout)
         try:
-            yield
+            yield session
         except Stopped:
             dist.barrier()
             raise
@@ -145,18 +140,33 @@ def connected(ranks: Ranks, timeout: int, heartbeat_timeout: int, signals: StopS
         _disconnect(heartbeat)
         raise
     except BaseException as error:
-        if heartbeat is not None:
-            if isinstance(error, RuntimeError) and (lost := heartbeat.find_dead_ranks()):
-                heartbeat.wait_for_peers()
-                raise lost from None
-            if isinstance(error, DataError):
-                error.claimed_by = heartbeat.claim_message(str(error))
-            known = isinstance(error, UserError)
-            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-            heartbeat.report_exit(reason, EXIT_USER_ERROR if known else 1)
-        raise
+        _leave_early(error, ranks, heartbeat)
     else:
         _disconnect(heartbeat)
+
+
+def _leave_early(error: BaseException, ranks: Ranks, heartbeat: Heartbeat | None) -> NoReturn:
+    """Report why to the other ranks, and raise what this one has to say."""
+    meant = explain(error, ranks.device)
+    if heartbeat is None:
+        raise meant or error from None
+    of_others = isinstance(error, RuntimeError) and (meant is None or isinstance(error, dist.DistBackendError))
+    if of_others and (lost := heartbeat.find_dead_ranks()):
+        heartbeat.wait_for_peers()
+        raise lost from None
+    if of_others and meant is None and heartbeat.paused > 1:
+        meant = DeviceLost(
+            f"rank {ranks.rank}: stood still for {heartbeat.paused:.0f} s, as by `scontrol suspend`: {error}"
+        )
+    raised = meant or error
+    if isinstance(raised, DataError):
+        raised.claimed_by = heartbeat.claim_message(str(raised))
+    code = EXIT_USER_ERROR if isinstance(raised, UserError) else getattr(raised, "code", 1)
+    known = isinstance(raised, UserError | LostRank)
+    heartbeat.report_exit(str(raised) if known else f"{type(raised).__name__}: {reason_of(raised)}", code)
+    if meant is None:
+        raise error
+    raise meant from None
 
 
 def _disconnect(heartbeat: Heartbeat | None) -> None:
@@ -209,18 +219,3 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total
-
-
-def _slurm_first_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise UserError("several ranks, but MASTER_ADDR is not set and there is no Slurm node list to take it from")
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"cannot expand the Slurm node list '{nodes}' ({error}); export MASTER_ADDR") from None
-    return listing.stdout.split()[0]

@@ -16,8 +16,9 @@ from typing import Any
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
+from cpsp_dist.distributed.store import hung_threads
 from cpsp_dist.doctor import machine, paths
-from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine, hung_threads
+from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError

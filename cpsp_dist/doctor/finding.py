@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from cpsp_dist.distributed.store import within
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.text import one_line
 
-T = TypeVar("T")
 OK, WARNING, ERROR = "ok", "warning", "error"
-#: Threads of checks that did not come back: they can keep a process from ending by itself.
-hung_threads: list[threading.Thread] = []
 
 
 class Finding(NamedTuple):
@@ -27,28 +24,6 @@ class Finding(NamedTuple):
         """As a line; `nodes` where it is not about all of them."""
         text = self.found + (f"; fix: {self.fix}" if self.fix else "")
         return f"{self.status:7}  {self.check:11}  " + (f"on {nodes}: " if nodes else "") + one_line(text)
-
-
-def within(limit: float, call: Callable[[], T]) -> T:
-    """What `call` returns, or raises; TimeoutError after `limit` seconds, whatever it hangs in."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(call())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="check", daemon=True)
-    thread.start()
-    thread.join(limit)
-    if failure:
-        raise failure[0]
-    if not result:
-        hung_threads.append(thread)
-        raise TimeoutError
-    return result[0]
 
 
 def examine(check: str, limit: float, waits_for: str, call: Callable[[], list[Finding]]) -> list[Finding]:

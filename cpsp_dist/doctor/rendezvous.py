@@ -5,20 +5,20 @@ Through the store and not through collectives: what the doctor looks for is why 
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import socket
 import statistics
 import time
 from typing import Any
 
 import torch.distributed as dist
 
-from cpsp_dist.distributed.process_group import Ranks, resolve_rendezvous
-from cpsp_dist.doctor.finding import ERROR, OK, Finding, within
+from cpsp_dist.distributed.card import numbers
+from cpsp_dist.distributed.launchers import Place, export_place, launch_identity, read_place
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.distributed.store import hostname, open_store, where
+from cpsp_dist.doctor.finding import ERROR, OK, Finding
 from cpsp_dist.errors import UserError
-from cpsp_dist.utils.text import one_line
 
 #: Seconds between two clocks, or a clock and a file's time, from which on it matters: logs and MLflow's charts are out
 #: of order, file systems take new files for old ones.
@@ -29,10 +29,6 @@ ROUNDS = 5
 POLL, SLACK = 0.02, 5.0
 #: Seconds that rank 0 stays for the others to read its verdict.
 FINISH_SECONDS = 5.0
-
-
-def hostname() -> str:
-    return socket.gethostname().split(".")[0]
 
 
 class Rendezvous:
@@ -51,8 +47,10 @@ class Rendezvous:
             UserError: this rank met nobody; the text names the address.
         """
         self.ranks, self.limit = ranks, limit
-        self.place = resolve_rendezvous(ranks)
-        self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect()
+        place = read_place()
+        export_place(place, ranks.device.index)
+        self.place = where(place)
+        self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect(place)
         self.hosts: dict[int, str] = {}
         self.lost: set[int] = set()
         if self.store.add(f"came/{ranks.rank}", 1) > 1:
@@ -77,51 +75,9 @@ class Rendezvous:
     def _who(self) -> str:
         return f"rank {self.ranks.rank} of {self.ranks.world} on {hostname()}"
 
-    def _connect(self) -> Any:
-        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        if not port.isdigit():
-            raise UserError(f"MASTER_PORT={port} is not a number; set it, or start through a launcher that does")
-        try:
-            within(self.limit, lambda: socket.getaddrinfo(host, int(port)))
-        except (OSError, TimeoutError) as error:
-            raise UserError(
-                f"{self._who()}: the name '{host}' (MASTER_ADDR) does not resolve here: {error or 'no answer'}; fix: "
-                "set MASTER_ADDR to an address that every node knows"
-            ) from None
-        # torchrun keeps the store itself, and may keep it over several starts.
-        theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-        mine = self.ranks.first and not theirs
-        if not mine:
-            self._wait_for_port(host, int(port))
-        try:
-            tcp = dist.TCPStore(
-                host,
-                int(port),
-                is_master=mine,
-                timeout=datetime.timedelta(seconds=self.limit),
-                wait_for_workers=False,
-            )
-        except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-            summary = one_line(error).split(" [")[0][:200]
-            fix = "export another MASTER_PORT, another program has this one; and rank 0 has to run on MASTER_ADDR"
-            raise UserError(f"{self._who()}: no rendezvous at {self.place}: {summary}; fix: {fix}") from None
-        return dist.PrefixStore(f"cpsp_dist/doctor/{start}", tcp)
-
-    def _wait_for_port(self, host: str, port: int) -> None:
-        """Wait until somebody listens there: torch's own words about nobody are a page."""
-        end, reason = time.monotonic() + self.limit, ""
-        while time.monotonic() < end:
-            try:
-                socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
-                return
-            except OSError as error:
-                reason = error.strerror or str(error)
-                time.sleep(0.1)
-        raise UserError(
-            f"{self._who()}: nobody answered at {self.place} within {self.limit:g} s ({reason}); fix: see whether rank "
-            "0 was started and runs on that machine, and whether a firewall lies between"
-        )
+    def _connect(self, place: Place) -> Any:
+        start = f"{launch_identity(place)}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+        return dist.PrefixStore(f"cpsp_dist/doctor/{start}", open_store(place, self.limit))
 
     @property
     def missing(self) -> list[int]:
@@ -221,13 +177,13 @@ def check_all_ranks_present(rendezvous: Rendezvous, launcher: str) -> list[Findi
     world, nodes = rendezvous.ranks.world, rendezvous.nodes
     if world == 1:
         return [Finding(OK, "ranks", f"one process ({launcher}) on {hostname()}")]
-    summary = ", ".join(f"{host} ({_numbers(ranks)})" for host, ranks in nodes.items())
+    summary = ", ".join(f"{host} ({numbers(ranks)})" for host, ranks in nodes.items())
     text = (
         f"{launcher}: {len(rendezvous.hosts)} of {world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)}: {summary}"
     )
     if not rendezvous.missing:
         return [Finding(OK, "ranks", text)]
-    missing = _numbers(rendezvous.missing)
+    missing = numbers(rendezvous.missing)
     return [
         Finding(
             ERROR,
@@ -236,15 +192,3 @@ def check_all_ranks_present(rendezvous: Rendezvous, launcher: str) -> list[Findi
             f"look at the output of {missing}; all have to be started, with this MASTER_ADDR and MASTER_PORT",
         )
     ]
-
-
-def _numbers(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    summary = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return ("ranks " if len(ranks) > 1 else "rank ") + summary

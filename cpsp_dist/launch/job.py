@@ -21,15 +21,15 @@ def run(snapshot: str, source: str) -> None:
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
-    from cpsp_dist.distributed.process_group import port_of_job
+    from cpsp_dist.distributed.launchers import port_of_job
 
     # submitit's handlers would act for rank 0 alone; the training has its own, on every rank.
     for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     here = JobEnvironment()
     # Not that of the shell that it was submitted from, maybe another job's.
-    job = os.environ["SLURM_JOB_ID"] if here.cluster == "slurm" else here.job_id
-    os.environ["MASTER_PORT"] = port_of_job(job)
+    job = os.environ if here.cluster == "slurm" else {"SLURM_JOB_ID": here.job_id}
+    os.environ["MASTER_PORT"] = str(port_of_job(job))
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if here.cluster == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name may lead nowhere

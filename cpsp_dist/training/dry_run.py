@@ -21,9 +21,13 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.agreement import require_same_data
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
+from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.training.resume import Choices, load_latest_checkpoint
+from cpsp_dist.training.run_lock import require_unlocked
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
@@ -35,7 +39,7 @@ _size = partial(format_bytes, digits=2)
 TABLES = 4
 
 
-def dry_run(config: Config, ranks: Ranks, world: int) -> None:
+def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = None) -> None:
     """Print the plan for `world` ranks, on rank 0. All ranks, connected already, call it together.
 
     One process may plan for more: it then takes the step that rank 0 would, with its own share as the pool.
@@ -44,6 +48,8 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         UserError: what a training would raise before its first step.
     """
     manifest = open_manifest(config)
+    require_same_data(manifest)
+    require_videos_for_all(config, replace(ranks, world=world))
     if ranks.device.type == "cpu":
         tune_cpu()
     planned = replace(ranks, world=world)
@@ -52,6 +58,9 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)
         schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
+        _, progress = load_latest_checkpoint(config, manifest, ranks, choices or Choices(), schedule.steps)
+        if ranks.first:
+            require_unlocked(config.output)
         step = first_step(model, config, ranks, stream, schedule)
     if not ranks.first:
         return
@@ -60,7 +69,7 @@ def dry_run(config: Config, ranks: Ranks, world: int) -> None:
         "Settings": _settings(config),
         "Data": _data_plan(config, manifest, schedule, world),
         f"Memory of a rank, of {world} on {ranks.device.type} (estimate)": _memory(memory, parameters, config),
-        "Output": _output(config, *checkpoint),
+        "Output": _output(config, progress, *checkpoint),
         f"First step, on {ranks.device.type}": _step(step, ranks, world),
     }
     for title, lines in sections.items():
@@ -226,13 +235,11 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
     return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  without Python and its libraries"]
 
 
-def _output(config: Config, one: int, most: int) -> list[str]:
-    steps = Checkpoints(config.output).steps()
-    state = "new"
-    if steps:
-        state = f"holds checkpoints, the newest of step {steps[-1]}: a start resumes from there"
-    elif Path(config.output).exists():
-        state = "exists, without a checkpoint"
+def _output(config: Config, progress: TrainingProgress, one: int, most: int) -> list[str]:
+    state = "exists, without a checkpoint" if Path(config.output).exists() else "new"
+    if progress.step:
+        state = f"holds checkpoints, the newest of step {progress.step}: a start resumes from there"
+        state += " (finished: it evaluates only)" if progress.finished else ""
     return [f"{config.output}: {state}", f"checkpoints of {_size(one)}, up to {_size(most)} at a time"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -16,21 +16,39 @@ from cpsp_dist.training.engine import TrainingState
 
 logger = logging.getLogger(__name__)
 
-#: Settings that do not change what is computed: a run may be resumed with others.
-KEYS_SAFE_TO_CHANGE = ("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.global_batch")
+#: Settings that do not change what is computed: a run may be resumed with others. Its length is one: a step does not
+#: depend on how many follow.
+KEYS_SAFE_TO_CHANGE = (
+    *("output", "data.", "tracking.", "checkpoint.", "engine.", "evaluation.global_batch"),
+    *("train.epochs", "train.steps"),
+)
 #: But these say which samples a position stands for.
 POSITION_KEYS = ("data.order", "data.epoch_end")
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the command line says of a start. fresh: refuse to resume; allow_change: of another configuration too."""
+
+    fresh: bool = False
+    allow_change: bool = False
+
+
 def load_latest_checkpoint(
-    checkpoints: Checkpoints, config: Config, manifest: Manifest, ranks: Ranks, allow_change: bool
+    config: Config, manifest: Manifest, ranks: Ranks, choices: Choices, steps: int
 ) -> tuple[TrainingState | None, TrainingProgress]:
     """The newest complete checkpoint, the same one on every rank, or a fresh start; all ranks call it together.
 
+    A run that was finished with fewer than `steps` steps trains on. For the dry run too: it writes nothing.
+
     Raises:
         DataError: no checkpoint there is complete, or one has another format.
-        UserError: it is another configuration's, or other shards', and `allow_change` is not given.
+        UserError: it is another configuration's, or other shards', or of a later step than `steps`, and
+            `choices.allow_change` is not given; or there is one, and `choices.fresh` is.
     """
+    checkpoints = Checkpoints(config.output)
+    if choices.fresh and checkpoints.steps():
+        raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
     newest = _newest_on_all_ranks(checkpoints, ranks)
     described = config.model_dump(mode="json")
     if newest is None:
@@ -39,14 +57,17 @@ def load_latest_checkpoint(
         return None, TrainingProgress(config=described, fingerprint=manifest.fingerprint, world=ranks.world)
     state, progress = checkpoints.load(newest)
     changed = changes(progress, config, manifest)
-    if changed and not allow_change:
+    if progress.step > steps:
+        changed.append(f"it is of step {progress.step}, train.epochs and train.steps now ask for {steps} steps")
+    if changed and not choices.allow_change:
         raise UserError(
             f"{checkpoints.path(newest)} was written by another configuration: {'; '.join(changed)}; "
             "set another output=…, or pass --allow-config-change"
         )
-    if ranks.first:
-        logger.info(f"resuming from {checkpoints.path(newest)}" + (" (finished)" if progress.finished else ""))
-    return state, replace(progress, config=described, fingerprint=manifest.fingerprint, world=ranks.world)
+    finished = progress.step >= steps
+    return state, replace(
+        progress, config=described, fingerprint=manifest.fingerprint, world=ranks.world, finished=finished
+    )
 
 
 def _newest_on_all_ranks(checkpoints: Checkpoints, ranks: Ranks) -> int | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
@@ -25,23 +23,26 @@ from cpsp_dist.models import Output, model_for
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training import gc_control
+from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import (
     PRECISIONS,
     Engine,
     PlainModel,
+    TrainingState,
     build_engine,
     deepspeed_settings,
     tune_cpu,
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
+from cpsp_dist.training.header import require_videos_for_all, say_start
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import Replay
-from cpsp_dist.training.resume import load_latest_checkpoint
+from cpsp_dist.training.resume import Choices, load_latest_checkpoint
+from cpsp_dist.training.run_lock import run_folder
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter
-from cpsp_dist.utils import files
 from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import one_line
 
@@ -67,40 +68,55 @@ def train(
     signals = signals or StopSignals()
     process_group.raise_if_stop_requested(signals, ranks.device, "before anything was begun")
     manifest = open_manifest(config)
-    checkpoints = Checkpoints(config.output)
-    if fresh and checkpoints.steps():
-        raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
+    require_same_data(manifest)
+    require_videos_for_all(config, ranks)
     if ranks.device.type == "cpu":
         tune_cpu()
+    choices = Choices(fresh, allow_config_change)
     with ExitStack() as stack:
         stream = stack.enter_context(open_train_stream(config, manifest, ranks))
+        schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         # Both read files that the user names; a mistake there is reported before anything is made.
         deepspeed_settings(config, ranks.world)
         model = initial_model(config, manifest)
-        _make_folder(config.output, ranks)
-        state, progress = load_latest_checkpoint(checkpoints, config, manifest, ranks, allow_config_change)
-        tracker = stack.enter_context(
-            Tracker(
-                config,
-                manifest,
-                ranks.world,
-                run_id=progress.run_id,
-                step=progress.step,
-                finished=progress.finished,
-                enabled=ranks.first,
-            )
-        )
+        stack.enter_context(run_folder(config.output, write=ranks.first))
+        state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps)
+        say_start(config, manifest, ranks, model, schedule, progress)
+        results = _trained(config, manifest, ranks, signals, stream, model, state, progress)
+        if ranks.first:
+            write_json(config, "results.json", results)
+            logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
+            store = f"; runs in {without_secrets(tracking_uri(config.output))}" if config.tracking.enabled else ""
+            logger.info(f"results in {config.output}/results.json{store}")
+    return results
+
+
+def _trained(
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
+    signals: StopSignals,
+    stream: TrainStream,
+    model: nn.Module,
+    state: TrainingState | None,
+    progress: TrainingProgress,
+) -> dict[str, float]:
+    """The results of training from `progress` to the end, tracked."""
+    with Tracker(
+        config,
+        manifest,
+        ranks.world,
+        run_id=progress.run_id,
+        step=progress.step,
+        finished=progress.finished,
+        enabled=ranks.first,
+    ) as tracker:
         if not progress.finished:
             engine, objectives = build_engine(model, config, ranks, state), build_objectives(config, state)
             progress = Trainer(config, manifest, ranks, stream, engine, objectives, tracker, signals).train(progress)
         signals.allow_exit()
         results = evaluate_best(config, manifest, ranks, progress, signals)
         tracker.log(progress.step, results)
-    if ranks.first:
-        write_json(config, "results.json", results)
-        logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
-        store = f"; runs in {without_secrets(tracking_uri(config.output))}" if config.tracking.enabled else ""
-        logger.info(f"results in {config.output}/results.json{store}")
     return results
 
 
@@ -265,22 +281,3 @@ class Trainer:
             return network(batch)
 
         return Replay(network.module, read, run)
-
-
-def _make_folder(output: str, ranks: Ranks) -> None:
-    """Make the run's folder, or see that rank 0 can write to it: not after hours, at the first checkpoint.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        files.make_folder(Path(output))
-    except OSError as error:
-        raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
-    checkpoints = Checkpoints(output).folder
-    for folder in (Path(output), checkpoints):
-        if ranks.first and os.path.lexists(folder):
-            if not folder.is_dir():
-                raise UserError(f"{folder}: not a folder; move it away, for the run's files go there")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"{folder}: this folder cannot be written to; change its rights, or set another output")

@@ -9,28 +9,58 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, LostRank, RankError, Stopped, UserError, of_file
+from cpsp_dist.errors import (
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    DataError,
+    DeviceLost,
+    LostRank,
+    RankError,
+    Stopped,
+    UserError,
+    of_file,
+)
 from cpsp_dist.utils.logs import console
 
 logger = logging.getLogger(__name__)
 
 
-def should_print(error: BaseException, env: Mapping[str, str] = os.environ) -> bool:
+#: What launchers call a rank's number on its machine.
+LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
+)
+#: That number, once it is known: LOCAL_RANK is the number of the rank's GPU then.
+_local_rank: int | None = None
+
+
+def set_local_rank(number: int) -> None:
+    global _local_rank
+    _local_rank = number
+
+
+def should_print(error: BaseException, env: Mapping[str, str] | None = None) -> bool:
     """Whether it is for this process, of all ranks that meet `error`, to print it.
 
-    What every rank meets is printed once per machine (local rank 0, which under plain srun only Slurm's own variable
-    names). What one rank alone may have met is printed by that rank. A lost rank is reported once per machine, and in
-    any case by the lowest rank that is left.
+    What every rank meets is printed once per machine (local rank 0, which before the ranks are connected only the
+    launcher's own variables name). What one rank alone may have met is printed by that rank. A lost rank is reported
+    once per machine, and in any case by the lowest rank that is left.
     """
-    local_first = (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0"
-    rank, world = int(env.get("RANK") or 0), int(env.get("WORLD_SIZE") or 1)
+    known, env = _local_rank if env is None else None, os.environ if env is None else env
+    local_first = (str(known) if known is not None else next(filter(None, map(env.get, LOCAL_RANKS)), "0")) == "0"
+    rank, world = (int(text) if (text := env.get(name) or "").isdecimal() else 0 for name in ("RANK", "WORLD_SIZE"))
     match error:
-        case RankError():
+        case RankError() | DeviceLost():
             return True
+        case UserError() if error.claimed_by is not None:
+            return error.claimed_by == rank
         case DataError():
-            return error.claimed_by in (None, rank)
+            return True
         case LostRank():
-            return local_first or rank == min({*range(world)} - {*error.ranks}, default=0)
+            return local_first or rank == min({*range(max(world, 1))} - {*error.ranks}, default=0)
     return local_first
 
 

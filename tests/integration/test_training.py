@@ -307,5 +307,10 @@ def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards
     assert main(["shards", "subset", str(keypad_shards), "--fraction", "0.9", "--out", str(other)]) == 0
     told = user_error(prefork, [*base, f"data.shards={other}"])
     assert f"the shards at {other} are not the ones it was trained on" in told
-    prefork.start([*base, "train.steps=3", "--allow-config-change"], 1).finish()
-    assert Checkpoints(tmp_path / "run").steps()[-1] == 2  # a finished run stays finished
+    assert "it is of step 2, train.epochs and train.steps now ask for 1" in user_error(
+        prefork, [*base, "train.steps=1"]
+    )
+    assert "(finished)" in prefork.start(base, 1).finish()
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 2, "a finished run stays finished"
+    prefork.start([*base, "train.steps=3"], 1).finish()
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 3, "until it is to be longer"

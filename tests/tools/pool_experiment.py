@@ -28,10 +28,13 @@ def train_all(shards: dict[str, str], output: Path, seeds: int, epochs: int, bat
 
     from cpsp_dist.config import load_config
     from cpsp_dist.distributed import process_group
+    from cpsp_dist.distributed.launchers import read_place
     from cpsp_dist.training.trainer import train
 
-    ranks = process_group.discover()
-    process_group.connect(ranks, timeout=600)
+    place = read_place()
+    ranks = process_group.discover(place=place)
+    session = process_group.connect(place, ranks, process_group.Connection(600, 60, {}))
+    process_group.init_process_group(session, ranks, 600)
     for data, folder in shards.items():
         for seed in range(1, seeds + 1):
             for scope in SCOPES:

@@ -272,7 +272,11 @@ def _constants(node: ast.AST) -> set[object]:
 HELPERS = {
     "atomic write": (
         _renames,
-        {"utils/files.py": "", "utils/logs.py": "moves a full log aside"},
+        {
+            "utils/files.py": "",
+            "utils/logs.py": "moves a full log aside",
+            "training/run_lock.py": "takes a lock that is stale aside",
+        },
     ),
     "sync": (
         lambda node: _called(node) in ("os.fsync", "os.fdatasync"),
@@ -293,7 +297,7 @@ HELPERS = {
     ),
     "port of a job": (
         lambda node: isinstance(node, ast.Constant) and node.value == 12000,
-        {"distributed/process_group.py": ""},
+        {"distributed/launchers.py": ""},
     ),
     "size in bytes": (
         lambda node: isinstance(node, ast.FunctionDef) and {" GB", " MB"} <= _constants(node),
@@ -312,6 +316,7 @@ HELPERS = {
         {
             "launch/requeue.py": "",
             "distributed/heartbeat.py": "ends ranks with it",
+            "distributed/orphans.py": "the same",
         },
     ),
 }

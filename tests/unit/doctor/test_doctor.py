@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.distributed.store import hung_threads
 from cpsp_dist.doctor import finding, machine, paths, rendezvous
 from tests.support.runs import KEYPAD
 
@@ -464,7 +465,7 @@ def test_a_check_never_ends_the_doctor() -> None:
     (found,) = finding.examine("x", 0.2, "the moon", lambda: [time.sleep(3)])  # type: ignore[list-item]
     assert time.monotonic() - began < 2
     assert found.found == "no answer within 0.2 s from the moon"
-    finding.hung_threads.clear()
+    hung_threads.clear()
 
 
 def test_clocks_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,4 +473,4 @@ def test_clocks_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = paths.file_times("a", {"seconds": -70.0})
     assert found.status == "warning"
     assert "-70.0 s from the clock of a" in found.found
-    assert rendezvous._numbers([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert rendezvous.numbers([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

@@ -1,0 +1,244 @@
+"""One start at a time writes a run's folder: OUTPUT/run.lock names it, and its time is renewed while it runs.
+
+A file that is linked into place, not flock: that reaches over NFS on all clients and servers. Whether the holder is
+alive is known at once on its own machine, by its process; elsewhere by the file's time, which it renews.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cpsp_dist.errors import EXIT_USER_ERROR, UserError
+from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.utils import files
+
+logger = logging.getLogger(__name__)
+
+NAME = "run.lock"
+#: Seconds between two renewals; without one after which a holder on another machine counts as gone; and that the next
+#: start of the same Slurm job waits for the one before to end.
+RENEW, STALE, WAIT_FOR_OWN_JOB = 5.0, 60.0, 150.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that writes a run. machine: boot and process number space; began: its start, by the kernel's clock."""
+
+    host: str
+    pid: int
+    machine: str
+    began: str
+    job: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f" (Slurm job {self.job})" if self.job else "")
+
+
+def this_process(env: Mapping[str, str] = os.environ) -> Holder:
+    job = env.get("SLURM_JOB_ID", "")
+    return Holder(socket.gethostname(), os.getpid(), _machine(), _began(os.getpid()) or "", job, secrets.token_hex(8))
+
+
+@contextmanager
+def run_folder(output: str, *, write: bool) -> Iterator[None]:
+    """A context in which the folder of a run is there, and where this rank is to `write`, no other start writes it.
+
+    Raises:
+        UserError: it cannot be made or written, or another start has it.
+    """
+    _make_folder(output, write)
+    if not write:
+        yield
+        return
+    with locked(output):
+        yield
+
+
+def _make_folder(output: str, write: bool) -> None:
+    """Make the run's folder, or see that it can be written: not after hours, at the first checkpoint.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        files.make_folder(Path(output))
+    except OSError as error:
+        raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
+    checkpoints = Checkpoints(output).folder
+    for folder in (Path(output), checkpoints):
+        if write and os.path.lexists(folder):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: not a folder; move it away, for the run's files go there")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"{folder}: this folder cannot be written to; change its rights, or set another output")
+
+
+def require_unlocked(output: str | Path) -> None:
+    """What `locked` would find now; nothing is written.
+
+    Raises:
+        UserError: another process of this machine writes the run.
+    """
+    holder = read(Path(output) / NAME)
+    if holder is not None and holder.machine == _machine() and not _gone(holder):
+        raise UserError(_is_taken(Path(output), holder))
+
+
+@contextmanager
+def locked(output: str | Path, me: Holder | None = None) -> Iterator[None]:
+    """A context in which this process alone writes the run in the folder `output`, which is there.
+
+    Raises:
+        UserError: another process does; the text names it. Or the lock cannot be written.
+    """
+    path, me = Path(output) / NAME, me or this_process()
+    try:
+        _acquire(path, me)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, me, ended), name="run-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(RENEW)
+        if read(path) == me:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def read(path: Path) -> Holder | None:
+    """Who holds a lock, alive or not; None where nobody does, or a line was cut off by a full disk."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _acquire(path: Path, me: Holder) -> None:
+    own = path.with_name(f".{NAME}.{me.key}")
+    try:
+        with open(own, "w", encoding="utf-8") as file:
+            json.dump(asdict(me), file)
+        watched = time.monotonic()
+        seen: tuple[Holder | None, float] | None = None
+        while not _link(own, path):
+            holder, age = read(path), _age(path, own)
+            if age is None:
+                continue  # released just now
+            if holder is None or _gone(holder) or age > STALE:
+                _remove_stale(path, holder)
+                continue
+            same_job = bool(holder.job) and holder.job == me.job and holder.host != me.host
+            renewed = seen is not None and seen[0] == holder and age < seen[1]
+            if (
+                (holder.machine == me.machine or renewed) and not same_job
+            ) or time.monotonic() - watched > WAIT_FOR_OWN_JOB:
+                raise UserError(_is_taken(path.parent, holder))
+            if seen is None:
+                what = "to end" if same_job else f"for {STALE:.0f} s, whether it is alive"
+                logger.warning(f"{path}: waiting for {holder} {what}")
+            seen = holder, age
+            time.sleep(0.2)
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink()
+
+
+def _is_taken(output: Path, holder: Holder) -> str:
+    return f"output={output}: {holder} is writing this run; wait until it ends, or set another output=…"
+
+
+def _link(own: Path, path: Path) -> bool:
+    """Whether `own` became the lock."""
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        with open(path, "xb") as file:
+            file.write(own.read_bytes())
+    # An answer that NFS lost: the link is there all the same.
+    return read(path) == read(own)
+
+
+def _age(path: Path, own: Path) -> float | None:
+    """Seconds since the lock was renewed, by the file server's own clock; None where it is gone."""
+    try:
+        os.utime(own)
+        return own.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _gone(holder: Holder) -> bool:
+    """Whether a process of this machine has ended; those of others are not seen from here."""
+    return holder.machine == _machine() and _began(holder.pid) != holder.began
+
+
+def _remove_stale(path: Path, holder: Holder | None) -> None:
+    """By a rename, which one of several starts can do; what it took is looked at again."""
+    aside = path.with_name(f".{NAME}.stale-{secrets.token_hex(4)}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if read(aside) != holder:  # another start was quicker, and this is its lock
+        with contextlib.suppress(OSError):
+            os.link(aside, path)
+    aside.unlink(missing_ok=True)
+
+
+def _renew(path: Path, me: Holder, ended: threading.Event) -> None:
+    """While the run is written. A process that stood still for long may find that another took its place."""
+    while not ended.wait(RENEW):
+        now = read(path)
+        if now is not None and now != me:
+            logger.error(f"{path}: {now} has taken over this run; this process ends")
+            os._exit(EXIT_USER_ERROR)
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _machine() -> str:
+    """The same for processes that see each other's numbers."""
+    parts = []
+    for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(name) if name.endswith("ns/pid") else Path(name).read_text().strip())
+    return "/".join(parts) or socket.gethostname()
+
+
+def _began(pid: int) -> str | None:
+    """When a process started; None where it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if sys.platform == "linux":
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return ""
