@@ -208,8 +208,9 @@ class _Host:
             return {"text": f"rank {rank}: {self.records[rank]['failure']}", "failed": rank, "ranks": []}
         missing = [rank for rank in range(self.place.world) if rank not in self.records]
         if missing:
-            text = f"waited {limit:g} s at {where(self.place)} for {numbers(missing)} of {self.place.world}; see their "
-            return {"text": f"{text}output, and whether they were started", "failed": None, "ranks": []}
+            text = f"waited {limit:g} s at {where(self.place)} for {numbers(missing)} of {self.place.world}"
+            text += "; see their output, and whether they were started"
+            return {"text": text, "failed": None, "ranks": []}
         cards = [Card(**self.records[rank]["card"]) for rank in range(self.place.world)]
         found = judge(cards)
         if found is None:
