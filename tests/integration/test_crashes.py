@@ -158,7 +158,7 @@ def count_disk_calls() -> list[Any]:
 
     checkpoint.Path = Disk  # type: ignore[misc, attr-defined]
     for owner, name in (
-        (checkpoint, "save_file"),
+        (checkpoint, "save_tensors"),
         (checkpoint, "file_sha256"),
         (files, "sync"),
         (Disk, "mkdir"),

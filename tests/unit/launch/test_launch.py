@@ -301,7 +301,7 @@ def private_url(keypad_shards: Path) -> Iterator[str]:
 
 def settings_of(shards: Any, output: Path) -> list[str]:
     cache = f"data.cache={output.parent / 'cache'}"
-    return overrides(shards, output, *QUICK, "tracking.enabled=false", cache, "data.order=lanes")
+    return overrides(shards, output, *QUICK, "tracking.enabled=false", cache, "data.order=interleaved")
 
 
 @pytest.fixture(scope="module")
