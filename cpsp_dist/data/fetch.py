@@ -111,7 +111,7 @@ class _ProgressLog:
         if now - self._logged > PROGRESS_INTERVAL:
             self._logged = now
             rate = (done - self._start) / (now - self._began)
-            logger.warning(
+            logger.info(
                 "%s: %s of %s fetched, %s/s, %.0f s left",
                 *(self._url, *map(format_bytes, (done, self._size, rate)), (self._size - done) / rate),
             )

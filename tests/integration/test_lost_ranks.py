@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def test_an_error_of_one_rank_is_reported_by_the_others(prefork: Any, keypad_sha
     if finder == [1]:  # rank 0 tells for the machine
         assert texts[0] == texts[1].replace("error: ", "error: rank 1: ")
     assert not any("Traceback" in rank.output for rank in launch.ranks)
+    for log in ("rank0.log", f"{socket.gethostname()}.log"):
+        assert "Traceback (most recent call last)" in (tmp_path / "run" / "logs" / log).read_text(), "each rank's own"
 
 
 def fail_at_step(rank: int, step: int, failing: int) -> None:
@@ -104,3 +107,6 @@ def test_a_bug_on_one_rank_is_one_line_on_the_others(prefork: Any, keypad_shards
     assert "Traceback" in launch.ranks[1].output, "where it happened it is told in full"
     (line,) = last_lines(launch, but=1)
     assert line.startswith("error: rank 1: JSONDecodeError: Expecting property name")
+    logged = (tmp_path / "run" / "logs" / f"{socket.gethostname()}.log").read_text()
+    assert "rank 1 error cpsp_dist: JSONDecodeError: Expecting property name" in logged
+    assert "in broken" in logged
