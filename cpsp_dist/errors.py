@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Sequence
 
+EXIT_UNEXPECTED = 1  # a mistake of the program, or out of memory: see the traceback
 EXIT_USER_ERROR = 2  # fix what the line names
 EXIT_LOST_RANK = 69  # (EX_UNAVAILABLE) another rank exited without an error message: start again
 EXIT_REQUEUE = 75  # (EX_TEMPFAIL) stopped by a signal, saved: start again

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
                 train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
 
     with gc_control.reduced_gc():
-        return run_command(work, stdout=True, debug=getattr(args, "debug", False))
+        return run_command(work, stdout=True, debug=getattr(args, "debug", False), doing="training")
 
 
 class _CallableModule(ModuleType):

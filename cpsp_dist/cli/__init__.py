@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    return run_command(lambda: args.handler(args), debug=getattr(args, "debug", False))
+    doing = next((text for text in arguments if text in names), "cpsp-dist")
+    return run_command(lambda: args.handler(args), debug=getattr(args, "debug", False), doing=doing)
 
 
 def _with_ids(arguments: list[str]) -> list[str]:

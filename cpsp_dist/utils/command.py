@@ -7,10 +7,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from cpsp_dist.errors import (
     EXIT_REQUEUE,
+    EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
     DataError,
     DeviceLost,
@@ -21,6 +26,7 @@ from cpsp_dist.errors import (
     of_file,
 )
 from cpsp_dist.utils.logs import console
+from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +77,50 @@ def report(error: BaseException) -> None:
         logger.log(level, "%s", error, exc_info=error, extra={"prefix": prefix})
 
 
-def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: bool = False) -> int:
+def unexpected(error: BaseException, doing: str) -> str:
+    """One line for an exception that nothing else has explained: what was being done, what it is, where it comes from.
+
+    Each rank that meets one prints it: others may not meet the same.
+    """
+    text = one_line(error)[:300]
+    name = "out of memory" if isinstance(error, MemoryError) else f"unexpected {type(error).__name__}"
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "cpsp_dist" in Path(frame.filename).parts]
+    place = ""
+    if ours:
+        parts = Path(ours[-1].filename).parts
+        file = "/".join(parts[len(parts) - 1 - parts[::-1].index("cpsp_dist") :])
+        place = f" ({file}, line {ours[-1].lineno})"
+    where = [*getattr(error, "__notes__", ()), "--debug prints the traceback"][0]
+    return f"{doing}: {name}{f': {text}' if text else ''}{place}; {where}"
+
+
+@contextmanager
+def _threads_in_one_line(doing: str) -> Iterator[None]:
+    """An exception that ends a thread is printed like any other; the command continues."""
+
+    def report_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            logger.error("%s", unexpected(args.exc_value, doing), exc_info=args.exc_value)
+
+    before, threading.excepthook = threading.excepthook, report_thread
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def run_command(
+    main: Callable[[], int | None], *, stdout: bool = False, debug: bool = False, doing: str = "cpsp-dist"
+) -> int:
     """Run `main` with a console (see `logs.console`), and return the exit code.
 
     The exceptions of errors.py become one line on stderr and their code, Ctrl-C 130, a reader of the output that has
-    ended 141, as in a shell, and what is about a file 2.
+    ended 141, as in a shell, what is about a file 2, and all others EXIT_UNEXPECTED. `doing` is named for these.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no name, and no terminal's encoding, ends a command
             stream.reconfigure(errors="backslashreplace")
-    with console(stdout=stdout, debug=debug):
+    with console(stdout=stdout, debug=debug), _threads_in_one_line(doing):
         try:
             code = main() or 0
             sys.stdout.flush()
@@ -102,7 +142,8 @@ def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: 
             return 128 + signal.SIGPIPE
         except OSError as error:
             if (mistake := of_file(error)) is None:
-                raise
+                logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
+                return EXIT_UNEXPECTED
             try:
                 sys.stdout.flush()
             except OSError:  # it is the output itself that cannot be written
@@ -110,6 +151,9 @@ def run_command(main: Callable[[], int | None], *, stdout: bool = False, debug: 
                 mistake = UserError(f"the output cannot be written: {error.strerror}")
             report(mistake)
             return EXIT_USER_ERROR
+        except Exception as error:
+            logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
+            return EXIT_UNEXPECTED
 
 
 def _drop_stdout() -> None:

@@ -174,6 +174,8 @@ def run_log(output: str | Path, rank: int, *, enabled: bool = True) -> Iterator[
         except BaseException as error:
             # To this file alone: who prints it is decided in one place, utils/command.py.
             handler.record(logging.ERROR, f"{type(error).__name__}: {error}", error)
+            if handler.file.is_file():
+                error.add_note(f"the traceback is in {handler.file}")
             raise
 
 

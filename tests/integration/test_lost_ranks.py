@@ -104,7 +104,9 @@ def test_a_bug_on_one_rank_is_one_line_on_the_others(prefork: Any, keypad_shards
     run = arguments(keypad_shards, tmp_path / "run")
     launch = prefork.start(run, 2, patch="tests.integration.test_lost_ranks:fail_at_step", patch_args=[2, 1])
     assert launch.wait(60) == [1, 1], launch.outputs()
-    assert "Traceback" in launch.ranks[1].output, "where it happened it is told in full"
+    (own,) = [line for line in launch.ranks[1].output.splitlines() if line.startswith("error: ")]
+    log = Path(own.rpartition("; the traceback is in ")[2])
+    assert "Traceback (most recent call last)" in log.read_text(), "where it happened it is told in full"
     (line,) = last_lines(launch, but=1)
     assert line.startswith("error: rank 1: JSONDecodeError: Expecting property name")
     logged = (tmp_path / "run" / "logs" / f"{socket.gethostname()}.log").read_text()
