@@ -114,7 +114,7 @@ def is_split_name(name: str) -> bool:
 
 def is_inside(url: str) -> bool:
     """Whether a shard's url is a path of plain names below its folder."""
-    return is_plain(url) and not any(part in ("", ".", "..") for part in url.split("/"))
+    return len(url) <= MAX_NAME // 2 and is_plain(url) and not any(part in ("", ".", "..") for part in url.split("/"))
 
 
 def _check_shards(shards: list[Shard]) -> None:

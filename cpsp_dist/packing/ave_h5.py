@@ -14,6 +14,7 @@ The `*_noisy.h5` files (background-only clips that some weakly supervised work a
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict, deque
 from pathlib import Path
@@ -129,11 +130,11 @@ class AveH5:
         orders = {split: folder / f"{split}_order.h5" for split in SPLITS}
         texts = {split: folder / f"{split}Set.txt" for split in SPLITS}
         rows: dict[str, list[int]] = {}
-        if any(path.is_file() for path in orders.values()):
+        if any(os.path.lexists(path) for path in orders.values()):
             for split, path in orders.items():
-                if path.is_file():
+                if os.path.lexists(path):
                     rows[split] = _read_order(path)
-        elif any(path.is_file() for path in texts.values()):
+        elif any(os.path.lexists(path) for path in texts.values()):
             if not annotations:
                 raise DataError(f"{folder}: the *Set.txt files need Annotations.txt, which gives the row numbers")
             rows = self._rows_of_texts(texts, annotations)
@@ -161,7 +162,7 @@ class AveH5:
         rows: dict[str, list[int]] = {}
         for split, path in texts.items():
             rows[split] = []
-            for number, line in read_lines(path) if path.is_file() else []:
+            for number, line in read_lines(path) if os.path.lexists(path) else []:
                 if line == HEADER:
                     continue
                 if found := rows_of.get(_line_key(_split_line(line))):

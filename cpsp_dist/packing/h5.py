@@ -41,7 +41,7 @@ def find(group: h5py.Group, names: Sequence[str]) -> h5py.Dataset | h5py.Group |
             if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
                 raise DataError(f"{path}: {quoted(name)} is a link to another file; copy the array into this one")
             if name in group:
-                found = group[name]
+                found = group.get(name)  # None where a link leads nowhere
                 if isinstance(found, h5py.Dataset):
                     _check(found, path)
                 return found

@@ -105,7 +105,7 @@ class _Reading:
                 raise Fault(offset, f"{quoted(name)} is {form}, the samples before it {self.fields[field]}")
             if field == "label":
                 row["events"] = _count_events(array, offset + start, name)
-            elif not _is_finite(array):
+            elif not is_finite(array):
                 self.nonfinite.append(f"{field} of sample {key}")
         row[field] = offset + start
         row[f"{field}_crc"] = crc32c(data[start:] if start else data)
@@ -227,7 +227,8 @@ def _count_events(label: np.ndarray, offset: int, name: str) -> int:
 _EXPONENT = {"<f2": ("<u2", 0x7C00), "<f4": ("<u4", 0x7F800000)}
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
+    """Whether a float16 or float32 array has neither NaN nor infinity."""
     if array.dtype.str not in _EXPONENT or not array.size:
         return True  # refused for its type
     integer, exponent = _EXPONENT[array.dtype.str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -27,7 +28,8 @@ def open_input(path: str | Path) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer would wait
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        text = "is a socket, not a file" if error.errno == errno.ENXIO else f"cannot be read ({error.strerror})"
+        raise DataError(f"{path}: {text}") from None
     except ValueError:
         raise DataError(f"{path}: not a file's name") from None
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)

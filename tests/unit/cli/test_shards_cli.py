@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,45 @@ def test_pack_info_verify_preview(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (line,) = fails(capsys, "shards", "preview", out, "--png", tmp_path / "nowhere" / "x.png")
     assert_matches(r"--png .*x\.png: cannot be written", line)
+
+
+def test_preview_of_ids_that_look_like_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ave(tmp_path / "source", 4)
+    assert main(pack(tmp_path / "source", tmp_path / "out", "ave-h5")) == 0
+    capsys.readouterr()
+    for key in (["--key", video_id(0)], [f"--key={video_id(0)}"], ["--key", video_id(0), "--key", video_id(3)]):
+        assert main(["shards", "preview", str(tmp_path / "out"), *key]) == 0
+        assert capsys.readouterr().out.split()[1] == f"000000-{video_id(0)}"
+    assert video_id(0).startswith("-")
+
+
+def test_changed_audio_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_avel(tmp_path / "source", 4)
+    for row, count in ((1, 9), (2, 12)):
+        audio = np.resize(data["audio"][row], (count, 5))
+        write_zip(tmp_path / "source" / "audio" / f"{video_id(row)}.zip", audio)
+    assert main(pack(tmp_path / "source", tmp_path / "out", "avel100k-zip")) == 0
+    err = capsys.readouterr().err
+    assert f"video {video_id(1)} (row 1): audio of 9 rows repeats the last one\n" in err
+    assert f"video {video_id(2)} (row 2): audio of 12 rows is cut to 10\n" in err
+
+
+def test_zips_made_on_macos_and_damaged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    data = write_avel(source, 4)
+    kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    for row, kind in enumerate(kinds):
+        with zipfile.ZipFile(source / "audio" / f"{video_id(row)}.zip", "w", kind) as file:
+            file.writestr("x.pkl", pickle.dumps(data["audio"][row]))
+            file.writestr("__MACOSX/._x.pkl", b"\0\5\x16\7")
+    assert main(pack(source, tmp_path / "out", "avel100k-zip")) == 0
+    for row in range(4):
+        path = source / "audio" / f"{video_id(row)}.zip"
+        good = path.read_bytes()
+        path.write_bytes(good[:60] + b"\xff" * 30 + good[90:])
+        (line,) = fails(capsys, *pack(source, tmp_path / "out2", "avel100k-zip"))
+        assert_matches(rf"{path.name}: not a readable zip, damaged or cut short", line)
+        path.write_bytes(good)
 
 
 def test_keypad_then_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

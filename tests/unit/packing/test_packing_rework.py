@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.packing.index import is_finite
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.packed import read_field
 from cpsp_dist.packing.plan import PackOptions
@@ -177,6 +178,13 @@ BAD_SAMPLES = {
     "fortran": ({"a.audio.npy": npy(np.zeros((10, 5), np.float32, order="F"))}, r"'a.audio.npy' is not a plain .npy"),
     "no category": ({"a.json": b"{}"}, r"byte \d+: 'a.json' is not a sample's json"),
     "json text": ({"a.json": b"hello"}, r"byte \d+: 'a.json' is not a sample's json"),
+    "labels of 2": ({"a.label.npy": npy(np.full(10, 2, np.uint8))}, r"'a.label.npy' has values other than 0 and 1: 2"),
+    "category -7": ({"a.json": b'{"category": -7}'}, r"'a.json' .*category -7; a class number from 0"),
+    "huge category": ({"a.json": b'{"category": 3000000000}'}, r"category 3000000000"),
+    "category true": ({"a.json": b'{"category": true}'}, r"category True"),
+    "key twice": ({"a.json": b'{"category": 0, "category": 1}'}, r"the key \"category\" is there twice"),
+    "split with a slash": ({"a.json": b'{"category": 0, "split": "tr/ain"}'}, r"split 'tr/ain'; a split is a name"),
+    "escape in a name": ({"\x1b[2J.txt": b""}, r"u001b\[2J.txt' is not named"),
     "missing": ({"a.label.npy": None}, r"sample 'a' is incomplete: no label.npy"),
     "long key": ({f"{'k' * 49}.txt": b""}, r"key of at most 48 characters"),
     "no dot": ({"readme": b""}, r"'readme' is not named KEY.MEMBER"),
@@ -221,6 +229,47 @@ def test_index_refuses_interleaved_samples_links_and_no_tars(tmp_path: Path) -> 
         rebuild(tmp_path)
 
 
+def test_nan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `index`, which takes the tars, and by `verify`, for which it is damage."""
+    audio, visual = np.zeros((10, 5), np.float32), np.zeros((10, 7, 7, 3), np.float16)
+    audio[3, 2], visual[0, 0, 0, 0] = np.nan, -np.inf
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, changes in (("a", {}), ("b", {"b.audio.npy": npy(audio)}), ("c", {"c.visual.npy": npy(visual)})):
+            for name, data in (members(key) | changes).items():
+                add(tar, name, data)
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    lines = [line.split("tar: ")[1] for line in capsys.readouterr().err.splitlines() if "tar: " in line]
+    assert lines == ["audio of sample b", "visual of sample c"]
+    assert main(["shards", "verify", str(tmp_path)]) == 2
+    lines = [line.split("tar: ")[1] for line in capsys.readouterr().err.splitlines() if "tar: " in line]
+    assert lines == [f"{name}: values that are NaN or infinite" for name in ("audio of sample b", "visual of sample c")]
+
+
+def test_finite_is_what_numpy_calls_finite() -> None:
+    """All float16 there are, and float32 of every exponent."""
+    halves = np.arange(2**16, dtype="<u2").view("<f2")
+    singles = (np.arange(2**9, dtype="<u4") << 23).view("<f4")
+    for array in (halves, singles, np.nextafter(singles, np.float32(0))):
+        expected = np.isfinite(array)
+        assert [is_finite(array[i : i + 1]) for i in range(0, len(array), 7)] == expected[::7].tolist()
+        assert is_finite(array[expected])
+        assert is_finite(array) == expected.all()
+
+
+def test_two_names_for_a_class_and_one_for_two(tmp_path: Path) -> None:
+    for numbers, names, text in (
+        ((0, 0), ("dog", "cat"), "'b.json' calls class 0 'cat', elsewhere 'dog'"),
+        ((0, 1), ("dog", "dog"), "samples call classes 0 and 1 'dog'"),
+    ):
+        with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, number, name in zip("ab", numbers, names, strict=True):
+                info = json.dumps({"category": number, "category_name": name}).encode()
+                for member, data in (members(key) | {f"{key}.json": info}).items():
+                    add(tar, member, data)
+        with pytest.raises(DataError, match=text):
+            rebuild(tmp_path)
+
+
 def test_names_of_classes(shards: Manifest, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="samples of class 2, but --categories has 2 names"):
         rebuild(shards.folder, ["a", "b"])
@@ -252,6 +301,43 @@ def test_merge(shards: Manifest, tmp_path: Path) -> None:
     # It can be packed again, though both sources count their rows from 0.
     again = pack(open_source(SourceOptions("packed", source=out.folder)), tmp_path / "again", PackOptions(), workers=1)
     assert len(again.samples) == 54
+
+
+@pytest.mark.parametrize("out", ["b/merged", "c/merged", "d/e/merged"])
+def test_linked_shards_are_merged_as_they_are(shards: Manifest, tmp_path: Path, out: str) -> None:
+    """Relative links, and in `b` another data set where such a link would lead from the merged folder."""
+    write_ave(tmp_path / "more", 24, seed=1)
+    annotations = tmp_path / "more" / "Annotations.txt"
+    annotations.write_text(annotations.read_text().replace("video", "other"))
+    more = packed(tmp_path / "more", tmp_path / "more-shards", shard_mb=0.03)
+    for name, manifest in (("a", shards), ("b", more)):
+        (tmp_path / name / "store").mkdir(parents=True)
+        for shard in manifest.shards:
+            shutil.copyfile(manifest.path(shard), tmp_path / name / "store" / shard.url)
+    (tmp_path / "c" / "store").mkdir(parents=True)
+    linked = tmp_path / "a" / "shards"
+    linked.mkdir()
+    for name in ("index.json", "samples.npy"):
+        shutil.copyfile(shards.folder / name, linked / name)
+    for shard in shards.shards:
+        (linked / shard.url).symlink_to(f"../store/{shard.url}")
+    merged = merge([linked, more.folder], tmp_path / out)
+    verify(merged.folder)
+    assert not any(path.is_symlink() for path in merged.folder.iterdir())
+    assert not any((tmp_path / "c" / "store").iterdir())
+    both = Counter(map(str, (s["visual.npy"].tobytes() for f in (shards, more) for s in read_back(f.folder))))
+    assert Counter(map(str, (s["visual.npy"].tobytes() for s in read_back(merged.folder)))) == both
+
+
+def test_what_was_merged_is_verified(shards: Manifest, tmp_path: Path) -> None:
+    """A label that changed after packing: the tar is well-formed, its size the same."""
+    tar = shards.path(shards.shards[0])
+    content = bytearray(tar.read_bytes())
+    content[int(shards.samples[0]["label"])] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(DataError, match=f"{tar.name}: not the shard of {shards.folder}; verify that folder"):
+        merge([shards.folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_merged(shards: Manifest, tmp_path: Path) -> None:
