@@ -96,6 +96,8 @@ def train(
             results = trainer.train(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)
     finally:
         if not joined:
+            if ranks.world == 1 and dist.is_initialized():  # after an exception
+                dist.destroy_process_group()
             _restore_launcher_variables(before)
     return TrainResult(Path(config.output), results)
 

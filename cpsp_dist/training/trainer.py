@@ -147,18 +147,20 @@ class Trainer:
             Stopped: a signal asked for it; all is saved.
             UserError: too many steps were not finite, or a checkpoint could not be written.
         """
-        self.begin(progress)
-        for step in range(progress.step, self.schedule.steps):
-            result = self.run_micro_batches(step)
-            self.count_step(step, result)
-            self.log_step(step, result)
-            with self.meter.paused():
-                self.validate(step)
-                # One tiny collective: whichever rank a signal reached, all stop after the same step.
-                stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
-                self.save_if_due(step, stop_signal)
-                self.stop_if_requested(stop_signal)
-        self.engine.close()
+        try:
+            self.begin(progress)
+            for step in range(progress.step, self.schedule.steps):
+                result = self.run_micro_batches(step)
+                self.count_step(step, result)
+                self.log_step(step, result)
+                with self.meter.paused():
+                    self.validate(step)
+                    # One tiny collective: whichever rank a signal reached, all stop after the same step.
+                    stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
+                    self.save_if_due(step, stop_signal)
+                    self.stop_if_requested(stop_signal)
+        finally:  # a program may go on, and train again
+            self.engine.close()
         return self.progress
 
     def begin(self, progress: TrainingProgress) -> None:

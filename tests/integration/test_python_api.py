@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,51 +10,53 @@ import torch
 
 import cpsp_dist
 from cpsp_dist.errors import ConfigError
-from tests.support.environment import REPO, environment
+from tests.support.environment import REPO
 from tests.support.runs import KEYPAD, loss_history, newest_state, overrides
 from tests.support.runs import plain_arguments as arguments
 
 ENGINES = {"ddp": ["engine.kind=ddp"], **{f"zero{stage}": [f"engine.zero={stage}"] for stage in range(4)}}
 SHORT = ["tracking.enabled=false", "train.steps=4"]
-PROGRAM = """
-import sys, cpsp_dist
-config, shards, *runs = sys.argv[1:]
-for run in runs:
-    output, _, settings = run.partition("|")
-    result = cpsp_dist.train(config, [f"data.shards={shards}", f"output={output}", *settings.split()])
-    found = cpsp_dist.evaluate(result.output, "test")
-    assert 100 * found["accuracy"] == result.metrics["accuracy/test"], (found, result)
-"""
 
 
-def run_program(shards: Path, runs: dict[Path, list[str]]) -> None:
-    given = []
+def run_program(prefork, shards: Path, runs: dict[Path, list[str]], world: int | None = None, **more) -> str:
+    """In ranks under a launcher, or in one process without; see support/program.py."""
+    given = ["alone" if world is None else "launched", str(KEYPAD)]
     for output, settings in runs.items():
-        given.append(f"{output}|{' '.join(overrides(shards, output, *SHORT, *settings)[2:])}")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(KEYPAD), str(shards), *given],
-        env=environment(DS_ACCELERATOR="cpu"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+        given.append(f"{output}|{' '.join(overrides(shards, output, *SHORT, *settings))}")
+    return prefork.start(given, world or 1, command="tests.support.program", **more).finish(300)
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "kinds", [["zero2"], pytest.param(list(ENGINES), marks=pytest.mark.long)], ids=["zero2", "all"]
 )
-def test_trainings_in_one_process_are_those_of_processes_of_their_own(prefork, keypad_shards, tmp_path, kinds):
-    """Each engine twice, in one process without a launcher, each time with an evaluation after it."""
-    run_program(keypad_shards, {tmp_path / f"{n}-{k}": ENGINES[k] for n in (1, 2) for k in kinds})
+
+
+@KINDS
+@pytest.mark.parametrize("world", [None, 2], ids=["alone", "two ranks"])
+def test_trainings_in_one_process_are_those_of_processes_of_their_own(prefork, keypad_shards, tmp_path, world, kinds):
+    """Each engine twice, in one process without a launcher, each time with an evaluation after it; and in two ranks, at
+    the one address that their launcher gave them. No network stays in memory, but for ZeRO-3."""
+    run_program(prefork, keypad_shards, {tmp_path / f"{n}-{k}": ENGINES[k] for n in (1, 2) for k in kinds}, world)
     for kind in kinds:
         settings = ENGINES[kind]
-        prefork.start(arguments(keypad_shards, tmp_path / kind, *SHORT, *settings), 1).finish()
+        prefork.start(arguments(keypad_shards, tmp_path / kind, *SHORT, *settings), world or 1).finish()
         expected = newest_state(tmp_path / kind)
         for number in (1, 2):
             found = newest_state(tmp_path / f"{number}-{kind}")
             assert found.keys() == expected.keys()
             assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@KINDS
+def test_a_training_that_failed_leaves_nothing_behind(prefork, keypad_shards, tmp_path, kinds):
+    """The engine is closed: the next training in the process is as in one of its own, and the network is gone."""
+    for kind in kinds:
+        runs = {tmp_path / f"{name}-{kind}": ENGINES[kind] for name in ("failing", "next")}
+        patch = {"patch": "tests.support.program:fail_in_training", "patch_args": ["failing"]}
+        assert "failed: planted" in run_program(prefork, keypad_shards, runs, **patch)
+        prefork.start(arguments(keypad_shards, tmp_path / kind, *SHORT, *ENGINES[kind]), 1).finish()
+        expected, found = newest_state(tmp_path / kind), newest_state(tmp_path / f"next-{kind}")
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 def documented_loop() -> str:

@@ -96,13 +96,20 @@ def forget_destroyed_groups() -> None:
 def release_module(module: nn.Module, linear: Callable[..., Tensor]) -> None:
     """Undo what ZeRO stage 3 leaves behind in the process (0.19.0 to 0.19.8).
 
-    It keeps modules in a list, and adds to that only. And it replaces `linear`, torch's own function, by one that
-    rounds otherwise: later trainings would give other weights.
+    It keeps modules in a list, from which it takes them only where a pass ends well, and, by a cache of its results,
+    all that a coordinator holds. And it replaces `linear`, torch's own function, by one that rounds otherwise: later
+    trainings would give other weights.
     """
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     nn.functional.linear = linear
-    FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
+    ended = {id(part) for part in module.modules()}
+    FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if id(kept) not in ended]
+    for method in vars(PartitionedParameterCoordinator).values():
+        while method is not None:  # the cache is below another decorator
+            getattr(method, "cache_clear", lambda: None)()
+            method = getattr(method, "__wrapped__", None)
 
 
 def weight(parameter: nn.Parameter) -> Tensor:
