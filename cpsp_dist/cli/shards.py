@@ -76,7 +76,12 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     source.add_argument("--source", type=local_path, help="folder of the features")
     source.add_argument("--visual", "--video", type=local_path, help="visual features: a file or folder, by layout")
     source.add_argument("--audio", type=local_path, help="audio features: a file or folder, by layout")
-    source.add_argument("--labels", "--label", type=local_path, help="segment labels: a file or folder, by layout")
+    source.add_argument(
+        "--labels",
+        "--label",
+        type=local_path,
+        help='segment labels: a file or folder, by layout; with a csv also a json file, {"ID": {"label": [0, 1, …]}}',
+    )
     source.add_argument("--mil", type=local_path, help="video labels (mil_labels.h5)")
     source.add_argument("--annotations", type=local_path, help="Annotations.txt")
     source.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
