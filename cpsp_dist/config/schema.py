@@ -115,6 +115,9 @@ class EngineSettings(Section):
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
+    ignore_conflicts: bool = Field(
+        False, description="train although the launcher, or engine.deepspeed, asks for other settings than these"
+    )
     timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
     heartbeat_timeout: int = Field(
         60, ge=5, description="seconds without a rank's heartbeat after which the others end"
@@ -172,6 +175,8 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if self.train.precision == "fp64" and self.engine.kind != "ddp":
             raise ValueError("train.precision=fp64 needs engine.kind=ddp: DeepSpeed's ZeRO has no float64")
+        if self.engine.kind == "ddp" and (self.engine.zero or self.engine.deepspeed is not None):
+            raise ValueError("engine.kind=ddp has no ZeRO: set engine.zero=0 and engine.deepspeed=null")
         by_segment = [
             f"objectives.{name}"
             for name, objective in OBJECTIVES.items()

@@ -23,7 +23,7 @@ from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
-from cpsp_dist.training.engine import PRECISIONS, build_engine, deepspeed_settings, tune_cpu
+from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_settings, deepspeed_settings, tune_cpu
 from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
@@ -54,6 +54,7 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         tune_cpu()
     planned = replace(ranks, world=world)
     with open_train_stream(config, manifest, planned) as stream:
+        check_engine_settings(config, planned)
         model = initial_model(config, manifest)
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)

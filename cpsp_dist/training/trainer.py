@@ -31,7 +31,7 @@ from cpsp_dist.training.engine import (
     PlainModel,
     TrainingState,
     build_engine,
-    deepspeed_settings,
+    check_engine_settings,
     tune_cpu,
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
@@ -77,7 +77,7 @@ def train(
         stream = stack.enter_context(open_train_stream(config, manifest, ranks))
         schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         # Both read files that the user names; a mistake there is reported before anything is made.
-        deepspeed_settings(config, ranks.world)
+        check_engine_settings(config, ranks)
         model = initial_model(config, manifest)
         stack.enter_context(run_folder(config.output, write=ranks.first))
         state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps)

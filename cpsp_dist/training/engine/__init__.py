@@ -15,6 +15,7 @@ from cpsp_dist.training.engine.base import PRECISIONS, Engine, Forward, PlainMod
 from cpsp_dist.training.engine.ddp import DDPEngine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
+from cpsp_dist.training.engine.launcher_settings import check_launcher_settings
 
 __all__ = [
     "PRECISIONS",
@@ -23,10 +24,22 @@ __all__ = [
     "PlainModel",
     "TrainingState",
     "build_engine",
+    "check_engine_settings",
+    "check_launcher_settings",
     "deepspeed_settings",
     "import_deepspeed",
     "tune_cpu",
 ]
+
+
+def check_engine_settings(config: Config, ranks: Ranks) -> None:
+    """Refuse what would be ignored: settings in `engine.deepspeed` or of accelerate that the configuration contradicts.
+
+    Raises:
+        ConfigError: a line for each setting.
+    """
+    check_launcher_settings(config, ranks.device.type)
+    deepspeed_settings(config, ranks.world)
 
 
 def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None = None) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.models import Output
 from cpsp_dist.training.engine import deepspeed_compat
 from cpsp_dist.training.engine.base import (
@@ -21,7 +19,7 @@ from cpsp_dist.training.engine.base import (
     build_optimizer,
     propagate_nonfinite,
 )
-from cpsp_dist.utils.shipped import find_config, suggestion
+from cpsp_dist.training.engine.deepspeed_file import read_deepspeed_file
 
 
 class DeepSpeedEngine:
@@ -102,22 +100,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    settings: dict[str, Any] = {}
-    if config.engine.deepspeed is not None:
-        path = find_config(config.engine.deepspeed)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}{suggestion(path)}") from None
-        except ValueError as error:
-            raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from None
-        taken = sorted({*owned, "train_batch_size", "fp16", "optimizer", "scheduler"} & set(settings))
-        taken += ["zero_optimization.stage"] if "stage" in settings.get("zero_optimization", {}) else []
-        if taken:
-            raise ConfigError(
-                f"engine.deepspeed: {path} sets {', '.join(taken)}; these follow from train.* and engine.zero, "
-                "remove them there"
-            )
+    settings = read_deepspeed_file(config, world)
     # bf16 needs float32 master weights; DeepSpeed exposes those from stage 1 on. The mathematics are stage 0's.
     stage = max(config.engine.zero, 1) if config.train.precision == "bf16" else config.engine.zero
     return settings | owned | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": stage}}

@@ -131,21 +131,3 @@ def test_flat_names_every_setting_once():
     config = load_config(REPO / "configs/keypad.yaml")
     assert flat(config)["train.milestones"] == [4, 6]
     assert flat(config) == flat(config.model_dump(mode="json"))
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "cannot read"),
-        ("{", "is not JSON"),
-        ('{"train_batch_size": 3, "zero_optimization": {"stage": 1}}', "train_batch_size, zero_optimization.stage"),
-    ],
-)
-def test_mistakes_in_the_deepspeed_file(tmp_path, content, told):
-    path = tmp_path / "ds.json"
-    if content is not None:
-        path.write_text(content)
-    config = load_config(REPO / "configs/keypad.yaml", [f"engine.deepspeed={path}"])
-    with pytest.raises(ConfigError, match=r"engine\.deepspeed") as raised:
-        deepspeed_settings(config, world=1)
-    assert told in str(raised.value)
