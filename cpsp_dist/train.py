@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """The command, with the arguments of `add_arguments`; its exit code."""
     # Torch reads it when imported. Its warnings about a rank that is gone are pages of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see training/engine/numerics.py
 
     def work() -> None:
         with StopSignals() as signals:  # first of all: the imports below take seconds

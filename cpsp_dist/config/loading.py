@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from cpsp_dist.config.schema import Config
+from cpsp_dist.config.yaml_text import DEPTH_LIMIT, Mistake, YamlText, read_yaml
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
-from cpsp_dist.utils.text import one_line
+from cpsp_dist.utils.text import quoted
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -37,19 +37,18 @@ def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Confi
     Raises:
         ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
     """
-    mistakes: list[str] = []
-    merged = _read_chain(find_config(path), ())
+    chain = _Chain()
+    merged = chain.read(find_config(path), ())
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            mistakes.append(f"override '{text}': write it as section.key=value")
-            continue
         try:
-            _merge(merged, _nested(key.split("."), yaml.load(value, Loader=_Loader)))
-        except yaml.YAMLError:
-            mistakes.append(f"override '{text}': '{value}' is not a YAML value")
+            _merge(merged, chain.override(text))
+        except Mistake as mistake:
+            chain.mistakes.append(f"override {quoted(text)}: {mistake}")
     config, found = _validate(merged)
-    return config, mistakes + found
+    found = [
+        mistake for mistake in found if not any(mistake.startswith(f"'{key}' is missing") for key in chain.dropped)
+    ]
+    return config, chain.mistakes + found
 
 
 def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -95,7 +94,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"'{key}' is missing; set it in the file or as {key}=…"
     if error["type"] == "value_error":
         return (f"{key}: " if key else "") + str(error["ctx"]["error"])
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    given = repr(error["input"])
+    return f"{key}={given[:80]}{'…' * (len(given) > 80)}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -107,27 +107,50 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
-    if path.resolve() in above:
-        raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        learn([text])
-        content = yaml.load(text, Loader=_Loader) or {}
-    except OSError as error:
-        by = f" (extended by {above[-1]})" if above else ""
-        raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a config file holds sections (key: value), not {type(content).__name__}")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: takes one file name, not {base!r}")
-    return _merge(_read_chain(find_config(base, path.parent), (*above, path.resolve())), content)
+class _Chain:
+    """A file, what it extends and the overrides, with the mistakes in their YAML, and the keys left out for these."""
+
+    def __init__(self) -> None:
+        self.mistakes: list[str] = []
+        self.dropped: set[str] = set()
+
+    def read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
+        if path.resolve() in above:
+            raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
+        try:
+            text = read_yaml(path)
+            learn([text])
+            parsed = YamlText(text)
+        except OSError as error:
+            by = f" (extended by {above[-1]})" if above else ""
+            raise ConfigError(f"{path}: cannot read this config file{by}: {error.strerror}{suggestion(path)}") from None
+        except Mistake as mistake:
+            raise ConfigError(f"{path}: {mistake}") from None
+        self.mistakes += [f"{path}: {mistake}" if above else mistake for mistake in parsed.mistakes]
+        self.dropped |= parsed.dropped
+        content = {} if parsed.content is None else parsed.content
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: a config file holds sections (key: value), not {type(content).__name__}")
+        base = content.pop("extends", None)
+        if base is None:
+            return content
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends: takes one file name, not {quoted(str(base))}")
+        return _merge(self.read(find_config(base, path.parent), (*above, path.resolve())), content)
+
+    def override(self, text: str) -> dict[str, Any]:
+        """What `key.key=value` sets; {} where the value is a mistake. Raises Mistake."""
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") >= DEPTH_LIMIT:
+            raise Mistake("write it as section.key=value")
+        if not value.strip():
+            raise Mistake(f"no value; write {key}=null for none")
+        parsed = YamlText(value, comments=False)
+        if parsed.mistakes:
+            self.dropped.add(key)
+            raise Mistake("; ".join(mistake.removeprefix("line 1: ") for mistake in parsed.mistakes))
+        return _nested(key.split("."), parsed.content)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -145,29 +168,3 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
     for key in reversed(above):
         nested = {key: nested}
     return nested
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Safe YAML with two traps removed: `1e-3` is a number, and a key given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-    # YAML lists become tuples, so that frozen settings hold nothing mutable.
-    def construct_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
-        return tuple(self.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_tuple)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cpsp_dist.data.urls import is_url, local_path
+from cpsp_dist.data.urls import expanded, is_url, local_path
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
@@ -56,12 +56,15 @@ class DataSettings(Section):
             return content | {"order": "interleaved" if is_url(content["shards"]) else "full"}
         return content
 
+    @field_validator("shards")
+    @classmethod
+    def _shards_expanded(cls, shards: str) -> str:
+        return expanded(shards)
+
     @field_validator("cache")
     @classmethod
     def _cache_is_local(cls, cache: str | None) -> str | None:
-        if cache is not None:
-            local_path(cache)
-        return cache
+        return None if cache is None else expanded(str(local_path(cache)) if cache else cache)
 
 
 class PoolSettings(Section):
@@ -99,6 +102,10 @@ class TrainSettings(Section):
     )
     grad_clip_norm: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 with engine.kind=ddp only")
+    deterministic: bool = Field(
+        True, description="on a GPU, too, the same run on the same number and model of GPUs is the same bit for bit"
+    )
+    tf32: bool = Field(False, description="GPUs compute fp32 in TF32, faster and with an error of 1e-3")
 
     @model_validator(mode="after")
     def _accumulation_divides(self) -> TrainSettings:
@@ -122,6 +129,11 @@ class EngineSettings(Section):
     heartbeat_timeout: int = Field(
         60, ge=5, description="seconds without a rank's heartbeat after which the others end"
     )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _file_expanded(cls, file: str | None) -> str | None:
+        return None if file is None else expanded(file)
 
 
 class CheckpointSettings(Section):
@@ -169,7 +181,7 @@ class Config(Section):
     @classmethod
     def _output_is_local(cls, output: str) -> str:
         local_path(output)
-        return output
+        return expanded(output)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

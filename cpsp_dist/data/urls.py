@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,24 @@ def local_path(place: str) -> Path:
     if is_url(place):
         raise ValueError(f"{without_secrets(place)} is a URL; give a path of this machine, and copy from or to the URL")
     return Path(place)
+
+
+def expanded(place: str) -> str:
+    """A path (or URL) of a setting: `~` is the home folder, as in a shell; a variable is not replaced.
+
+    Raises:
+        ValueError: it is empty, names a variable, or a home folder that is not known.
+    """
+    if is_url(place):
+        return place
+    path = os.path.expanduser(place)
+    if not path.strip():
+        raise ValueError("a path is needed here, and this one is empty")
+    if path.startswith("~"):
+        raise ValueError(f"{place}: this home folder is not known; write the path, or './~…' for a folder of that name")
+    if variable := re.search(r"\$(\w+|\{[^}]*\})", path):
+        raise ValueError(f"{place}: {variable[0]} is not replaced in settings; write the path itself")
+    return path
 
 
 def join(url: str, name: str) -> str:

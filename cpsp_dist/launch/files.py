@@ -60,7 +60,13 @@ def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
 
 
 def new_folder(output: str) -> Path:
-    """`OUTPUT/slurm/20260131-120000`: the files of one launch."""
+    """`OUTPUT/slurm/20260131-120000`: the files of one launch.
+
+    Raises:
+        UserError: a `%` in the path.
+    """
+    if "%" in str(Path(output).absolute()):
+        raise UserError(f"output={output}: Slurm and submitit replace '%' in names of log files; use a path without it")
     base = Path(output).absolute() / "slurm" / time.strftime("%Y%m%d-%H%M%S")
     others = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(path for path in others if not path.exists())

@@ -23,7 +23,7 @@ from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
-from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_settings, deepspeed_settings, tune_cpu
+from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_settings, deepspeed_settings, set_numerics
 from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
@@ -50,8 +50,7 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
     manifest = open_manifest(config)
     require_same_data(manifest)
     require_videos_for_all(config, replace(ranks, world=world))
-    if ranks.device.type == "cpu":
-        tune_cpu()
+    set_numerics(config.train, ranks.device)
     planned = replace(ranks, world=world)
     with open_train_stream(config, manifest, planned) as stream:
         check_engine_settings(config, planned)

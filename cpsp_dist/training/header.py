@@ -15,6 +15,7 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.engine import describe_numerics
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.utils.redact import without_secrets
 
@@ -47,7 +48,7 @@ def say_start(
     videos = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
     engine = f"DeepSpeed ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else "DDP"
     store = without_secrets(tracking_uri(config.output)) if config.tracking.enabled else "off (tracking.enabled=false)"
-    logger.info(f"{describe_ranks(cards)}, {config.train.precision}, {engine}")
+    logger.info(f"{describe_ranks(cards)}, {describe_numerics(config.train, ranks.device)}, {engine}")
     logger.info(f"{config.model.name}, {config.model.supervision}: {parameters:,} parameters")
     logger.info(
         f"{without_secrets(manifest.place)}: {videos} videos; {schedule.steps:,} steps of {config.train.global_batch}"

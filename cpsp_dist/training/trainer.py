@@ -32,7 +32,7 @@ from cpsp_dist.training.engine import (
     TrainingState,
     build_engine,
     check_engine_settings,
-    tune_cpu,
+    set_numerics,
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
 from cpsp_dist.training.header import require_videos_for_all, say_start
@@ -70,8 +70,7 @@ def train(
     manifest = open_manifest(config)
     require_same_data(manifest)
     require_videos_for_all(config, ranks)
-    if ranks.device.type == "cpu":
-        tune_cpu()
+    set_numerics(config.train, ranks.device)
     choices = Choices(fresh, allow_config_change)
     with ExitStack() as stack:
         stream = stack.enter_context(open_train_stream(config, manifest, ranks))

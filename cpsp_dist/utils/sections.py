@@ -13,7 +13,7 @@ from cpsp_dist.utils.redact import plain
 class Section(BaseModel):
     """A part of the configuration. Unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
     def _keep_secrets(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -17,7 +17,12 @@ def is_plain(name: str) -> bool:
 
 def quoted(text: str) -> str:
     """A name in quotation marks, short, and in one line."""
-    return "'" + json.dumps(text[:60] + ("…" if len(text) > 60 else ""), ensure_ascii=False)[1:-1] + "'"
+    shown = text[:60] + ("…" if len(text) > 60 else "")
+    return (
+        "'"
+        + "".join(json.dumps(c)[1:-1] if unicodedata.category(c) in _CONTROL or c in '\\"' else c for c in shown)
+        + "'"
+    )
 
 
 def one_line(text: object) -> str:

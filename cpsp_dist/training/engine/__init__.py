@@ -16,6 +16,7 @@ from cpsp_dist.training.engine.ddp import DDPEngine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
 from cpsp_dist.training.engine.launcher_settings import check_launcher_settings
+from cpsp_dist.training.engine.numerics import describe_numerics, set_numerics
 
 __all__ = [
     "PRECISIONS",
@@ -27,7 +28,9 @@ __all__ = [
     "check_engine_settings",
     "check_launcher_settings",
     "deepspeed_settings",
+    "describe_numerics",
     "import_deepspeed",
+    "set_numerics",
     "tune_cpu",
 ]
 

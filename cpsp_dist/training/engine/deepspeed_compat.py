@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
@@ -27,8 +28,9 @@ TESTED = "0.19.0 to 0.19.8"
 
 def import_deepspeed(device: torch.device) -> Any:
     """The package, ready for `device`. Each detail below was seen in 0.18.0 to 0.19.8."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = device.type  # else it takes what it finds: an XPU's or NPU's plugin
+    # ZeRO's flat buffers are not cuDNN's layout; each rank would say so at its first step.
+    warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     with _block_import("mlflow"):
         import deepspeed

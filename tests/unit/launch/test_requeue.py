@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cpsp_dist.errors import UserError
 from cpsp_dist.launch.cluster import Resources, batch_file
+from cpsp_dist.launch.files import new_folder
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import plan_runs
 from tests.support.environment import REPO
@@ -44,3 +46,9 @@ def test_the_jobs_of_both_hold_it(tmp_path: Path, retries: int) -> None:
     job = batch_file(runs, f"{tmp_path}/run", "name", Resources(retries=retries))
     assert POLICY in job
     assert f'requeue_reason $code "${{files}}_lost" {retries})' in job
+
+
+def test_a_percent_sign_in_the_output_is_refused(tmp_path):
+    """Slurm and submitit would replace `%j` in the names of the logs, which then lie elsewhere."""
+    with pytest.raises(UserError, match="replace '%' in names of log files"):
+        new_folder(str(tmp_path / "x%j"))
