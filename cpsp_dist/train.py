@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.training import gc_control
+from cpsp_dist.training.idle_starts import note_start
 from cpsp_dist.utils.command import run_command
 from cpsp_dist.utils.logs import run_log
 from cpsp_dist.utils.redact import learn
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
             place = read_place()
             end_with_parent()
+            if place.rank == 0 and not args.dry_run:
+                note_start()
             from cpsp_dist.config import load_config
             from cpsp_dist.distributed import process_group
             from cpsp_dist.distributed.rendezvous import failures_reported

@@ -33,7 +33,8 @@ fi
 # --- On clusters with several networks: the one between the nodes.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# A job that lost a rank (no memory left, a GPU gone) is started again so often; after a signal, always.
+# A job that lost a rank (no memory left, a GPU gone), or saves nothing new, is started again so often; after a signal
+# with a newer checkpoint, always.
 LOST_RANKS=3
 
 config=configs/avel100k_full.yaml
@@ -44,6 +45,15 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+
+job=$(scontrol show job "$SLURM_JOB_ID")
+log=$(sed -n 's/^ *StdErr=//p' <<<"$job")
+export CPSP_IDLE_STARTS=${log%.log}.lost.idle
+case $(sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p' <<<"$job") in 00:0[0-4]:* | 00:05:00)
+    echo "error: --time has to be more than the 5 minutes ahead of its end at which Slurm's signal stops the training"
+    exit 2
+    ;;
+esac
 
 # Ranks tell and end each other, all with the same exit code: srun leaves that to them, for two minutes.
 srun --cpu-bind=cores --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
@@ -63,17 +73,21 @@ while [ $code -gt 128 ]; do
 done
 
 # requeue_reason CODE FILE RETRIES: why a job that ended with CODE is started again, or nothing. CODE is the highest of
-# the ranks': a user's mistake or an error ends the job. FILE keeps count of lost ranks over the starts of a job.
+# the ranks': a user's mistake or an error ends the job. FILE keeps count of lost ranks over the starts of a job,
+# FILE.idle (by the training, which CPSP_IDLE_STARTS names it to) of starts since the last checkpoint.
 requeue_reason() {
     if [ "$1" -eq 75 ]; then
-        echo 'stopped by a signal, all is saved'
+        if [ -f "$2.idle" ] && [ "$(wc -l <"$2.idle")" -gt "$3" ]; then
+            echo "no newer checkpoint in $(wc -l <"$2.idle") starts: the time limit may be too short" >&2
+        else
+            echo 'stopped by a signal, all is saved'
+        fi
     elif [ "$1" -eq 69 ] || [ "$1" -gt 128 ]; then # lost, or killed
         echo "$1" >>"$2" && [ "$(wc -l <"$2")" -le "$3" ] && echo 'a rank was lost'
     fi
 }
 
 # No new start where Slurm is ending the job itself.
-log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdErr=//p')
 again=$(requeue_reason $code "${log%.log}.lost" $LOST_RANKS)
 if [ -n "$again" ] && [ -z "$ending" ]; then
     echo "exit code $code: $again; requeued"

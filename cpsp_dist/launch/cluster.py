@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -127,6 +128,8 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
 def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any:
     import submitit
 
+    _require_time(resources.time)
+
     class Executor(submitit.SlurmExecutor):
         """Whether there is a Slurm is asked elsewhere: a batch file can be shown without."""
 
@@ -163,6 +166,21 @@ def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any
     return executor
 
 
+def _require_time(limit: str | None) -> None:
+    """Raises UserError where Slurm's notice would come at once, and the job be requeued for ever."""
+    if limit is None or not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):  # Slurm itself refuses the latter
+        return
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not days and len(parts) < 3:  # minutes, or minutes:seconds
+        parts = [0, *parts]
+    hours, minutes, seconds = parts + [0] * (3 - len(parts))
+    if 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds <= SIGNAL_LEAD_SECONDS:
+        raise UserError(
+            f"--time {limit}: Slurm's notice stops the training {SIGNAL_LEAD_SECONDS} s before the end: ask for more"
+        )
+
+
 def _before(folder: Path, resources: Resources) -> list[str]:
     return [
         *resources.setup,
@@ -172,6 +190,7 @@ def _before(folder: Path, resources: Resources) -> list[str]:
         "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
         f"files={shlex.quote(str(folder))}/$job",
         'rm -f "${files}_exit"',
+        'export CPSP_IDLE_STARTS="${files}_lost.idle"',
     ]
 
 

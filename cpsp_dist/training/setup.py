@@ -15,6 +15,7 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
+from cpsp_dist.data.reader.ring import PATIENCE
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
@@ -53,6 +54,7 @@ def reader_options(config: Config, ranks: Ranks) -> ReaderOptions:
         access=data.access,
         order=data.order,
         epoch_end=data.epoch_end,
+        patience=min(PATIENCE, config.engine.timeout / 2),  # before the ranks that wait for this one give up
     )
 
 

@@ -36,6 +36,7 @@ from cpsp_dist.training.engine import (
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
 from cpsp_dist.training.header import require_videos_for_all, say_start
+from cpsp_dist.training.idle_starts import note_checkpoint
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import Replay
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
@@ -236,6 +237,7 @@ class Trainer:
             try:
                 progress = replace(self.progress, run_id=self.tracker.run_id)
                 self.checkpoints.save(state, progress, self.config.checkpoint.keep)
+                note_checkpoint()
             except (OSError, SafetensorError) as error:
                 problem = one_line(error) or repr(error)
         # All ranks wait for it, and stop together where it failed.

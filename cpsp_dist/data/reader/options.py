@@ -26,6 +26,7 @@ class ReaderOptions:
         epoch_end: of training: "carry", batches straddle epochs; "drop", an epoch's last, short global batch is left
             out; "pad", it is filled up with invalid slots. The last two tie positions to the global batch: keep it
             when a run is resumed.
+        patience: seconds without any data after which a batch is given up; None: `ring.PATIENCE`.
     """
 
     threads: int = 2
@@ -37,6 +38,7 @@ class ReaderOptions:
     access: Access = "auto"
     order: OrderName | None = None
     epoch_end: EpochEnd = "carry"
+    patience: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.threads, self.depth) < 1:

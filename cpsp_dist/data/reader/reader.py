@@ -90,6 +90,7 @@ class _Stream:
             plans,
             self._options.threads,
             self._options.check_crc,
+            self._options.patience,
         )
         try:
             while True:

@@ -19,7 +19,7 @@ from cpsp_dist.errors import DataError
 #: Samples of this rank that the kernel is asked for before the threads come to them.
 AHEAD = 64
 #: Seconds after which a batch that does not come, or a thread that does not end, is given up.
-PATIENCE = 600.0
+PATIENCE = 300.0
 JOIN = 10.0
 
 
@@ -63,7 +63,7 @@ class Slot:
     def give_back(self) -> None:
         """The consumer is done with this slot, but for copies to a GPU that it has queued."""
         if self.pin:
-            self.copied = torch.cuda.Event()
+            self.copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
             self.copied.record()
 
     def wait_copied(self) -> None:
@@ -100,7 +100,11 @@ class Ring:
         plans: Iterator[np.ndarray],
         threads: int,
         check_crc: bool,
+        patience: float | None = None,
     ) -> None:
+        self._patience = PATIENCE if patience is None else patience
+        #: The GPU that the slots are copied to: CUDA has one for each thread, and GPU 0 for those that choose none.
+        self._device = torch.cuda.current_device() if slots[0].pin else None
         self._manifest, self._files, self._check_crc = manifest, files, check_crc
         self._look_ahead = look_ahead
         self._table = np.asarray(manifest.samples)  # a plain array over the same map: indexing it is quicker
@@ -136,9 +140,9 @@ class Ring:
                 if self._exhausted and not self._jobs:
                     return None
                 received = self._files.bytes_received
-                if not self._ready.wait(PATIENCE) and self._files.bytes_received == received:
+                if not self._ready.wait(self._patience) and self._files.bytes_received == received:
                     place = self._manifest.place
-                    raise DataError(f"{place}: no data for {PATIENCE:.0f} s; the storage may be hung")
+                    raise DataError(f"{place}: no data for {self._patience:.0f} s; the storage may be hung")
                 if self._stopped:
                     raise RuntimeError("this stream was closed while it waited for a batch")
             job = self._jobs.popleft()
@@ -161,6 +165,8 @@ class Ring:
 
     def _work(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
             while (claim := self._claim()) is not None:
                 job, first, end = claim
                 try:

@@ -338,19 +338,25 @@ def test_slots_are_reused(written):
 
 def test_a_pinned_slot_is_not_refilled_while_it_is_copied_to_the_gpu(written, monkeypatch):
     """Without a GPU, by stand-ins for CUDA's events: copies to the GPU go on after the next batch is asked for."""
-    asked, copied = threading.Semaphore(0), threading.Event()
+    asked, copied, with_device = threading.Semaphore(0), threading.Event(), set()
 
     class Copying:
+        def __init__(self, blocking):
+            assert blocking
+
         def record(self):
             pass
 
         def synchronize(self):
+            assert threading.get_ident() in with_device, "else CUDA makes a context on GPU 0"
             asked.release()
             assert copied.wait(20)
 
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Copying)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: device == 3 and with_device.add(threading.get_ident()))
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
     with TrainStream(
         written.manifest, "train", global_batch=4, seed=0, options=ReaderOptions(threads=1, depth=1, pin=True)

@@ -12,6 +12,7 @@ from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.files import new_folder
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import plan_runs
+from cpsp_dist.training.idle_starts import VARIABLE, note_checkpoint, note_start
 from tests.support.environment import REPO
 from tests.support.runs import KEYPAD
 
@@ -35,6 +36,31 @@ def test_a_signal_without_limit_a_lost_rank_so_often_and_nothing_else(tmp_path: 
 def test_it_ends_where_nothing_can_be_counted(tmp_path: Path) -> None:
     """A count that stays at none would start a job again for ever."""
     assert reasons([69, 75], tmp_path / "no folder" / "count") == ["", "stopped by a signal, all is saved"]
+
+
+def test_starts_that_save_nothing_are_counted(tmp_path: Path) -> None:
+    """A time limit below what a start takes: 26 starts in 12 minutes, once."""
+    count, env = tmp_path / "count", {VARIABLE: f"{tmp_path}/count.idle"}
+    found = []
+    for newer in (False, False, True, False, False, False, False):
+        note_start(env)
+        if newer:
+            note_checkpoint(env)
+        found += reasons([75], count)
+    saved = "stopped by a signal, all is saved"
+    assert found == [saved] * 5 + ["", ""]
+    note_start({})
+    note_start({VARIABLE: str(tmp_path / "no folder" / "count")})
+    note_checkpoint({})
+
+
+@pytest.mark.parametrize("limit", ["5", "5:00", "0:04:59", "00:05:00", "0-00:05", "0-0:5:0"])
+def test_a_time_limit_within_the_notice_is_refused(tmp_path: Path, limit: str) -> None:
+    _, runs = plan_runs(KEYPAD, [f"output={tmp_path}/run"])
+    with pytest.raises(UserError, match=f"--time {limit}: Slurm's notice stops the training 300 s before the end"):
+        batch_file(runs, f"{tmp_path}/run", "name", Resources(time=limit))
+    for enough in ("6", "5:01", "1:00:00", "1-00", None):
+        batch_file(runs, f"{tmp_path}/run", "name", Resources(time=enough))
 
 
 @pytest.mark.parametrize("retries", [RETRIES, 7])
