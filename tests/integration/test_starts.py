@@ -1,0 +1,173 @@
+"""Starts with real processes: two in one folder, ranks of two commands, suspended ranks, a launcher that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
+from cpsp_dist.training.checkpoint import Checkpoints
+from tests.support.environment import REPO, environment, free_port
+from tests.support.runs import arguments, loss_history
+
+ENDLESS = ["train.steps=100000", "train.epochs=99999"]
+
+
+def test_two_starts_in_one_folder(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """The same command given again, and mpirun's ranks without an address: one writes the run."""
+    run = arguments(keypad_shards, tmp_path / "run", *ENDLESS)
+    first = prefork.start(run, 1)
+    assert first.until_step(2)
+    second = prefork.start(run, 1)
+    assert second.wait(60) == [EXIT_USER_ERROR]
+    pid = first.ranks[0].pid
+    told = [line for line in second.ranks[0].output.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert f"process {pid} on " in told[0]
+    dry = prefork.start([*run, "--dry-run"], 1)
+    assert dry.wait(60) == [EXIT_USER_ERROR], "a dry run says what a start would do"
+    first.kill()
+    assert first.wait(60) == [-9]
+    third = prefork.start(run, 1)
+    assert third.until_step(3), third.outputs()
+    third.ranks[0].signal(signal.SIGTERM)
+    assert third.wait(60) == [75], third.outputs()
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def other_seed(rank: int) -> None:
+    """Rank 1 was started by another command."""
+    if rank == 1:
+        sys.argv.append("train.seed=22")
+        from cpsp_dist import train as module
+
+        build = sys.modules["cpsp_dist.train"].build_parser  # type: ignore[attr-defined]
+
+        def changed() -> Any:
+            parser = build()
+            parse = parser.parse_intermixed_args
+            parser.parse_intermixed_args = lambda argv: parse([*argv, "train.seed=22"])
+            return parser
+
+        module.build_parser = changed  # type: ignore[attr-defined]
+
+
+@pytest.mark.long
+def test_ranks_of_two_commands(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    run = arguments(keypad_shards, tmp_path / "run")
+    launch = prefork.start(run, 2, patch="tests.integration.test_starts:other_seed")
+    assert launch.wait(60) == [EXIT_USER_ERROR] * 2, launch.outputs()
+    for rank in launch.ranks:
+        assert "train.seed is 22 there, 1 on rank 0" in rank.output
+        assert "Traceback" not in rank.output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.long
+def test_suspended_ranks_train_on(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """`scontrol suspend` stops all ranks; for longer than a heartbeat may be away."""
+    run = arguments(keypad_shards, tmp_path / "run", *ENDLESS, "engine.heartbeat_timeout=5")
+    launch = prefork.start(run, 2)
+    assert launch.until_step(2)
+    for rank in launch.ranks:
+        rank.signal(signal.SIGSTOP)
+    time.sleep(9)  # what is tested is time that passes
+    before = launch.ranks[0].output.count("\nstep ")
+    for rank in launch.ranks:
+        rank.signal(signal.SIGCONT)
+    assert launch.until(lambda: launch.ranks[0].output.count("\nstep ") > before + 300, 60), launch.outputs()
+    for rank in launch.ranks:
+        rank.signal(signal.SIGTERM)
+    assert launch.wait(60) == [75, 75], launch.outputs()
+
+
+def torchrun(arguments: list[str], log: Path, *flags: str, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "cpsp_dist.train", *arguments]
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, env=environment(**env), cwd=REPO, stdout=file, stderr=file)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def wait_for(condition: Any, seconds: float, log: Path) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log.read_text(errors="replace")[-6000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_ranks_end_when_their_agent_is_killed(keypad_shards: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    agent = torchrun(arguments(keypad_shards, tmp_path / "run", *ENDLESS), log, "--standalone", "--nproc-per-node=2")
+    ranks: list[int] = []
+    try:
+        wait_for(lambda: "step 3/" in log.read_text(errors="replace"), 240, log)
+        ranks = children(agent.pid)
+        assert len(ranks) == 2
+        agent.kill()
+        agent.wait(60)
+        gone = time.monotonic()
+        wait_for(lambda: not any(alive(rank) for rank in ranks), 30, log)
+        assert time.monotonic() - gone < 10
+    finally:
+        for pid in [agent.pid, *ranks]:
+            kill(pid)
+    assert "is gone: this rank ends" in log.read_text(errors="replace")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def kill(pid: int) -> None:
+    if alive(pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_elastic_agents_restart_after_a_lost_rank(keypad_shards: Path, tmp_path: Path) -> None:
+    """C4: on two agents, whose counts of restarts differ, and whose store keeps the keys of the start before."""
+    run = arguments(keypad_shards, tmp_path / "run", "train.steps=200", "train.epochs=999", "checkpoint.every_steps=5")
+    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic"]
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", *place, "--local-addr=127.0.0.1"]
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    agents = [torchrun(run, log, *flags) for log in logs]
+    try:
+        wait_for(lambda: Checkpoints(tmp_path / "run").steps(), 240, logs[0])
+        victim = children(agents[1].pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        codes = [agent.wait(300) for agent in agents]
+    finally:
+        for agent in agents:
+            for pid in [*children(agent.pid), agent.pid]:
+                kill(pid)
+    output = "".join(log.read_text(errors="replace") for log in logs)
+    assert codes == [0, 0], output[-6000:]
+    assert "resuming from" in output
+    assert "no heartbeat" not in output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 200
+    assert len(loss_history(tmp_path / "run")) >= 200
+    assert EXIT_LOST_RANK == 69
