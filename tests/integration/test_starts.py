@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
+from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.training.checkpoint import Checkpoints
 from tests.support.environment import REPO, environment, free_port
 from tests.support.runs import arguments, loss_history
@@ -83,7 +83,12 @@ def test_suspended_ranks_train_on(prefork: Any, keypad_shards: Path, tmp_path: P
     before = launch.ranks[0].output.count("\nstep ")
     for rank in launch.ranks:
         rank.signal(signal.SIGCONT)
-    assert launch.until(lambda: launch.ranks[0].output.count("\nstep ") > before + 300, 60), launch.outputs()
+    resumed = time.monotonic()  # a false alarm would end them within 5 + 2 + 8 s
+
+    def trains_on() -> bool:
+        return launch.ranks[0].output.count("\nstep ") > before + 3 and time.monotonic() > resumed + 16
+
+    assert launch.until(trains_on, 90), launch.outputs()
     for rank in launch.ranks:
         rank.signal(signal.SIGTERM)
     assert launch.wait(60) == [75, 75], launch.outputs()
@@ -149,7 +154,7 @@ def kill(pid: int) -> None:
 @pytest.mark.long
 def test_elastic_agents_restart_after_a_lost_rank(keypad_shards: Path, tmp_path: Path) -> None:
     """C4: on two agents, whose counts of restarts differ, and whose store keeps the keys of the start before."""
-    run = arguments(keypad_shards, tmp_path / "run", "train.steps=200", "train.epochs=999", "checkpoint.every_steps=5")
+    run = arguments(keypad_shards, tmp_path / "run", "train.steps=60", "train.epochs=999", "checkpoint.every_steps=5")
     place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic"]
     flags = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", *place, "--local-addr=127.0.0.1"]
     logs = [tmp_path / "log0", tmp_path / "log1"]
@@ -168,6 +173,5 @@ def test_elastic_agents_restart_after_a_lost_rank(keypad_shards: Path, tmp_path:
     assert "resuming from" in output
     assert "no heartbeat" not in output
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == 200
-    assert len(loss_history(tmp_path / "run")) >= 200
-    assert EXIT_LOST_RANK == 69
+    assert max(steps) == 60
+    assert len(loss_history(tmp_path / "run")) >= 60
