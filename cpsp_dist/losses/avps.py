@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Objective, Step
 
 
@@ -26,4 +27,4 @@ class AVPS(Objective):
     segment_labels = True
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        return avps(step.output.similarity[step.rows], step.event), step.batch.valid
+        return avps(take(step.output.similarity, step.rows), step.event), step.batch.valid

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Context, Objective, Step
 from cpsp_dist.utils.registry import setting
 
@@ -56,4 +57,4 @@ class Category(Objective):
             logits = step.output.video_logits
         published = self.context.supervision == "weak" and self.settings.weak_category == "published"
         loss = weak_category_loss_published if published else category_loss
-        return loss(logits[step.rows], step.category), step.batch.has_class
+        return loss(take(logits, step.rows), step.category), step.batch.has_class

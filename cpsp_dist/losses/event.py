@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Objective, Step
 
 
@@ -19,4 +20,4 @@ class Event(Objective):
     segment_labels = True
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        return event_loss(step.output.event_logits[step.rows], step.event), step.batch.valid
+        return event_loss(take(step.output.event_logits, step.rows), step.event), step.batch.valid

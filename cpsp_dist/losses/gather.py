@@ -125,5 +125,6 @@ class _Finish(torch.autograd.Function):
             # Gloo's reduce-scatter is an all-reduce of everything: twice the bytes. Exchange and sum is the same thing.
             gather.begin(dist.all_to_all_single, torch.empty_like(parts), parts, parts[0].nbytes)
         else:
-            gather.begin(dist.reduce_scatter_tensor, torch.empty_like(parts[0]), parts, parts[0].nbytes)
+            sent = parts.flatten(0, 1)  # NCCL takes a stack of parts too, other backends do not
+            gather.begin(dist.reduce_scatter_tensor, torch.empty_like(parts[0]), sent, parts[0].nbytes)
         return grad, None  # not looked at: `_Start` returns the sum

@@ -61,12 +61,11 @@ def _smallest(key: Tensor, k: int) -> tuple[Tensor, Tensor]:
     largest = key.topk(k, largest=False).values[:, -1:]
     below, at = key < largest, (key == largest) & key.isfinite()
     taken = below | (at & (at.cumsum(1, dtype=torch.int32) <= k - below.sum(1, keepdim=True)))
-    row, column = taken.nonzero(as_tuple=True)
-    found = taken.sum(1)
-    place = torch.arange(len(row), device=key.device) - (found.cumsum(0) - found)[row]
-    index = column.new_zeros(len(key), k)
-    index[row, place] = column
-    return index, torch.arange(k, device=key.device) < found.unsqueeze(1)
+    count = key.shape[1]
+    columns = torch.where(taken, torch.arange(count, device=key.device), count)
+    index = columns.topk(k, largest=False, sorted=True).values  # the shape does not depend on the values: no host sync
+    found = torch.arange(k, device=key.device) < taken.sum(1, keepdim=True)
+    return index.masked_fill_(~found, 0), found
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cpsp_dist.losses.gather import CommStats, Gather
-from cpsp_dist.losses.global_batch import GlobalBatch
+from cpsp_dist.losses.global_batch import GlobalBatch, Members, take
 from cpsp_dist.models.layers import Output
 from cpsp_dist.utils.registry import NoSettings, setting
 
@@ -41,7 +41,7 @@ class PooledFeatures:
 
     def __init__(self, slots: Tensor, scope: Literal["gather", "local"], stats: CommStats) -> None:
         """slots [b, ...]: this rank's, padding included; the same b on every rank."""
-        self.slots = slots
+        self.slots, self.scope = slots, scope
         self._gather = Gather(slots, stats) if scope == "gather" else None
 
     def rows(self, kept: Tensor, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
@@ -49,10 +49,12 @@ class PooledFeatures:
 
         To be called once.
         """
-        if self._gather is not None:
-            return self._gather.wait()[kept], batch.local_positions(kept)
-        local = self.slots[kept[batch.local]]
-        return local, torch.arange(len(local), device=local.device)
+        members = batch.members(kept, self.scope, self.slots.device)
+        return self.of(members), members.own
+
+    def of(self, members: Members) -> Tensor:
+        """Those slots of the pool [N, ...]. To be called once."""
+        return take(self.slots if self._gather is None else self._gather.wait(), members.places)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Step:
     rows: Tensor  # [n] int64: the real slots of this rank
     event: Tensor  # [n, T] bool, of the real slots
     category: Tensor  # [n] int64, of the real slots; -1: no class
-    batch: GlobalBatch  # the labels of every rank
+    batch: GlobalBatch  # the labels of every rank, on the CPU
     pooled: PooledFeatures | None  # of `Objective.pooled_features`
 
 
@@ -93,9 +95,15 @@ class Objective(ABC):
         """
         return None
 
+    def prepare(self, batch: GlobalBatch) -> None:
+        """Work out, and leave in `batch`, what follows from labels alone. Called ahead of the step, where these are
+        known then: while the batch is read."""
+        return
+
     @abstractmethod
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
-        """One value for each row of this rank that counts [A], and which slots of all ranks count [W·b] bool."""
+        """One value for each row of this rank that counts [A], and which slots of all ranks count [W·b] bool, on the
+        CPU."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint has to keep; the same on every rank and for any number of ranks."""

@@ -11,6 +11,7 @@ process that has the complete global batch. Padding rows are taken out before an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,12 @@ from cpsp_dist.distributed.process_group import sum_over_ranks
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.losses.gather import CommStats
-from cpsp_dist.losses.global_batch import GlobalBatch, gather_labels
+from cpsp_dist.losses.global_batch import GlobalBatch, gather_labels, indices, take
 from cpsp_dist.losses.objective import Context, PooledFeatures, Step
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.layers import Output
 from cpsp_dist.utils.registry import settings_from
+from cpsp_dist.utils.transfer import to_device
 
 #: Which objectives take which output of a network.
 TERMS_OF = {
@@ -36,7 +38,8 @@ TERMS_OF = {
 
 
 def over_ranks(values: Tensor, counted: Tensor, batch: GlobalBatch) -> Tensor:
-    """W · sum here / count everywhere. values: of what this rank counts; counted [W·b] bool: all slots that count."""
+    """W · sum here / count everywhere. values: of what this rank counts; counted [W·b] bool, on the CPU: all slots that
+    count."""
     return batch.ranks * values.sum() / counted.sum().clamp(min=1)
 
 
@@ -44,8 +47,8 @@ class Objectives:
     """The weighted sum of the objectives that are switched on, scaled as described at the top of this file.
 
     Makes the same collectives on every rank at every call: one for each objective that compares videos (PSA_V, SSPSP)
-    with a gathered pool, which overlap with the other objectives, and one of integers. To be called in training order:
-    a `bank` remembers.
+    with a gathered pool, which overlap with the other objectives, and, where labels are not passed, one of integers. To
+    be called in training order: a `bank` remembers.
     """
 
     def __init__(
@@ -68,13 +71,24 @@ class Objectives:
         }
         self._device, self.traffic = torch.device("cpu"), CommStats()
 
-    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, labels: GlobalBatch) -> GlobalBatch:
+        """`labels` of the global batch, category as in the sample table, for a call: with classes as the settings ask
+        for, and with what else follows from them. It may be called ahead, in another thread."""
+        labels = replace(labels, category=self._classes(labels.category, labels.has_event))
+        for term in self.terms.values():
+            term.prepare(labels)
+        return labels
+
+    def __call__(
+        self, output: Output, batch: Batch, labels: GlobalBatch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's scaled loss, and each of its terms (unweighted, scaled, detached) by name, `total` among them.
 
-        The mean of a term over the ranks is its value over the global batch.
+        The mean of a term over the ranks is its value over the global batch. labels: of the global batch, prepared;
+        without them the ranks' are gathered, and a GPU is waited for.
         """
         with torch.autocast(batch.valid.device.type, enabled=False):
-            terms = self._compute(Output._make(None if x is None else _precise(x) for x in output), batch)
+            terms = self._compute(Output._make(None if x is None else _precise(x) for x in output), batch, labels)
             weighted = [getattr(self.settings, name) * value for name, value in terms.items()]
             # A classifier whose objective is off gets a gradient of zero all the same: DDP and ZeRO wait for it.
             total = sum(weighted, 0 * (output.event_logits.sum() + output.category_logits.sum()))
@@ -111,20 +125,25 @@ class Objectives:
             if count
         }
 
-    def _compute(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        has_event, category = batch.event.any(1), batch.category
-        if not self.weak:
-            # A video that is background throughout shows nothing of its category.
-            category = torch.where(has_event, category, 0 if self.settings.background == "published" else -1)
+    def _classes(self, category: Tensor, has_event: Tensor) -> Tensor:
+        if self.weak:
+            return category
+        # A video that is background throughout shows nothing of its category.
+        return torch.where(has_event, category, 0 if self.settings.background == "published" else -1)
+
+    def _compute(self, output: Output, batch: Batch, labels: GlobalBatch | None) -> dict[str, Tensor]:
+        has_event = batch.event.any(1)
+        category = self._classes(batch.category, has_event)
         self._device, self.traffic = batch.valid.device, CommStats()
         pooled = {
             name: PooledFeatures(features, self.pool, self.traffic)
             for name, term in self.terms.items()
             if (features := term.pooled_features(output)) is not None
         }
-        labels = gather_labels(batch.valid, category, batch.video, has_event, self.traffic)
-        rows = batch.valid.nonzero().squeeze(1)
-        event, category = batch.event[rows], category[rows]
+        if labels is None:
+            labels = gather_labels(batch.valid, category, batch.video, has_event, self.traffic)
+        (rows,) = to_device([indices(labels.valid[labels.local])], self._device)
+        event, category = take(batch.event, rows), take(category, rows)
         return {
             name: over_ranks(*term(Step(output, rows, event, category, labels, pooled.get(name))), labels)
             for name, term in self.terms.items()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Context, Objective, Step
 from cpsp_dist.models.layers import l2_normalize
 from cpsp_dist.utils.registry import setting
@@ -75,7 +76,7 @@ class PSAS(Objective):
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         form, temperature = self.settings.psa_s_form, self.settings.temperature
-        fusion = step.output.fusion[step.rows]
+        fusion = take(step.output.fusion, step.rows)
         if form == "rows":
             values = psa_s(fusion, step.event, temperature)
         else:

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpsp_dist.losses.diagnostics import pair_diagnostics
-from cpsp_dist.losses.global_batch import Rows
+from cpsp_dist.losses.global_batch import GlobalBatch, Rows, take
 from cpsp_dist.losses.memory_bank import MemoryBank
 from cpsp_dist.losses.mining import Mined, mine
 from cpsp_dist.losses.objective import Context, Objective, Step
 from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.models.layers import Output, l2_normalize
 from cpsp_dist.utils.registry import setting
+from cpsp_dist.utils.transfer import to_device
 
 #: The published batch: `mining: proportional` takes the published share of negatives, `negatives` of so many rows.
 PUBLISHED_POOL = 64
@@ -83,20 +84,29 @@ class PSAV(Objective):
     def pooled_features(self, output: Output) -> Tensor:
         return video_embedding(output.fusion)
 
+    def prepare(self, batch: GlobalBatch) -> None:
+        if self.bank is None:
+            self._counted(batch)
+
+    def _counted(self, batch: GlobalBatch, remembered: Rows | None = None) -> Tensor:
+        if self.settings.mining == "supcon":
+            return batch.with_positive(self.context.scope, remembered)
+        if self.settings.few_negatives == "published":
+            return batch.has_class
+        return batch.with_negative(self.context.scope, remembered)
+
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         assert step.pooled is not None
-        settings, batch, kept = self.settings, step.batch, step.batch.has_class
-        fresh, own = step.pooled.rows(kept, batch)
-        where = slice(None) if self.context.scope == "gather" else batch.local
-        pool = current = Rows(fresh, *(x[where][kept[where]] for x in (batch.category, batch.video)))
-        remembered = None
+        settings, batch = self.settings, step.batch
+        members = batch.members(batch.has_class, self.context.scope, step.pooled.slots.device)
+        own, pool, remembered = members.own, Rows(step.pooled.of(members), members.category, members.video), None
         if self.bank is not None:
-            remembered = self.bank.excluding(batch, like=fresh)
-            pool = Rows(*(torch.cat(pair) for pair in zip(current, remembered, strict=True)))
-            self.bank.put(current)
-        anchors, mined = step.pooled.slots[kept[batch.local]], None
+            remembered = self.bank.excluding(batch, like=pool.rows)
+            self.bank.put(Rows(pool.rows, batch.category[batch.has_class], batch.video[batch.has_class]))
+            pool = _joined(pool, remembered)
+        anchors, mined = take(step.pooled.slots, members.slots), None
         if settings.mining == "supcon":
-            values, counted = supcon(anchors, own, *pool, settings.supcon_temperature), batch.with_positive
+            values = supcon(anchors, own, *pool, settings.supcon_temperature)
         else:
             k = settings.negatives
             if settings.mining == "proportional":
@@ -104,11 +114,8 @@ class PSAV(Objective):
             mined = mine(anchors, own, *pool, k, semihard=settings.mining == "semihard")
             fewest = k if settings.few_negatives == "published" else 0
             values = psa_v(anchors, pool.rows, mined, settings.margin, min_negatives=fewest)
-            counted = batch.with_negative
         self._keep_for_diagnostics(anchors, own, pool, mined, values, remembered)
-        if settings.few_negatives == "published" and mined is not None:
-            return values, kept
-        return values, counted(self.context.scope, remembered)
+        return values, self._counted(batch, remembered)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.bank is None else self.bank.state()
@@ -137,3 +144,9 @@ class PSAV(Objective):
             return found
 
         self._diagnose = diagnose
+
+
+def _joined(pool: Rows, remembered: Rows) -> Rows:
+    """Both, on the pool's device."""
+    labels = to_device([remembered.category, remembered.video], pool.rows.device)
+    return Rows(*(torch.cat(pair) for pair in zip(pool, (remembered.rows, *labels), strict=True)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Context, Objective, Step
 from cpsp_dist.models.layers import Output, l2_normalize
 from cpsp_dist.utils.registry import setting
@@ -45,5 +46,5 @@ class SSPSP(Objective):
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         assert step.pooled is not None
         visual, own = step.pooled.rows(step.batch.valid, step.batch)
-        values = sspsp(step.output.audio[step.rows], own, visual, self.settings.sspsp_temperature)
+        values = sspsp(take(step.output.audio, step.rows), own, visual, self.settings.sspsp_temperature)
         return values, step.batch.valid

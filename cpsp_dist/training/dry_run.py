@@ -24,6 +24,7 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_settings, deepspeed_settings, set_numerics
+from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
@@ -115,7 +116,7 @@ def first_step(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     steps = StepRunner(config, ranks, stream, engine, objectives)
-    result = steps.run_micro_batches(stream.batches(), 0, 0, schedule.learning_rate(0), measure)
+    result = steps.run_micro_batches(BatchFeed(stream, ranks.device, objectives), 0, 0, schedule.learning_rate(0), measure)
     seconds = time.perf_counter() - began - stream.wait_seconds
     hook.remove()
     engine.close()

@@ -48,18 +48,21 @@ class NonFiniteDiagnostics:
     def __init__(self) -> None:
         self._micro_batches: list[_MicroBatch] = []
 
-    def record_outputs(self, output: Output, batch: Batch) -> Output:
+    def record_outputs(self, output: Output, rows: Tensor) -> Output:
         """A micro-batch's outputs, for the objectives: views, so that what comes back is seen before the network adds
-        to it."""
+        to it. rows: [B] of the sample table, on the CPU; -1 for an empty slot."""
         views = Output(*[None if x is None else x.view_as(x) for x in output])  # type: ignore[arg-type]
         seen = {name: x for name, x in views._asdict().items() if x is not None}
-        index = torch.where(batch.valid, batch.index, -1).clone()  # the batch's own memory is used again
-        micro_batch = _MicroBatch(index.cpu(), {name: x.detach() for name, x in seen.items()})
+        micro_batch = _MicroBatch(rows, {name: x.detach() for name, x in seen.items()})
         for name, x in seen.items():
             if x.requires_grad:
                 x.register_hook(partial(_keep, micro_batch.gradients, name))
         self._micro_batches.append(micro_batch)
         return views
+
+    def rows(self) -> list[int]:
+        """Of the sample table: the samples seen, in order."""
+        return [row for micro_batch in self._micro_batches for row in micro_batch.index.tolist() if row >= 0]
 
     def record_losses(self, terms: dict[str, Tensor]) -> None:
         """The loss terms of the micro-batch that was seen last."""
@@ -106,8 +109,7 @@ class NonFiniteDiagnostics:
         texts = [f"rank {rank}: {text}" for rank, texts in enumerate(by_rank) for text in texts]
         if texts:
             return "; ".join(texts)
-        rows = [row for micro_batch in self._micro_batches for row in micro_batch.index.tolist() if row >= 0]
-        batches = gather([video(row) for row in rows])
+        batches = gather([video(row) for row in self.rows()])
         return "the gradients of each rank are finite, their sum is not: " + "; ".join(
             f"rank {rank}: {_videos(videos)}" for rank, videos in enumerate(batches) if videos
         )

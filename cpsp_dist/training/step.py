@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.training.engine import Engine
+from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
 
@@ -50,13 +50,13 @@ class StepRunner:
 
     def run_micro_batches(
         self,
-        batches: Iterator[Batch],
+        feed: BatchFeed,
         step: int,
         position: int,
         learning_rate: float,
         measure: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> StepResult:
-        """Take the micro-batches of step `step` (from 0) from `batches`, and update the weights once.
+        """Take the micro-batches of step `step` (from 0) from `feed`, and update the weights once.
 
         position: samples delivered before the step, over all ranks. measure: a context entered around the forward
         pass and the loss of each micro-batch.
@@ -64,13 +64,14 @@ class StepRunner:
         grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []
         weights = self.stream.schedule.weights(position, self.config.train.accumulation)
         for micro_batch, weight in enumerate(weights):
-            batch = next(batches).to(self.ranks.device)
+            taken = feed.take()
             torch.manual_seed(dropout_seed(self.config, step, micro_batch, self.ranks))
             with measure():
-                output = diagnostics.record_outputs(self.engine(batch), batch)
-                loss, terms = self.objectives(output, batch)
+                output = diagnostics.record_outputs(self.engine(taken.batch), taken.rows)
+                loss, terms = self.objectives(output, taken.batch, taken.labels)
             diagnostics.record_losses(terms)
             self.engine.backward(weight * loss)
+            feed.prefetch()  # before `step` waits for the GPU
             grad_norm = self.engine.step(learning_rate)
             micro_losses.append({name: weight * value for name, value in terms.items()})
         return StepResult(learning_rate, grad_norm, micro_losses, diagnostics)

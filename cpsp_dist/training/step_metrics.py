@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
@@ -89,7 +88,7 @@ class Audit:
     def __init__(self, config: Config, manifest: Manifest, ranks: Ranks, step: int):
         """Resume after `step`: later lines of existing files, of any number of ranks, are removed."""
         self.file = Path(config.output) / "audit" / f"rank{ranks.rank}.jsonl" if config.data.log_samples else None
-        self.samples, self.rows = manifest.samples, list[int]()
+        self.samples = manifest.samples
         self._warned: set[str] = set()
         if self.file is None:
             return
@@ -108,17 +107,7 @@ class Audit:
             self._warned.add(text)
             logger.warning(text)
 
-    def recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; their samples are noted where `data.log_samples` asks for it."""
-        return batches if self.file is None else self._record(batches)
-
-    def _record(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.rows += batch.index[batch.valid].tolist()
-            yield batch
-
-    def close_step(self, step: int) -> None:
+    def write_step(self, step: int, rows: list[int]) -> None:
+        """rows: of the sample table, those that this rank trained on in `step`."""
         if self.file is not None:
-            keys = [self.samples[row]["key"].decode() for row in self.rows]
-            self.lines.append({"step": step, "keys": keys})
-            self.rows = []
+            self.lines.append({"step": step, "keys": [self.samples[row]["key"].decode() for row in rows]})

@@ -35,6 +35,7 @@ from cpsp_dist.training.engine import (
     set_numerics,
 )
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
+from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all, say_start
 from cpsp_dist.training.idle_starts import note_checkpoint
 from cpsp_dist.training.lr_schedule import TrainingSchedule
@@ -168,7 +169,7 @@ class Trainer:
         self.progress = progress
         self.meter = Meter(self.config, self.schedule, self.ranks, self.stream, progress.step)
         self.audit = Audit(self.config, self.manifest, self.ranks, progress.step)
-        self.batches = self.audit.recorded(self.stream.batches(progress.position))
+        self.feed = BatchFeed(self.stream, self.ranks.device, self.objectives, progress.position)
         self.engine.module.train()
         saved = f"{progress.step} of {self.schedule.steps} steps are saved in {self.config.output}"
         process_group.raise_if_stop_requested(
@@ -180,7 +181,7 @@ class Trainer:
     def run_micro_batches(self, step: int) -> StepResult:
         """Forward, backward and update of step `step` (from 0)."""
         learning_rate = self.schedule.learning_rate(step)
-        return self.steps.run_micro_batches(self.batches, step, self.progress.position, learning_rate)
+        return self.steps.run_micro_batches(self.feed, step, self.progress.position, learning_rate)
 
     def count_step(self, step: int, result: StepResult) -> None:
         """Count the step as done, or as left out because it was not finite."""
@@ -192,7 +193,7 @@ class Trainer:
         else:
             self.progress = replace(self.progress, nonfinite=self.progress.nonfinite + 1)
             self._handle_nonfinite_step(result)
-        self.audit.close_step(self.progress.step)
+        self.audit.write_step(self.progress.step, result.diagnostics.rows())
 
     def log_step(self, step: int, result: StepResult) -> None:
         """Every `tracking.every_steps` and at the end of an epoch: means since the last time, to metrics and MLflow."""

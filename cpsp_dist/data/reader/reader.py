@@ -173,6 +173,17 @@ class TrainStream(_Stream):
             raise ValueError(f"position={position}")
         return self._deliver(itertools.islice(self._plans(position), count))
 
+    @property
+    def planned(self) -> bool:
+        """Whether batches hold exactly the planned samples: none is skipped."""
+        return self._options.on_error == "raise"
+
+    def rows_of_all_ranks(self, position: int) -> np.ndarray:
+        """[W, b] rows of the sample table that each rank's slots hold in the micro-batch at `position`, -1 for padding:
+        what `index` says in every rank's batch."""
+        rows = self.schedule.rows_of_all_ranks(position)
+        return np.where(rows < 0, -1, rows + self.rows.start)
+
     def _plans(self, position: int) -> Iterator[np.ndarray]:
         together = 1 + AHEAD // self._slot_size  # few at first, so that the first batch comes soon
         while True:

@@ -153,6 +153,8 @@ class Ring:
         """End the threads; False where one does not end (a disk that no longer answers)."""
         with self._lock:
             self._stopped = True
+            if self._held is not None:  # another ring may fill it while copies out of it are under way
+                self._held.give_back()
             self._room.notify_all()
             self._ready.notify_all()
         self._stop_prefetch()

@@ -51,7 +51,19 @@ class ReadSchedule:
 
     def rows(self, position: int, count: int, rank: int) -> np.ndarray:
         """[count, b] rows of the split that `rank` reads in the next `count` micro-batches; -1 for padding."""
-        mine = rank_slice(0, self.micro, rank, self.world)
+        return self._rows(position, count, rank_slice(0, self.micro, rank, self.world))
+
+    def rows_of_all_ranks(self, position: int) -> np.ndarray:
+        """[W, b] rows of the split that each rank reads in the micro-batch at `position`; -1 for padding, and where a
+        rank's share is shorter than that of others."""
+        rows, everyone = np.full((self.world, -(-self.micro // self.world)), -1), range(self.micro)
+        found = self._rows(position, 1, everyone)[0]
+        for rank in range(self.world):
+            share = rank_slice(0, self.micro, rank, self.world)
+            rows[rank, : len(share)] = found[share.start : share.stop]
+        return rows
+
+    def _rows(self, position: int, count: int, mine: range) -> np.ndarray:
         firsts = position + self.micro * np.arange(count, dtype=np.int64)
         if self._name == "full":
             positions = firsts[:, None] + np.arange(mine.start, mine.stop)

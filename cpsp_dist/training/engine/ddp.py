@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ from cpsp_dist.training.engine.base import (
     ADAM_MOMENTS,
     PRECISIONS,
     TrainingState,
+    adam_step,
     build_optimizer,
     propagate_nonfinite,
 )
@@ -29,7 +31,7 @@ class DDPEngine:
         self.optimizer = build_optimizer(config, model.parameters())
         if state is not None and state.moments:
             for name, parameter in model.named_parameters():
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(state.updates))} | {
+                self.optimizer.state[parameter] = {"step": adam_step(state.updates, parameter.device)} | {
                     moment: tensors[name].to(parameter) for moment, tensors in state.moments.items()
                 }
         self.updates = state.updates if state else 0
@@ -65,13 +67,14 @@ class DDPEngine:
         self.micro_batch = 0
         limit = self.config.train.grad_clip_norm
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf") if limit is None else limit)
-        if norm.isfinite():
+        grad_norm = float(norm)  # read once: the host waits for the GPU here
+        if math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
-        return float(norm)
+        return grad_norm
 
     def capture(self) -> TrainingState:
         named = list(self.module.named_parameters())

@@ -56,22 +56,23 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         last = self.engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if last else None
-        if norm is None or norm.isfinite():
+        if norm is None or math.isfinite(norm):
             self.engine.step()
         else:
             deepspeed_compat.step_without_update(self.engine)
         if not last:
             return math.nan
-        grad_norm = float(norm if norm is not None else self.engine.get_global_grad_norm())
+        grad_norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
         # From stage 1 on DeepSpeed itself leaves out an update whose norm is not finite.
         self.updates += math.isfinite(grad_norm)
         return grad_norm
 
-    def _plain_norm(self) -> Tensor | None:
+    def _plain_norm(self) -> float | None:
         """Stage 0 in fp32 keeps no norm of its own; there the averaged gradients are complete on every rank."""
         if self.engine.zero_optimization() or self.config.train.precision == "bf16":
             return None
-        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        return float(norm)  # read once: the host waits for the GPU here
 
     def capture(self) -> TrainingState:
         named, moments = list(self.module.named_parameters()), {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
-from cpsp_dist.training.engine.base import TrainingState
+from cpsp_dist.training.engine.base import TrainingState, adam_step
 
 #: The versions that this module was written for and tested with.
 TESTED = "0.19.0 to 0.19.8"
@@ -176,7 +176,7 @@ def _make_adam_state(engine: Any, state: TrainingState) -> None:
     else:
         flats = [p for group in base.param_groups for p in group["params"]]
     for flat in flats:
-        base.state[flat] = {"step": torch.tensor(float(state.updates))} | {
+        base.state[flat] = {"step": adam_step(state.updates, flat.device)} | {
             name: torch.zeros_like(flat) for name in state.moments
         }
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):

@@ -1,0 +1,172 @@
+"""A real training on the simulated GPU, as rank 0 of 2, and what each of its steps did there.
+
+The collectives and DDP's wrapper are stand-ins that act as if the other rank had the same rows, of other videos.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from cpsp_dist.config import load_config
+from cpsp_dist.data.reader import ring
+from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.training import trainer
+from tests.support.runs import KEYPAD
+from tests.support.simulated_gpu import CUDA, GpuTensor, Record, SimulatedGpu, simulated_gpu
+
+WORLD = 2
+
+
+@dataclass
+class SimulatedStep:
+    """One optimizer step. collectives: Python's, by name; the gradients' own are not among them."""
+
+    record: Record
+    collectives: dict[str, int]
+
+
+@dataclass
+class SimulatedRun:
+    steps: list[SimulatedStep]
+    micro_batches: int  # of a step
+
+    @property
+    def step(self) -> SimulatedStep:
+        """The second of three: the first one may allocate, the last one saves and evaluates."""
+        return self.steps[1]
+
+    @property
+    def syncs_per_micro_batch(self) -> float:
+        return len(self.step.record.syncs) / self.micro_batches
+
+    def report(self) -> str:
+        record = self.step.record
+        lines = [f"host syncs per micro-batch: {self.syncs_per_micro_batch:g}"]
+        lines += [f"  {sync.what}: {sync.where}" for sync in record.syncs]
+        return "\n".join([*lines, f"kernels: {sum(record.kernels.values())}, collectives: {self.step.collectives}"])
+
+
+class _Work:
+    def wait(self) -> bool:
+        return True
+
+
+def _held(x: torch.Tensor) -> torch.Tensor:
+    return x.held if isinstance(x, GpuTensor) else x
+
+
+class _Collectives:
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def _done(self, name: str, asynchronous: bool) -> _Work | None:
+        self.counts[name] += 1
+        assert SimulatedGpu.current is not None
+        SimulatedGpu.current.kernel(f"nccl.{name}")
+        return _Work() if asynchronous else None
+
+    def all_gather_into_tensor(self, out: Any, own: Any, group: Any = None, async_op: bool = False) -> Any:
+        parts = [_held(own).clone() for _ in range(WORLD)]
+        if own.dtype == torch.int64 and own.dim() == 2:  # labels: the other rank has other videos
+            parts[1][:, 2] += 1_000_000
+        _held(out).copy_(torch.cat(parts).view(out.shape))
+        return self._done("all_gather_into_tensor", async_op)
+
+    def reduce_scatter_tensor(self, out: Any, parts: Any, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+        assert parts.shape[0] == WORLD * out.shape[0]
+        _held(out).copy_(_held(parts).reshape(WORLD, *out.shape).sum(0))
+        return self._done("reduce_scatter_tensor", async_op)
+
+    def all_reduce(self, x: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if op == dist.ReduceOp.SUM:
+            _held(x).mul_(WORLD)
+        return self._done("all_reduce", async_op)
+
+    def replaced(self) -> dict[str, Any]:
+        return {
+            "is_initialized": lambda: True,
+            "get_world_size": lambda *_: WORLD,
+            "get_rank": lambda *_: 0,
+            "get_backend": lambda *_: "nccl",
+            "barrier": lambda *_, **__: None,
+            "all_gather_object": lambda values, value: values.__setitem__(slice(None), [value] * WORLD),
+            "all_gather_into_tensor": self.all_gather_into_tensor,
+            "reduce_scatter_tensor": self.reduce_scatter_tensor,
+            "all_reduce": self.all_reduce,
+        }
+
+
+class _Wrapper(torch.nn.Module):
+    """For DistributedDataParallel, whose reducer is C++ and has no simulated device."""
+
+    def __init__(self, module: torch.nn.Module, **_: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def no_sync(self) -> Any:
+        return contextlib.nullcontext()
+
+
+def _find_as_one_rank(checkpoints: Any, config: Any, manifest: Any, ranks: Ranks, allow: bool) -> Any:
+    """The ranks agree on a checkpoint through pickled objects, which is not of interest here."""
+    state, progress = trainer_find(checkpoints, config, manifest, replace(ranks, world=1), allow)
+    return state, replace(progress, world=ranks.world)
+
+
+trainer_find = trainer.load_latest_checkpoint
+
+
+def simulate_training(shards: Path, output: Path, *settings: str) -> SimulatedRun:
+    """Train 3 steps, evaluation included.
+
+    Raises:
+        RuntimeError: an operand on another device.
+    """
+    small = ["engine.kind=ddp", "tracking.enabled=false", "train.steps=3", "train.global_batch=16"]
+    small += ["evaluation.every_epochs=100", "data.reader_threads=1"]
+    config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])
+    collectives, steps = _Collectives(), list[SimulatedStep]()
+    run = SimulatedRun(steps, config.train.accumulation)
+    stop_if_requested = trainer.Trainer.stop_if_requested
+
+    def end_of_step(self: Any, stop_signal: int) -> None:
+        stop_if_requested(self, stop_signal)
+        machine = SimulatedGpu.current
+        assert machine is not None
+        steps.append(SimulatedStep(machine.record, dict(collectives.counts)))
+        machine.record = Record()
+        collectives.counts.clear()
+
+    with contextlib.ExitStack() as stack:
+        for name, value in collectives.replaced().items():
+            stack.enter_context(mock.patch.object(dist, name, value))
+        stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))
+        stack.enter_context(mock.patch.object(trainer, "load_latest_checkpoint", _find_as_one_rank))
+        stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
+        machine = stack.enter_context(simulated_gpu())
+        stack.enter_context(mock.patch.object(ring.Slot, "__init__", _pinned_slots(machine)))
+        trainer.train(config, Ranks(0, WORLD, 0, CUDA))
+    return run
+
+
+def _pinned_slots(machine: SimulatedGpu) -> Any:
+    real = ring.Slot.__init__
+
+    def init(self: Any, fields: Any, size: int, pin: bool) -> None:
+        real(self, fields, size, False)
+        self.pin = pin
+        for tensor in (*self.arrays.values(), *vars(self.batch()).values()) if pin else ():
+            machine.pin(tensor)
+
+    return init
