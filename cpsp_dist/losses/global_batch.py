@@ -84,7 +84,8 @@ class GlobalBatch:
 
         def has_negative(pool: np.ndarray, category: np.ndarray, video: np.ndarray) -> np.ndarray:
             others = _sizes(pool, category) + _sizes(pool, video) - _sizes(pool, category, video)
-            return _sizes(pool) > others
+            found: np.ndarray = _sizes(pool) > others
+            return found
 
         return self._where_in_pool("negative", scope, remembered, has_negative)
 
@@ -161,4 +162,5 @@ def _sizes(*keys: np.ndarray) -> np.ndarray:
         values, inverse = np.unique(key, return_inverse=True)
         numbers = numbers * len(values) + inverse
     _, group, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
-    return np.asarray(sizes[group])
+    of_each_row: np.ndarray = sizes[group]
+    return of_each_row

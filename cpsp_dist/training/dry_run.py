@@ -116,7 +116,9 @@ def first_step(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     steps = StepRunner(config, ranks, stream, engine, objectives)
-    result = steps.run_micro_batches(BatchFeed(stream, ranks.device, objectives), 0, 0, schedule.learning_rate(0), measure)
+    result = steps.run_micro_batches(
+        BatchFeed(stream, ranks.device, objectives), 0, 0, schedule.learning_rate(0), measure
+    )
     seconds = time.perf_counter() - began - stream.wait_seconds
     hook.remove()
     engine.close()

@@ -1,5 +1,5 @@
-"""Training on the simulated GPU: nothing lies on another device, no copy makes the host wait, and the host waits for the
-GPU at most twice a micro-batch: for the gradient's norm, and for the flag by which all ranks stop together."""
+"""Training on the simulated GPU: nothing lies on another device, no copy makes the host wait, and the host waits for
+the GPU at most twice a micro-batch: for the gradient's norm, and for the flag by which all ranks stop together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpsp_dist.losses import psa_v
-from tests.support.simulated_gpu import simulated_gpu
+from tests.support.simulated_gpu import CUDA, simulated_gpu
 from tests.support.simulated_training import SimulatedRun, simulate_training
 
 #: The norm, and one flag.
@@ -18,7 +18,7 @@ BUDGET = 2
 WEAK = ["model.supervision=weak", "objectives.event=0", "objectives.avps=0", "objectives.psa_s=0"]
 PUBLISHED = ["objectives.psa_s_form=published_rows", "objectives.background=published"]
 PUBLISHED += ["objectives.few_negatives=published"]
-#: Every network, every way of mining, every form; {name: (settings, host syncs allowed)}.
+#: Every network, every way of mining, every form: settings by name.
 VARIANTS = {
     "psp": [],
     "avel": ["model.name=avel"],
@@ -56,7 +56,7 @@ def check(run: SimulatedRun, budget: int = BUDGET) -> None:
     "name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in VARIANTS]
 )
 def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tmp_path: Path) -> None:
-    run = simulate_training(keypad_shards, tmp_path, "tracking.every_steps=100", *VARIANTS[name])
+    run = simulate_training(keypad_shards, tmp_path, *VARIANTS[name], evaluation=name == "psp")
     assert len(run.steps) == 3
     check(run)
 
@@ -64,7 +64,7 @@ def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tm
 @pytest.mark.long
 def test_skipped_samples_cost_one_more(keypad_shards: Path, tmp_path: Path) -> None:
     """Where any rank may skip a sample, ranks exchange labels, and the host reads them."""
-    run = simulate_training(keypad_shards, tmp_path, "tracking.every_steps=100", "data.on_error=skip")
+    run = simulate_training(keypad_shards, tmp_path, "data.on_error=skip")
     check(run, BUDGET + 1)
     assert run.step.collectives["all_gather_into_tensor"] == 2
 
@@ -81,28 +81,28 @@ def test_a_planted_item_is_found_with_file_and_line(
     exec(compile(file.read_text(), str(file), "exec"), scope)
     supcon = psa_v.psa_v
     monkeypatch.setattr(psa_v, "psa_v", lambda *args, **more: scope["planted"](supcon(*args, **more)))
-    run = simulate_training(keypad_shards, tmp_path / "run", "tracking.every_steps=100")
+    run = simulate_training(keypad_shards, tmp_path / "run")
     with pytest.raises(AssertionError, match=r"item: cpsp_dist/losses/planted\.py:3 values\.sum\(\)\.item\(\)"):
         check(run)
 
 
 def test_what_a_gpu_refuses_is_refused_and_what_it_waits_for_is_recorded() -> None:
     with simulated_gpu() as machine:
-        x = torch.arange(6.0, device="cuda")
+        x = torch.arange(6.0, device=CUDA)
         assert x.device == torch.device("cuda", 0)
         assert not machine.record.syncs
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.ones(6)
         pageable = torch.ones(6)
-        y = pageable.to("cuda", non_blocking=True)
+        y = pageable.to(CUDA, non_blocking=True)
         assert [copy.kind for copy in machine.record.copies] == ["H2D pageable"]
-        assert pageable.pin_memory().to("cuda", non_blocking=True).sum() == 6
+        assert pageable.pin_memory().to(CUDA, non_blocking=True).sum() == 6
         assert machine.record.copies[1].kind == "H2D pinned"
         before = len(machine.record.syncs)
         for act in (x[x > 2].sum, x.nonzero, x.unique, lambda: x.sum().item(), x.cpu, (x + y).tolist):
             act()
             assert len(machine.record.syncs) > before, act
             before = len(machine.record.syncs)
-        x[torch.tensor([1, 2], device="cuda").to("cuda")] = 0.0
+        x[torch.tensor([1, 2], device=CUDA)] = 0.0
         x.masked_fill_(x > 1, 0.0)
     assert torch.tensor([1.0]).device.type == "cpu"

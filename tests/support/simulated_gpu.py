@@ -1,6 +1,6 @@
 """A simulated GPU: tensors that report `cuda:0` and hold CPU data, for a machine that has none.
 
-`SimulatedGpu` is a dispatch mode. It sees every operator, computes it on the CPU, and records what it would do on a GPU:
+`SimulatedGpu` is a dispatch mode. It sees every operator, computes it on the CPU, and records what that is on a GPU:
 launch a kernel, copy between host and device, or make the host wait for the device (a host sync), with file and line.
 It raises where CUDA would: operands on different devices.
 """
@@ -23,18 +23,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 CUDA = torch.device("cuda", 0)
 
 #: Operators that launch nothing.
-NO_KERNEL = {
-    f"aten.{name}"
-    for name in "view t transpose expand unsqueeze squeeze slice select detach alias as_strided _unsafe_view permute "
-    "split unbind _reshape_alias chunk diagonal lift_fresh empty empty_like new_empty empty_strided new_empty_strided "
-    "is_same_size unfold view_as numel split_with_sizes record_stream".split()
-} | {"prim.device"}
+_VIEWS = """view t transpose expand unsqueeze squeeze slice select detach alias as_strided _unsafe_view permute split
+unbind _reshape_alias chunk diagonal lift_fresh empty empty_like new_empty empty_strided new_empty_strided is_same_size
+unfold view_as numel split_with_sizes record_stream"""
+NO_KERNEL = {f"aten.{name}" for name in _VIEWS.split()} | {"prim.device"}
 #: Their result's size depends on the values, so the host waits for it.
-VALUE_DEPENDENT = {
-    f"aten.{name}"
-    for name in "nonzero masked_select unique_dim _unique2 unique_consecutive unique_dim_consecutive bincount equal "
-    "is_nonzero repeat_interleave".split()
-}
+_SIZED_BY_VALUES = """nonzero masked_select unique_dim _unique2 unique_consecutive unique_dim_consecutive bincount equal
+is_nonzero repeat_interleave"""
+VALUE_DEPENDENT = {f"aten.{name}" for name in _SIZED_BY_VALUES.split()}
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 
 
@@ -57,9 +53,6 @@ class Record:
     kernels: collections.Counter[str] = field(default_factory=collections.Counter)
     syncs: list[Sync] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
-
-    def sync(self, what: str) -> None:
-        self.syncs.append(Sync(what, where()))
 
 
 def where() -> str:
@@ -120,6 +113,7 @@ class SimulatedGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()
+        self.waits = 0  # of the host for the device, ever
         self._pinned: dict[int, torch.UntypedStorage] = {}
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -130,6 +124,10 @@ class SimulatedGpu(TorchDispatchMode):
 
     def kernel(self, name: str) -> None:
         self.record.kernels[name] += 1
+
+    def sync(self, what: str) -> None:
+        self.waits += 1
+        self.record.syncs.append(Sync(what, where()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -159,19 +157,19 @@ class SimulatedGpu(TorchDispatchMode):
         if name in ("aten._to_copy", "aten.copy_"):
             self._note_copy(name, args, kwargs, to_gpu)
         elif name == "aten._local_scalar_dense" and touches:
-            self.record.sync("item")
+            self.sync("item")
         elif name in VALUE_DEPENDENT and touches:
             self.kernel(name)
-            self.record.sync(name)
+            self.sync(name)
         elif name in INDEXING and touches:
             self.kernel(name)
             indices = [index for index in args[1] if index is not None]
             fills = name != "aten.index" and args[2].numel() == 1
             masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
             for _ in [] if fills else masks:
-                self.record.sync(f"{name} by a mask")
+                self.sync(f"{name} by a mask")
             if any(not isinstance(index, GpuTensor) for index in indices):
-                self.record.sync(f"{name} by an index on the CPU")
+                self.sync(f"{name} by an index on the CPU")
         elif to_gpu and name not in NO_KERNEL:
             self.kernel(name)
             if touches and any(not isinstance(x, GpuTensor) and x.dim() > 0 for x in tensors):
@@ -188,12 +186,12 @@ class SimulatedGpu(TorchDispatchMode):
             asynchronous = bool(asynchronous and pinned)
             self.record.copies.append(Copy("D2H", not asynchronous, source.held.nbytes, where()))
             if not asynchronous:
-                self.record.sync("copy to the CPU")
+                self.sync("copy to the CPU")
         elif target and not isinstance(source, GpuTensor):
             kind = "H2D pinned" if source.untyped_storage()._cdata in self._pinned else "H2D pageable"
             self.record.copies.append(Copy(kind, not asynchronous, source.nbytes, where()))
             if not asynchronous or kind == "H2D pageable":
-                self.record.sync(f"{kind} copy{'' if asynchronous else ', blocking'}")
+                self.sync(f"{kind} copy{'' if asynchronous else ', blocking'}")
         elif target:
             self.kernel(name)
 
@@ -232,7 +230,7 @@ _REAL_LSTM = torch._VF.lstm  # type: ignore[attr-defined]
 
 
 def _lstm(x: Any, state: Any, weights: Any, has_biases: bool, layers: int, *rest: Any) -> Any:
-    assert layers == 1 and has_biases, "only what the networks here use"
+    assert (layers, has_biases) == (1, True), "only what the networks here use"
     if not isinstance(x, GpuTensor):
         return _REAL_LSTM(x, state, weights, has_biases, layers, *rest)
     assert {type(t) for t in (x, *state, *weights)} <= {GpuTensor, torch.nn.Parameter}
@@ -267,7 +265,7 @@ class _Event:
     def synchronize(self) -> None:
         """A reader thread that waits delays nobody."""
         if threading.current_thread() is threading.main_thread() and not self.query():
-            SimulatedGpu.current.record.sync("event")  # type: ignore[union-attr]
+            SimulatedGpu.current.sync("event")  # type: ignore[union-attr]
 
     def elapsed_time(self, other: _Event) -> float:
         return 0.0
@@ -275,7 +273,7 @@ class _Event:
     @staticmethod
     def _syncs() -> int:
         assert SimulatedGpu.current is not None
-        return len(SimulatedGpu.current.record.syncs)
+        return SimulatedGpu.current.waits
 
 
 @contextlib.contextmanager

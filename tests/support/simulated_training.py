@@ -80,7 +80,9 @@ class _Collectives:
         _held(out).copy_(torch.cat(parts).view(out.shape))
         return self._done("all_gather_into_tensor", async_op)
 
-    def reduce_scatter_tensor(self, out: Any, parts: Any, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+    def reduce_scatter_tensor(
+        self, out: Any, parts: Any, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
         assert parts.shape[0] == WORLD * out.shape[0]
         _held(out).copy_(_held(parts).reshape(WORLD, *out.shape).sum(0))
         return self._done("reduce_scatter_tensor", async_op)
@@ -127,14 +129,14 @@ def _find_as_one_rank(checkpoints: Any, config: Any, manifest: Any, ranks: Ranks
 trainer_find = trainer.load_latest_checkpoint
 
 
-def simulate_training(shards: Path, output: Path, *settings: str) -> SimulatedRun:
-    """Train 3 steps, evaluation included.
+def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bool = False) -> SimulatedRun:
+    """Train 3 steps, and evaluate where asked to.
 
     Raises:
         RuntimeError: an operand on another device.
     """
     small = ["engine.kind=ddp", "tracking.enabled=false", "train.steps=3", "train.global_batch=16"]
-    small += ["evaluation.every_epochs=100", "data.reader_threads=1"]
+    small += ["tracking.every_steps=100", "data.reader_threads=1"]
     config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])
     collectives, steps = _Collectives(), list[SimulatedStep]()
     run = SimulatedRun(steps, config.train.accumulation)
@@ -154,6 +156,9 @@ def simulate_training(shards: Path, output: Path, *settings: str) -> SimulatedRu
         stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))
         stack.enter_context(mock.patch.object(trainer, "load_latest_checkpoint", _find_as_one_rank))
         stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
+        if not evaluation:
+            stack.enter_context(mock.patch.object(trainer, "evaluate", return_value={"accuracy": 0.0}))
+            stack.enter_context(mock.patch.object(trainer, "evaluate_best", return_value={}))
         machine = stack.enter_context(simulated_gpu())
         stack.enter_context(mock.patch.object(ring.Slot, "__init__", _pinned_slots(machine)))
         trainer.train(config, Ranks(0, WORLD, 0, CUDA))

@@ -227,7 +227,7 @@ def test_training_with_a_bank_resumes_bit_for_bit_and_on_another_world_size(
     assert [line["step"] for line in healthy] == [2, 4, 6, 8]
     assert all(f"pool/{name}" in healthy[-1] for name in POOL_METRICS)
     assert healthy[-1]["pool/size"] > 8  # more than the global batch
-    assert healthy[-1]["pool/gather_bytes"] == 4 * (2 * 256 * 4 + 4 * 8)
+    assert healthy[-1]["pool/gather_bytes"] == 4 * 2 * 256 * 4  # embeddings and gradients alone
 
     shutil.rmtree(Checkpoints(output).path(8))
     train_with_bank(keypad_shards, output)
