@@ -62,14 +62,14 @@ def bench_pool(
         `floor_share`, what the bare product is. With one rank among `ranks` only.
     """
     found: dict[str, Any] = {"batch": batch, "width": WIDTH, "rounds": rounds, "ranks": {}}
-    found["ranks"] = {world: _launch(_steps, world, batch, rounds) for world in ranks}
-    found["pools"] = _launch(_simulate, 1, batch, rounds, list(pools))
+    found["ranks"] = {world: launch(_steps, world, batch, rounds) for world in ranks}
+    found["pools"] = launch(_simulate, 1, batch, rounds, list(pools))
     if 1 in found["ranks"]:
         found["share"] = found["ranks"][1].pop("share")
     return found
 
 
-def _launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
+def launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
     """What `function` gives on rank 0 of `world` new processes."""
     with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
         context = mp.start_processes(_rank, (world, folder, function, args), world, join=False, start_method="spawn")

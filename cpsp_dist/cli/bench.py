@@ -46,6 +46,30 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     peers.add_argument("--json", action="store_true", help="print JSON instead of a table")
     peers.set_defaults(handler=_peers)
 
+    step = benches.add_parser(
+        "step",
+        help="a training step, against the published one",
+        description="Samples a second of a training step of PSP in float32 and bf16, of the published network in"
+        " float32 and of the published step in float64, in turn within each round; their share of the matrix products"
+        " that the machine does; a training loop from shards. On a GPU also copies and the share in which it is busy.",
+    )
+    step.add_argument("--batch", type=_count, default=64, help="videos a step (default: %(default)s)")
+    step.add_argument("--channels", type=_count, default=512, help="visual channels (default: %(default)s)")
+    step.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    step.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    step.set_defaults(handler=_step)
+
+    scaling = benches.add_parser(
+        "scaling",
+        help="training steps on 1, 2 and 4 ranks",
+        description="Samples a second over all ranks of this machine, bytes that a rank receives, and time waited.",
+    )
+    scaling.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
+    scaling.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    scaling.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    scaling.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    scaling.set_defaults(handler=_scaling)
+
     pool = benches.add_parser(
         "pool",
         help="what the gathered pool costs",
@@ -173,3 +197,69 @@ def _describe_pool(result: dict[str, Any], batch: int) -> str:
             f"{share['floor_share']:.2%}"
         )
     return "\n".join(lines)
+
+
+def _step(args: argparse.Namespace) -> None:
+    import json
+
+    from cpsp_dist.bench.step import bench_step
+
+    result = bench_step(batch=args.batch, channels=args.channels, rounds=args.rounds)
+    echo(json.dumps(result, indent=1) if args.json else _describe_step(result))
+
+
+def _describe_step(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "": name,
+            "samples/s": f"{row['samples_per_second']:,.0f}",
+            "ms": f"{row['ms']:.1f}",
+            "of products": f"{row['matmul_share']:.2f}",
+        }
+        for name, row in result["ways"].items()
+    ]
+    lines = [
+        f"{result['device']}, {result['threads']} threads, load {result['load']:.1f}; batch {result['batch']}, "
+        f"{result['channels']} channels; medians of {result['rounds']} rounds; float32 products: "
+        f"{result['matmul_gflops']:,.0f} GFLOP/s",
+        table(rows),
+        f"ours fp32 has {result['ratio']:.2f} times the rate of the published network in fp32; most memory: "
+        f"{result['peak_bytes'] / 1e9:.2f} GB",
+    ]
+    if "busy_share" in result:
+        lines.append(
+            f"GPU busy {result['busy_share']:.0%}, copies to it {result['h2d_ms']:.2f} ms a step, "
+            f"{result['kernels']:.0f} kernels"
+        )
+    loop = result["end_to_end"]
+    lines.append(
+        f"from shards, end to end: {loop['samples_per_second']:,.0f} samples/s, waiting for data "
+        f"{loop['data_wait_share']:.0%}"
+    )
+    return "\n".join(lines)
+
+
+def _scaling(args: argparse.Namespace) -> None:
+    import json
+
+    from cpsp_dist.bench.scaling import bench_scaling
+
+    result = bench_scaling(batch=args.batch, ranks=args.ranks, rounds=args.rounds)
+    echo(json.dumps(result, indent=1) if args.json else _describe_scaling(result))
+
+
+def _describe_scaling(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "ranks": world,
+            "samples/s": f"{row['samples_per_second']:,.0f}",
+            "efficiency": f"{row['efficiency']:.2f}",
+            "step ms": f"{row['step_ms']:.0f}",
+            "waited ms": f"{row['waited_ms']:.1f}",
+            "pool bytes": f"{row['pool_bytes']:,}",
+            "gradient bytes": f"{row['gradient_bytes']:,}",
+        }
+        for world, row in result["ranks"].items()
+    ]
+    title = f"{result['batch']} videos a rank, one thread each, on {result['cores']} cores; medians of "
+    return f"{title}{result['rounds']} rounds\n{table(rows)}"
