@@ -195,7 +195,7 @@ def toy_step(x: list[float], back: dict[str, list[float]], valid: int) -> str:
         return Batch(sound, sound, sound > 0, rows, slots < valid, rows, rows)
 
     diagnostics = NonFiniteDiagnostics()
-    output = diagnostics.record_outputs(network(batch(slots).audio), torch.arange(slots))
+    output = diagnostics.record_outputs(network(batch(slots).audio), torch.where(slots < valid, slots, -1))
     zero = torch.zeros(())
     diagnostics.record_losses({"event": zero, "category": zero, "total": zero})
     heads = {name: getattr(output, name) for name in back}
