@@ -26,6 +26,7 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.losses.global_batch import GlobalBatch
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import build_model
 from cpsp_dist.models.psp import PSP
@@ -62,7 +63,7 @@ def bench_step(
     if device.type == "cpu":
         tune_cpu()
     load = os.getloadavg()[0]
-    steps = {name: _make_step(*WAYS[name], batch, channels, device) for name in ways}
+    steps = {name: make_step(*WAYS[name], batch, channels, device) for name in ways}
     peak = _warm_up(steps, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     matmul: list[float] = []
@@ -107,7 +108,7 @@ def step_flops(batch: int, channels: int) -> float:
     return rows * channels * 512 * 2 * 2 + rows * 512 * 49 * 2 * 3
 
 
-def _make_step(whose: str, precision: str, size: int, channels: int, device: torch.device) -> Callable[[], None]:
+def make_step(whose: str, precision: str, size: int, channels: int, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     network = build_model("psp", visual_channels=channels, audio_channels=AUDIO, categories=CATEGORIES)
     batch = random_batch(size, channels)
@@ -127,9 +128,11 @@ def _our_step(network: nn.Module, precision: str, batch: Batch, device: torch.de
     objectives = Objectives(config.objectives, pool="gather")
     engine.module.train()
 
+    labels = GlobalBatch(batch.valid, batch.category, batch.video, batch.event.any(1), 0, 1)
+
     def step() -> None:
         moved = batch.to(device)
-        engine.backward(objectives(engine(moved), moved)[0])
+        engine.backward(objectives(engine(moved), moved, objectives.prepare(labels))[0])
         engine.step(1e-3)
 
     return step

@@ -20,6 +20,7 @@ from cpsp_dist.cli import (
     doctor,
     evaluate,
     export,
+    gpu_check,
     import_checkpoint,
     launch,
     shards,
@@ -42,6 +43,7 @@ COMMANDS = (
     bench,
     demo,
     doctor,
+    gpu_check,
     completion,
 )
 

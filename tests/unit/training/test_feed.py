@@ -15,7 +15,7 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.training.feed import BatchFeed, planned_labels
 
 
-@pytest.mark.parametrize("order", ["full", "lanes"])
+@pytest.mark.parametrize("order", ["full", "interleaved"])
 @pytest.mark.parametrize(
     ("world", "global_batch", "accumulation", "epoch_end"),
     [(1, 8, 1, "carry"), (3, 20, 2, "pad"), (4, 10, 1, "drop"), (5, 4, 1, "carry")],

@@ -1,0 +1,43 @@
+"""`cpsp-dist gpu-check` without a GPU: one line and exit code 2; and what it makes of parts that fail."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from cpsp_dist.bench import gpu_check
+from cpsp_dist.cli import gpu_check as command
+from cpsp_dist.cli import main
+
+
+def test_without_a_gpu_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu-check"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "torch sees no GPU here" in lines[0]
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu-check", "speeed"]) == 2
+    assert "no part 'speeed'; there are: facts" in capsys.readouterr().err
+
+
+def test_parts_fit_into_ten_minutes() -> None:
+    assert tuple(gpu_check.PARTS) == tuple(gpu_check.LIMITS) == command.PARTS
+    assert sum(gpu_check.LIMITS.values()) <= 600
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("print('speed    ok   fast'); print('noise')", ["speed    ok   fast"]),
+        (
+            "print('speed    note x'); raise SystemExit(3)",
+            ["speed    note x", "speed    BAD  exit code 3: speed    note x"],
+        ),
+        ("import time; time.sleep(60)", ["speed    BAD  not done within 2 s: "]),
+    ],
+)
+def test_each_part_gives_its_lines_and_how_it_failed(code: str, expected: list[str]) -> None:
+    assert gpu_check.run_part("speed", [sys.executable, "-c", code], 2 if "sleep" in code else 30) == expected
