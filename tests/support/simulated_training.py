@@ -120,9 +120,9 @@ class _Wrapper(torch.nn.Module):
         return contextlib.nullcontext()
 
 
-def _find_as_one_rank(checkpoints: Any, config: Any, manifest: Any, ranks: Ranks, allow: bool) -> Any:
+def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> Any:
     """The ranks agree on a checkpoint through pickled objects, which is not of interest here."""
-    state, progress = trainer_find(checkpoints, config, manifest, replace(ranks, world=1), allow)
+    state, progress = trainer_find(config, manifest, replace(ranks, world=1), *more)
     return state, replace(progress, world=ranks.world)
 
 
