@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.utils.console import echo
 
 #: Seconds for each part, in order: together under ten minutes.
 LIMITS = {"facts": 30, "syncs": 60, "speed": 120, "lstm": 45, "ring": 45, "engines": 120, "repeat": 100, "memory": 40}
@@ -38,9 +39,9 @@ def gpu_check(parts: Sequence[str] = ()) -> int:
         for part in parts or LIMITS:
             command = [sys.executable, "-m", "cpsp_dist.bench.gpu_check", part, folder]
             for line in run_part(part, command, LIMITS[part]):
-                print(line, flush=True)
+                echo(line)
                 bad += " BAD " in line
-    print(f"{bad} lines say BAD" if bad else "nothing is BAD")
+    echo(f"{bad} lines say BAD" if bad else "nothing is BAD")
     return 1 if bad else 0
 
 
@@ -68,7 +69,7 @@ def line_of(part: str, good: bool | None, text: str) -> str:
 
 
 def _say(part: str, good: bool | None, text: str) -> None:
-    print(line_of(part, good, text), flush=True)
+    echo(line_of(part, good, text))
 
 
 def _facts(folder: Path) -> None:

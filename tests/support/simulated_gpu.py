@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
@@ -285,6 +286,10 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
     replaced: dict[str, Any] = {
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.is_available": lambda: True,
+        "torch.cuda.get_device_properties": lambda *_: SimpleNamespace(
+            name="simulated", uuid="0", total_memory=1 << 34
+        ),
+        "torch.cuda.device_count": lambda: 1,
         "torch.cuda.set_device": lambda device: None,
         "torch.cuda.Event": _Event,
         "torch.cuda.Stream": _Stream,
