@@ -134,13 +134,13 @@ def _lstm(folder: Path) -> None:
 
 
 def _shards(folder: Path) -> Path:
-    from cpsp_dist.cli import main
     from cpsp_dist.demo.keypad import generate
 
     out = folder / "shards"
     if not (out / "index.json").exists():
         generate(folder / "features", {"train": 192, "val": 32, "test": 32}, seed=3)
-        main(["shards", "pack", "--layout", "ave-h5", "--source", str(folder / "features"), "--out", str(out)])
+        command = [sys.executable, "-m", "cpsp_dist", "shards", "pack", "--layout", "ave-h5", "--out", str(out)]
+        subprocess.run([*command, "--source", str(folder / "features")], check=True, capture_output=True, timeout=60)
     return out
 
 
