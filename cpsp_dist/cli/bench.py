@@ -46,6 +46,24 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     peers.add_argument("--json", action="store_true", help="print JSON instead of a table")
     peers.set_defaults(handler=_peers)
 
+    _register_steps(benches)
+
+    pool = benches.add_parser(
+        "pool",
+        help="what the gathered pool costs",
+        description="Bytes, collectives, memory and time of the contrastive pool, with ranks of this machine over gloo"
+        " (one thread each), and for pools that they cannot fill.",
+    )
+    pool.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
+    pool.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    sizes = [64, 256, 1024, 4096, 16384, 65536]
+    pool.add_argument("--pools", type=_count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
+    pool.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    pool.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    pool.set_defaults(handler=_pool)
+
+
+def _register_steps(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     step = benches.add_parser(
         "step",
         help="a training step, against the published one",
@@ -69,20 +87,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     scaling.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
     scaling.add_argument("--json", action="store_true", help="print JSON instead of a table")
     scaling.set_defaults(handler=_scaling)
-
-    pool = benches.add_parser(
-        "pool",
-        help="what the gathered pool costs",
-        description="Bytes, collectives, memory and time of the contrastive pool, with ranks of this machine over gloo"
-        " (one thread each), and for pools that they cannot fill.",
-    )
-    pool.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
-    pool.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
-    sizes = [64, 256, 1024, 4096, 16384, 65536]
-    pool.add_argument("--pools", type=_count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
-    pool.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
-    pool.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    pool.set_defaults(handler=_pool)
 
 
 def _count(text: str) -> int:
