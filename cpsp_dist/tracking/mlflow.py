@@ -39,7 +39,7 @@ PATIENCE_WHEN_STOPPED = 5.0
 RUN_FILE, POINTS_FILE, CONFIG_FILE = "mlflow_run.json", "metrics.jsonl", "config.json"
 #: Characters of a parameter or tag that every server takes; names of metrics that it does.
 LONGEST_VALUE, _METRIC_NAME = 5000, re.compile(r"[\w.-][\w. /-]{0,199}")
-_PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "mlflow")
+_PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
 
 
 class Tracker:
@@ -226,13 +226,16 @@ class Tracker:
 
     def _describe(self, run: Any) -> None:
         """What the run is: what of it the store does not have yet. An earlier start may have ended in between."""
+        import mlflow
         from mlflow.entities import Param, RunTag
 
         if not run.data.params:
             settings = flat(self.config) | {"world_size": self.world}
             params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in settings.items()]
             tags = {f"version.{name}": version(name) for name in _PACKAGES}
-            tags |= {"version.cpsp_dist": __version__, "version.python": platform.python_version()}
+            # A plain install brings mlflow-skinny, whose package has another name.
+            tags |= {"version.mlflow": mlflow.__version__, "version.cpsp_dist": __version__}
+            tags |= {"version.python": platform.python_version()}
             tags |= {"command": without_secrets(" ".join(sys.argv))} | _git_state()
             self.store.log_batch(self.run_id, tags=[RunTag(key, value[:LONGEST_VALUE]) for key, value in tags.items()])
             for start in range(0, len(params), 100):  # the server's limit for one batch

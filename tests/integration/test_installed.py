@@ -11,9 +11,12 @@ import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cpsp_dist.config import load_config
 from tests.support.environment import REPO, environment
@@ -66,6 +69,44 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Of a folder named in a .pth file the .pth files are not read.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment that has what a plain install brings, no extra: what the card requires, and what that
+    requires, linked from this environment."""
+    folder = tmp_path_factory.mktemp("plain") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet", "--no-index"]
+    done = subprocess.run([*pip, "--no-deps", str(wheel)], env=clean(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in required_by(wheel):
+        for top in {file.parts[0] for file in metadata.files(name) or () if file.parts[0] != ".."}:
+            if not (site / top).exists() and top != "__pycache__":
+                (site / top).symlink_to(Path(sysconfig.get_path("purelib")) / top)
+    return folder / "bin"
+
+
+def required_by(wheel: Path) -> set[str]:
+    """The packages that come with it, without extras that nobody asked for."""
+    (card,) = [content for name, (content, _) in contents(wheel).items() if name.endswith("dist-info/METADATA")]
+    found: set[str] = set()
+    waiting = [(text, "") for text in Parser().parsestr(card.decode()).get_all("Requires-Dist") or ()]
+    seen = set(waiting)
+    while waiting:
+        text, extra = waiting.pop()
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            found.add(canonicalize_name(requirement.name))
+            asked = [(more, own) for own in ("", *requirement.extras) for more in requires(requirement)]
+            waiting += [pair for pair in asked if pair not in seen]
+            seen |= {*asked}
+    return found
+
+
+def requires(requirement: Requirement) -> list[str]:
+    return metadata.requires(requirement.name) or []
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +200,24 @@ def test_demo_and_training_from_an_empty_folder(installed, empty):
     planned = run([installed / "cpsp-dist", "train", *arguments], empty)
     assert "runs/ave_full" in planned
     assert not (empty / "runs" / "ave_full").exists()
+
+
+@pytest.mark.long
+def test_a_plain_install_trains_and_tracks(plain: Path, tmp_path: Path) -> None:
+    """Without any extra: pack, train, evaluate, export and compare, each point in MLflow, no warning."""
+    extras = "('sklearn', 'matplotlib', 'pytest', 'av')"
+    missing = f"from importlib.util import find_spec; print(*(name for name in {extras} if find_spec(name)))"
+    assert run([plain / "python", "-c", missing], tmp_path) == "\n"
+    shutil.copytree(REPO / "tests/data/avdigits/ave_h5", tmp_path / "source")
+    cpsp = plain / "cpsp-dist"
+    run([cpsp, "shards", "pack", "--layout", "ave-h5", "--source", "source", "--out", "shards"], tmp_path)
+    settings = ["data.shards=shards", "output=runs/a", "train.epochs=1", "train.milestones=[]", "train.global_batch=4"]
+    trained = subprocess.run(
+        [cpsp, "train", "--config", "ave_full", *settings],
+        cwd=tmp_path, env=clean() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "warning" not in trained.stderr
+    assert "finished" in run([cpsp, "compare"], tmp_path).lower()
+    run([cpsp, "export", "runs/a", "--out", "model"], tmp_path)
+    run([cpsp, "evaluate", "runs/a"], tmp_path)
