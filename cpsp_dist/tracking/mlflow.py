@@ -12,7 +12,6 @@ import logging
 import math
 import platform
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from cpsp_dist import __version__
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import Stopped
+from cpsp_dist.tracking.git import git_state
 from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
@@ -226,17 +226,16 @@ class Tracker:
 
     def _describe(self, run: Any) -> None:
         """What the run is: what of it the store does not have yet. An earlier start may have ended in between."""
-        import mlflow
+        from mlflow import __version__ as mlflow_version
         from mlflow.entities import Param, RunTag
 
         if not run.data.params:
             settings = flat(self.config) | {"world_size": self.world}
             params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in settings.items()]
             tags = {f"version.{name}": version(name) for name in _PACKAGES}
-            # A plain install brings mlflow-skinny, whose package has another name.
-            tags |= {"version.mlflow": mlflow.__version__, "version.cpsp_dist": __version__}
-            tags |= {"version.python": platform.python_version()}
-            tags |= {"command": without_secrets(" ".join(sys.argv))} | _git_state()
+            tags |= {"version.cpsp_dist": __version__, "version.python": platform.python_version()}
+            tags |= {"version.mlflow": mlflow_version}  # in a plain install, of the package mlflow-skinny
+            tags |= {"command": without_secrets(" ".join(sys.argv))} | git_state()
             self.store.log_batch(self.run_id, tags=[RunTag(key, value[:LONGEST_VALUE]) for key, value in tags.items()])
             for start in range(0, len(params), 100):  # the server's limit for one batch
                 self.store.log_batch(self.run_id, params=params[start : start + 100])
@@ -289,15 +288,3 @@ def _holds_a_run(folder: Path) -> bool:
         return (folder / POINTS_FILE).is_file()
     except OSError:  # not permitted: somebody else's
         return True
-
-
-def _git_state() -> dict[str, str]:
-    """Commit of this program's checkout and whether it has changes; nothing where there is no git."""
-    try:
-        top = Path(__file__).resolve().parents[2]
-        run = {"capture_output": True, "text": True, "timeout": 10, "check": True, "cwd": top}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()  # type: ignore[call-overload]
-        return {"git.commit": commit, "git.changed": str(bool(changed)).lower()}
-    except (OSError, subprocess.SubprocessError):
-        return {}

@@ -22,6 +22,7 @@ from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.losses.diagnostics import POOL_METRICS
+from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.tracking.compare import compare
 from cpsp_dist.utils.console import table
@@ -141,13 +142,13 @@ def test_git_state_names_the_commit_and_changes(tmp_path: Path, monkeypatch: pyt
         command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60).stdout
 
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "cpsp_dist" / "tracking" / "mlflow.py"))
+    monkeypatch.setattr(git_state_module, "__file__", str(tmp_path / "cpsp_dist" / "tracking" / "git.py"))
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message=x")
     commit = git("rev-parse", "HEAD").strip()
-    assert tracking._git_state() == {"git.commit": commit, "git.changed": "false"}
+    assert git_state_module.git_state() == {"git.commit": commit, "git.changed": "false"}
     (tmp_path / "new").touch()
-    assert tracking._git_state() == {"git.commit": commit, "git.changed": "true"}
+    assert git_state_module.git_state() == {"git.commit": commit, "git.changed": "true"}
 
 
 def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
