@@ -27,7 +27,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import Stopped
 from cpsp_dist.tracking.git import git_state
-from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, import_mlflow, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
 
@@ -87,6 +87,7 @@ class Tracker:
             except OSError as error:
                 self._warn("write", f"{self.file}: {error.strerror}; training continues")
         if self.enabled and self.config.tracking.enabled:
+            import_mlflow()  # here, before the first step: in the thread it would slow the first steps down
             self.sender = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self.sender.start()
         return self

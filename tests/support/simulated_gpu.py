@@ -289,6 +289,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         "torch.cuda.get_device_properties": lambda *_: SimpleNamespace(
             name="simulated", uuid="0", total_memory=1 << 34
         ),
+        "torch.cuda.current_device": lambda: 0,
         "torch.cuda.device_count": lambda: 1,
         "torch.cuda.set_device": lambda device: None,
         "torch.cuda.Event": _Event,

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -306,3 +307,18 @@ def test_killed_while_the_store_is_made(prefork: Any, keypad_shards: Path, tmp_p
     assert not (tmp_path / "mlflow.db").exists()
     prefork.start(run, 1).finish()
     assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
+
+
+def test_the_library_is_imported_before_training_begins(
+    keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the thread that trains, and not beside its first steps."""
+    seen: list[threading.Thread] = []
+    monkeypatch.setattr(tracking, "import_mlflow", lambda: seen.append(threading.current_thread()))
+    config = load_config(CONFIG, [f"data.shards={keypad_shards}", f"output={tmp_path / 'out'}"])
+    tracker = tracking.Tracker(
+        config, Manifest.load(keypad_shards), 1, run_id=None, step=0, finished=False, enabled=True
+    )
+    monkeypatch.setattr(tracker, "_work", lambda: None)
+    with tracker:
+        assert seen == [threading.main_thread()]
