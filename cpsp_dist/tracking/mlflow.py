@@ -27,7 +27,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import Stopped
 from cpsp_dist.tracking.git import git_state
-from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, import_mlflow, tracking_uri
+from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
 
@@ -40,6 +40,12 @@ RUN_FILE, POINTS_FILE, CONFIG_FILE = "mlflow_run.json", "metrics.jsonl", "config
 #: Characters of a parameter or tag that every server takes; names of metrics that it does.
 LONGEST_VALUE, _METRIC_NAME = 5000, re.compile(r"[\w.-][\w. /-]{0,199}")
 _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
+
+
+def import_mlflow() -> None:
+    """Import the library, which takes seconds of CPU time and holds up all other threads meanwhile."""
+    with contextlib.suppress(Exception):  # the first use reports it
+        import mlflow  # noqa: F401
 
 
 class Tracker:

@@ -99,12 +99,6 @@ class Store:
         return StoreError(f"{without_secrets(self._uri)}: {text[:300]}", str(code or ""))
 
 
-def import_mlflow() -> None:
-    """Import the library, which takes seconds of CPU time and holds up all other threads meanwhile."""
-    with contextlib.suppress(Exception):  # the first use reports it
-        import mlflow  # noqa: F401
-
-
 def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # A server that is down is noticed within seconds; mlflow's own default is minutes for each request.
