@@ -39,6 +39,8 @@ LOCAL_RANKS = (
     "MPI_LOCALRANKID",
     "SLURM_LOCALID",
 )
+#: And how many ranks they started.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 #: That number, once it is known: LOCAL_RANK is the number of the rank's GPU then.
 _local_rank: int | None = None
 
@@ -56,7 +58,9 @@ def should_print(error: BaseException, env: Mapping[str, str] | None = None) -> 
     once per machine, and in any case by the lowest rank that is left.
     """
     known, env = _local_rank if env is None else None, os.environ if env is None else env
-    local_first = (str(known) if known is not None else next(filter(None, map(env.get, LOCAL_RANKS)), "0")) == "0"
+    alone = all((env.get(name) or "1") in ("0", "1") for name in WORLD_SIZES)  # whatever its local rank is said to be
+    local = str(known) if known is not None else next(filter(None, map(env.get, LOCAL_RANKS)), "0")
+    local_first = alone or local == "0"
     rank, world = (int(text) if (text := env.get(name) or "").isdecimal() else 0 for name in ("RANK", "WORLD_SIZE"))
     match error:
         case RankError() | DeviceLost():

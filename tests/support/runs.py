@@ -49,8 +49,8 @@ def newest_state(output: Path) -> dict[str, torch.Tensor]:
 
 
 def arguments(shards: Path, output: Path, *more: str) -> list[str]:
-    quick = ["tracking.enabled=false", "tracking.every_steps=1", "model.dropout=0.1", "engine.zero=2"]
-    quick += ["train.global_batch=4"]
+    quick = ["tracking.enabled=false", "tracking.every_steps=1", "model.dropout=0.1", "train.global_batch=4"]
+    quick += [] if "engine.kind=ddp" in more else ["engine.zero=2"]
     return ["--config", str(KEYPAD), *overrides(shards, output, *quick, *more)]
 
 

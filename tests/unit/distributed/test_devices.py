@@ -24,7 +24,7 @@ from cpsp_dist.errors import (
     RankError,
     UserError,
 )
-from cpsp_dist.utils.command import run_command, should_print
+from cpsp_dist.utils.command import LOCAL_RANKS, run_command, should_print
 
 NO_DRIVER = Path("no driver here")
 GPU = torch.device("cuda", 1)
@@ -45,11 +45,20 @@ def test_each_rank_has_a_device(monkeypatch: pytest.MonkeyPatch, visible: int, r
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of them reports it, which is not rank 0, who has its GPU; the others exit without an error message."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RankError, match="local rank 2, but this machine shows 2 GPUs"):
-        choose_device(place(2), {}, NO_DRIVER)
-    with pytest.raises(UserError, match="local rank 3"):
-        choose_device(place(3), {}, NO_DRIVER)
+    for local, printed in ((2, True), (3, False)):
+        with pytest.raises(UserError, match=f"local rank {local}, but this machine shows 2 GPUs") as raised:
+            choose_device(place(local), {}, NO_DRIVER)
+        env = {"RANK": str(local), "WORLD_SIZE": "4", "LOCAL_RANK": str(local)}
+        assert should_print(raised.value, env) == printed
+
+
+def test_a_process_without_others_prints_its_error() -> None:
+    """Though a variable that somebody left behind calls it another local rank."""
+    for name in LOCAL_RANKS:
+        assert should_print(UserError("LOCAL_RANK is set but RANK is not"), {name: "2"})
+        assert not should_print(UserError("of all"), {name: "2", "WORLD_SIZE": "4"})
 
 
 def test_deepspeed_gets_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
