@@ -183,7 +183,9 @@ class Lab:
         known = {"folder": self.folder, "host": host, "port": self.port, "dbd_port": self.port + 1}
         known |= {"db_port": self.port + 2, "password": secrets.token_hex(16), "nodes": "\n".join(lines)}
         (etc / "slurm.conf").write_text(SLURM_CONF.format(**known))
-        gres = f"AutoDetect=off\nNodeName=node[1-{len(names)}] Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
+        # No variables of Slurm's own: an empty CUDA_VISIBLE_DEVICES reaches the job, which then trains on the CPU.
+        gpus = f"Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}] Flags=no_gpu_env"
+        gres = f"AutoDetect=off\nNodeName=node[1-{len(names)}] {gpus}\n"
         (etc / "gres.conf").write_text(gres)
         (etc / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in [*names, f"localhost {host}"]))
         self._private("etc/slurmdbd.conf", SLURMDBD_CONF.format(**known).encode())
