@@ -19,7 +19,7 @@ from tests.support.runs import sweep_parents as parents
 
 LIMIT = 240  # seconds for whatever trains; a job here takes about ten
 #: Without DeepSpeed's import at each start.
-LIGHT = ["engine.kind=ddp", "tracking.every_steps=1"]
+LIGHT = ["engine.kind=ddp", "engine.zero=0", "tracking.every_steps=1"]
 
 
 def launch(slurm: Any, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -167,7 +167,14 @@ def rank_of(job: Job, rank: int) -> int:
 def test_disturbed_in_every_way(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """Told that its time is over, requeued, preempted, a rank killed, its node's plug pulled: goes on each time, in one
     MLflow run with each step once, and ends bit for bit as if nothing had been."""
-    more = ["train.steps=100", "engine.kind=ddp", "checkpoint.every_steps=4", "train.epochs=99", "train.global_batch=8"]
+    more = [
+        "train.steps=100",
+        "engine.kind=ddp",
+        "engine.zero=0",
+        "checkpoint.every_steps=4",
+        "train.epochs=99",
+        "train.global_batch=8",
+    ]
     alone = settings(keypad_shards, tmp_path / "alone", *more, "tracking.enabled=false")
     prefork.start(["--config", str(CONFIG), *alone], 2).finish(240)
 
@@ -211,7 +218,14 @@ def history(folder: Path, experiment: str, metric: str) -> list[int]:
 
 def test_resumes_on_another_number_of_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """A job that may not be requeued says so; submitted again on 2 nodes in place of 4, the same global batches."""
-    more = ["train.steps=30", "engine.kind=ddp", "data.log_samples=true", "train.epochs=99", "tracking.enabled=false"]
+    more = [
+        "train.steps=30",
+        "engine.kind=ddp",
+        "engine.zero=0",
+        "data.log_samples=true",
+        "train.epochs=99",
+        "tracking.enabled=false",
+    ]
     prefork.start(["--config", str(CONFIG), *settings(keypad_shards, tmp_path / "alone", *more)], 2).finish()
     run = settings(keypad_shards, tmp_path / "moved", *more)
     first = Job(slurm, tmp_path, "train_100k.sh", [*NODES, "--nodes=4", "--no-requeue"], run)
