@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.cli.paths import local_path
+from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo, table
 
 PEERS = ("webdataset", "mosaicml", "litdata", "published")
@@ -204,6 +205,8 @@ def _describe_pool(result: dict[str, Any], batch: int) -> str:
 
 
 def _step(args: argparse.Namespace) -> None:
+    if args.batch < 3:
+        raise UserError("--batch: at least 3, since the published loss compares a video with 3 others")
     import json
 
     from cpsp_dist.bench.step import bench_step

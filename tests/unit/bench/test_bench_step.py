@@ -41,7 +41,7 @@ def test_flops_are_those_of_the_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "keys"),
     [
-        (["step", "--batch", "2", "--rounds", "1"], {"ways", "ratio", "matmul_gflops", "peak_bytes", "end_to_end"}),
+        (["step", "--batch", "4", "--rounds", "1"], {"ways", "ratio", "matmul_gflops", "peak_bytes", "end_to_end"}),
         (["scaling", "--batch", "2", "--rounds", "1", "--ranks", "1", "2"], {"ranks", "cores"}),
     ],
 )

@@ -105,9 +105,8 @@ def test_an_index_cannot_name_files_elsewhere(served, tmp_path, name):
     index = json.loads((folder / "index.json").read_text())
     index["shardlist"][0]["url"] = name
     (folder / "index.json").write_text(json.dumps(index))
-    manifest = Manifest.load(f"file://{folder}", Cache(tmp_path / "cache"))
-    with pytest.raises(DataError, match="not a plain file name; nothing was fetched"):
-        fetch(manifest, 0)
+    with pytest.raises(DataError, match=r"does not lie in this folder|not a plain file name; nothing was fetched"):
+        fetch(Manifest.load(f"file://{folder}", Cache(tmp_path / "cache")), 0)
 
 
 @pytest.fixture
