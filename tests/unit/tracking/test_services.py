@@ -7,6 +7,7 @@ import os
 import random
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,19 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.tracking import store as stores
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.store import all_runs, close_sweep, open_sweep
+from cpsp_dist.utils.logs import console
 from tests.support.environment import REPO, free_port
 from tests.support.fake_mlflow import Reply, fake_mlflow, good, http
 from tests.support.mutations import damaged, replaced
 
 SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def printed(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Warnings are printed, as in a command."""
+    with console():
+        yield
 
 
 @pytest.fixture(autouse=True)
