@@ -1,7 +1,7 @@
 """What more ranks of this machine give: training steps of the same share a rank, on 1, 2 and 4 of them.
 
-Ranks are processes with one thread each over gloo (NCCL and a GPU each where there are as many GPUs). Beyond the cores
-that the machine has, a rate says nothing of the program: bytes and waits do.
+Ranks are processes on the CPU with one thread each, over gloo. Beyond the cores that the machine has, a rate says
+nothing of the program: bytes and waits do.
 """
 
 from __future__ import annotations

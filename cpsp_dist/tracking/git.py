@@ -9,10 +9,13 @@ from pathlib import Path
 def git_state() -> dict[str, str]:
     """Commit of this program's checkout and whether it has changes; nothing where there is no git."""
     try:
-        top = Path(__file__).resolve().parents[2]
-        run = {"capture_output": True, "text": True, "timeout": 10, "check": True, "cwd": top}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()  # type: ignore[call-overload]
-        return {"git.commit": commit, "git.changed": str(bool(changed)).lower()}
-    except (OSError, subprocess.SubprocessError):
+        commit, changed = _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout: an installed package
         return {}
+    return {"git.commit": commit, "git.changed": str(changed).lower()}
+
+
+def _git(*arguments: str) -> str:
+    top = Path(__file__).resolve().parents[2]
+    done = subprocess.run(["git", *arguments], cwd=top, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -62,7 +62,9 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         _, progress = load_latest_checkpoint(config, manifest, ranks, choices or Choices(), schedule.steps)
         if ranks.first:
             require_unlocked(config.output)
-        step = first_step(model, config, ranks, stream, schedule)
+        # Checked above for the planned ranks; this process alone has another share of the batch.
+        checked = config.engine.model_copy(update={"ignore_conflicts": True})
+        step = first_step(model, config.model_copy(update={"engine": checked}), ranks, stream, schedule)
     if not ranks.first:
         return
     memory = memory_of_a_rank(parameters, config, manifest, world, step.activations, step.width)

@@ -152,8 +152,8 @@ def test_a_waiting_job_says_why_and_a_cancelled_one_is_no_success(slurm, keypad_
     done = launch(slurm, "launch", str(KEYPAD), *settings, "--slurm", "begin=now+1hour")
     assert done.returncode == 0, done.stdout + done.stderr
     job = re.search(r"submitted job (\d+)", done.stdout)[1]
-    told = launch(slurm, "launch", "--status", str(tmp_path / "later")).stdout
-    assert re.search(r" pending \(BeginTime\) +- ", told)
+    shown = launch(slurm, "launch", "--status", str(tmp_path / "later")).stdout
+    assert re.search(r" pending \(BeginTime\) +- ", shown)
     again = launch(slurm, "launch", str(KEYPAD), *settings)
     assert again.returncode == 2
     assert f"belongs to job {job}, which is pending" in again.stderr

@@ -106,7 +106,7 @@ def test_a_bug_on_one_rank_is_one_line_on_the_others(prefork: Any, keypad_shards
     assert launch.wait(60) == [1, 1], launch.outputs()
     (own,) = [line for line in launch.ranks[1].output.splitlines() if line.startswith("error: ")]
     log = Path(own.rpartition("; the traceback is in ")[2])
-    assert "Traceback (most recent call last)" in log.read_text(), "where it happened it is told in full"
+    assert "Traceback (most recent call last)" in log.read_text(), "and in full in its log"
     (line,) = last_lines(launch, but=1)
     assert line.startswith("error: rank 1: JSONDecodeError: Expecting property name")
     logged = (tmp_path / "run" / "logs" / f"{socket.gethostname()}.log").read_text()

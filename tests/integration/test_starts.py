@@ -29,9 +29,9 @@ def test_two_starts_in_one_folder(prefork: Any, keypad_shards: Path, tmp_path: P
     second = prefork.start(run, 1)
     assert second.wait(60) == [EXIT_USER_ERROR]
     pid = first.ranks[0].pid
-    told = [line for line in second.ranks[0].output.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert f"process {pid} on " in told[0]
+    lines = [line for line in second.ranks[0].output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert f"process {pid} on " in lines[0]
     dry = prefork.start([*run, "--dry-run"], 1)
     assert dry.wait(60) == [EXIT_USER_ERROR], "a dry run says what a start would do"
     first.kill()

@@ -194,11 +194,11 @@ def print_gc_thresholds(rank: int) -> None:
     for owner, name in ((process_group, "discover"), (TrainingSchedule, "learning_rate")):
         original = getattr(owner, name)
 
-        def tells(*args, name=name, original=original, **named):
+        def printed(*args, name=name, original=original, **named):
             print(name, gc.get_threshold()[0], gc.get_freeze_count(), flush=True)
             return original(*args, **named)
 
-        setattr(owner, name, tells)
+        setattr(owner, name, printed)
 
 
 def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork, keypad_shards, tmp_path):

@@ -15,8 +15,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.errors import ConfigError, DataError
+from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.shipped import find_config, suggestion
+from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import one_line
 
 SIZE_LIMIT = 1 << 20  # bytes; a file of settings has hundreds
@@ -174,26 +176,11 @@ def owned_settings(config: Config, world: int) -> dict[str, tuple[tuple[Any, ...
 
 
 def _read(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} is given twice")
-            seen[key] = value
-        return seen
-
-    def refused(constant: str) -> Any:
-        raise ValueError(f"{constant} is not a number of JSON")
-
     try:
-        with path.open("rb") as file:
-            raw = file.read(SIZE_LIMIT + 1)
-        if len(raw) > SIZE_LIMIT:
-            raise ConfigError(f"engine.deepspeed: {path} is larger than {SIZE_LIMIT} bytes; is it the right file?")
-        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refused)
-    except OSError as error:
-        raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}{suggestion(path)}") from None
-    except (ValueError, RecursionError) as error:
+        content = load_json(read_input(path, SIZE_LIMIT))
+    except DataError as error:
+        raise ConfigError(f"engine.deepspeed: cannot read {error}{suggestion(path)}") from None
+    except ValueError as error:
         raise ConfigError(f"engine.deepspeed: {path} is not JSON: {one_line(error)[:200]}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"engine.deepspeed: {path} holds no mapping of settings, but {type(content).__name__}")

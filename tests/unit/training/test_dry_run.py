@@ -57,7 +57,9 @@ def test_its_loss_is_that_of_the_first_step(
 
 def test_one_process_plans_for_many(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     run = [*arguments(keypad_shards, tmp_path / "run", "engine.zero=3"), "--dry-run"]
-    alone, planned = (prefork.start([*run, *more], 1).finish() for more in ([], ["--world", "4"]))
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2}')  # of the planned ranks
+    four = ["--world", "4", f"engine.deepspeed={tmp_path}/ds.json"]
+    alone, planned = (prefork.start([*run, *more], 1).finish() for more in ([], four))
     assert "global batch: 8 samples, 2 at a time on each of 4 ranks" in planned
     assert "of rank 0's share alone, of 4" in planned
     for what in ("weights", "gradients", "Adam"):
