@@ -23,7 +23,7 @@ LAYERS = [
     {"launch", "doctor", "demo", "bench", "export"},
     {"train", "api"},
     {"training"},
-    {"packing", "tracking"},
+    {"packing", "extraction", "tracking"},
     {"config"},
     {"losses", "metrics"},
     {"models"},

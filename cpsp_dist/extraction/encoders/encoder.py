@@ -1,0 +1,112 @@
+"""What every encoder offers, and how a network runs over many inputs so that each result depends on its input alone.
+
+Shape letters: N inputs, H×W pixels, h×w positions, C channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpsp_dist.errors import UserError
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+
+class Encoder(ABC):
+    """One network or function that turns inputs of one modality into features.
+
+    A subclass sets `name` (as in the table) and `preprocessing`, and loads its weights in `__init__`, from `weights` or
+    from the cache, leaving their hash in `weights_sha256`.
+
+    Attributes:
+        preprocessing: everything beside the weights that changes its numbers, as JSON.
+        weights_sha256: of the file that the weights were read from; None: it has none.
+    """
+
+    name: ClassVar[str]
+    modality: ClassVar[Literal["visual", "audio"]]
+    preprocessing: dict[str, Any]
+
+    def __init__(self, weights: Path | None, device: str, precision: Literal["float32", "float16"] = "float32") -> None:
+        self.device, self.precision = torch.device(device), precision
+        self.weights_sha256: str | None = None
+        if precision == "float16" and self.device.type != "cuda":
+            raise UserError(f"encoder {self.name}: float16 needs a GPU; use float32 on {device}")
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest records: name, weights_sha256, preprocessing. Equal identities mean equal features."""
+        half = {} if self.precision == "float32" else {"precision": self.precision}
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "preprocessing": self.preprocessing | half,
+        }
+
+
+class VisualEncoder(Encoder):
+    """Frames in, a map or a vector for each out. The mean over the frames of a segment is the caller's.
+
+    Attributes:
+        frames_per_segment: 1: the frame in the middle; more: spread evenly from the segment's first frame on.
+        size: height and width in pixels that the frames must have.
+    """
+
+    modality = "visual"
+    frames_per_segment: ClassVar[int] = 16
+    size: ClassVar[tuple[int, int]] = (224, 224)
+
+    def frame_indices(self, frames: int, segments: int) -> list[list[int]]:
+        """Which frames of a video to encode, [segments][frames_per_segment], as the published features chose theirs.
+
+        With n = frames // segments, frame i of segment l is int(l·n + i/16·n) (or l·n + n/2: the one in the middle).
+
+        Args:
+            frames: in the stretch that the segments cover.
+
+        Raises:
+            ValueError: fewer frames than segments.
+        """
+        if frames < segments:
+            raise ValueError(f"{frames} frames are fewer than {segments} segments")
+        n, count = frames // segments, self.frames_per_segment
+        offsets = [0.5] if count == 1 else [i / count for i in range(count)]
+        return [[int(segment * n + offset * n) for offset in offsets] for segment in range(segments)]
+
+    @abstractmethod
+    def __call__(self, frames: Pixels) -> Floats:
+        """Features [N, h, w, C] (or [N, C]) of RGB frames [N, *size, 3]; each depends on its own frame alone."""
+
+
+class AudioEncoder(Encoder):
+    """The sound of segments in, a vector for each out.
+
+    Attributes:
+        sample_rate: in Hz, of the mono waveform that it takes.
+    """
+
+    modality = "audio"
+    sample_rate: ClassVar[int] = 16000
+
+    @abstractmethod
+    def __call__(self, waveform: Floats) -> Floats:
+        """Features [N, C] of segments [N, samples], samples in [-1, 1]; each depends on its own segment alone."""
+
+    def seconds(self, waveform: Floats) -> Floats:
+        """Segments [N, samples] as seconds [N, k, sample_rate], to be encoded each and averaged.
+
+        Shorter ones get silence at their end. Longer ones give k = ⌈length in seconds⌉ seconds, evenly spread from the
+        first sample to the last: of 1.5 s those from 0 and from 0.5 s on.
+        """
+        rate, samples = self.sample_rate, waveform.shape[1]
+        if samples <= rate:
+            return np.pad(waveform, ((0, 0), (0, rate - samples)))[:, None]
+        count = -(-samples // rate)
+        starts = [round(i * (samples - rate) / (count - 1)) for i in range(count)]
+        return np.stack([waveform[:, start : start + rate] for start in starts], 1)

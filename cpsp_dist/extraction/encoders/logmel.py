@@ -1,0 +1,24 @@
+"""Log-mel energies as features: needs no weights and nothing but numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpsp_dist.extraction.encoders import mel
+from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats
+
+#: Parts of a second, each of 12 windows, over which the energies are averaged.
+PARTS = 8
+
+
+class LogMel(AudioEncoder):
+    """The mean log-mel spectrum of each eighth of a second: 8 · 64 = 512 values (time, then band)."""
+
+    name = "logmel"
+    preprocessing = mel.PREPROCESSING | {"parts": PARTS}
+
+    def __call__(self, waveform: Floats) -> Floats:
+        seconds = self.seconds(waveform)
+        n, k, samples = seconds.shape
+        spectra = mel.log_mel(seconds.reshape(n * k, samples)).reshape(n, k, PARTS, -1, mel.BANDS)
+        return np.asarray(spectra.mean((1, 3), dtype=np.float32).reshape(n, PARTS * mel.BANDS))
