@@ -50,8 +50,8 @@ class CMRAN(Network):
         self.v_fc = nn.Linear(self.visual_channels, MAP)
         self.map_dropout = nn.Dropout(min(2 * settings.dropout, 0.99))  # published: 0.2 here, 0.1 everywhere else
         self.attention = SpatialChannelAttention(self.audio_channels)
-        self.video_encoder = Encoder(MAP, layers=2, dropout=settings.dropout)
-        self.audio_encoder = Encoder(self.audio_channels, layers=2, dropout=settings.dropout)
+        self.video_encoder = RelationEncoder(MAP, layers=2, dropout=settings.dropout)
+        self.audio_encoder = RelationEncoder(self.audio_channels, layers=2, dropout=settings.dropout)
         self.video_decoder = Decoder(MAP, dropout=settings.dropout)
         self.audio_decoder = Decoder(self.audio_channels, dropout=settings.dropout)
         self.interaction = Interaction(heads=4 if supervision == "full" else 2, dropout=settings.dropout)
@@ -155,7 +155,7 @@ class Relation(nn.Module):
         return output
 
 
-class Encoder(nn.Module):
+class RelationEncoder(nn.Module):
     """Relations between the segments of one modality. [B, T, channels] -> [B, T, 256]."""
 
     def __init__(self, channels: int, layers: int, dropout: float) -> None:
