@@ -61,6 +61,39 @@ class Session:
         return nodes
 
 
+@dataclass(frozen=True)
+class Roster:
+    """Who came within a limit.
+
+    Attributes:
+        id: of the session. cards: of those who came, by rank. problem: why they cannot train together; None where they
+            can, or some are missing.
+    """
+
+    id: str
+    cards: dict[int, Card]
+    problem: str | None
+
+
+def call_roll(place: Place, card: Card, limit: float) -> Roster:
+    """The ranks that come within `limit` seconds; all who came leave with the same roster.
+
+    Raises:
+        UserError: this rank met nobody.
+    """
+    if place.world == 1:
+        return Roster(secrets.token_hex(8), {0: card}, None)
+    found = _exchange(place, {"card": vars(card), "digest": ""}, {}, limit)
+    cards = {int(rank): Card(**one["card"]) for rank, one in found["records"].items()}
+    complete = len(cards) == place.world and found["verdict"] is not None
+    return Roster(found["id"], cards, found["verdict"]["text"] if complete else None)
+
+
+def session_store(place: Place, session: str, name: str, limit: float) -> Any:
+    """For the keys of one session alone; of several ranks."""
+    return dist.PrefixStore(f"{session}/{name}", open_store(place, limit))
+
+
 def meet(place: Place, card: Card, facts: dict[str, Any], limit: float) -> Session:
     """Come together; every rank calls it, and leaves it with the same session.
 
@@ -82,8 +115,7 @@ def meet(place: Place, card: Card, facts: dict[str, Any], limit: float) -> Sessi
             raise LostRank(verdict["text"], EXIT_USER_ERROR, [verdict["failed"]])
         raise (RankError if place.rank in verdict["ranks"] else UserError)(verdict["text"])
     cards = [Card(**records[str(rank)]["card"]) for rank in range(place.world)]
-    store = dist.PrefixStore(f"{session}/session", open_store(place, limit))
-    return Session(session, place, cards, store)
+    return Session(session, place, cards, session_store(place, session, "session", limit))
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class RankChecks:
         go = rendezvous.share(
             "go",
             {
-                "all": not (lost or rendezvous.missing),
+                "all": not (lost or rendezvous.missing or rendezvous.problem),
                 "output": not lost and bool(answers) and all(e["config"] for e in answers.values()),
             },
             patience + self.limit,

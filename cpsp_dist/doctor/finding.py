@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cpsp_dist.distributed.devices import reason_of
 from cpsp_dist.distributed.store import within
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.text import one_line
@@ -35,5 +36,6 @@ def examine(check: str, limit: float, waits_for: str, call: Callable[[], list[Fi
     except UserError as error:  # these texts say what to do
         return [Finding(ERROR, check, one_line(error))]
     except Exception as error:
-        text = f"{type(error).__name__}: {one_line(error)[:300]}"
+        reason = reason_of(error) if isinstance(error, RuntimeError) else one_line(error)[:300]
+        text = f"{type(error).__name__}: {reason}"
         return [Finding(ERROR, check, f"it could not be checked: {text}", "see to what this names")]

@@ -31,7 +31,7 @@ def all_reduce(ranks: Ranks, rendezvous: Rendezvous) -> list[Finding]:
         found = total.item()
         took.append(1e3 * (time.perf_counter() - began))
     expected = ranks.world * (ranks.world + 1) / 2
-    dist.barrier()
+    dist.barrier(device_ids=None if ranks.device.index is None else [ranks.device.index])
     dist.destroy_process_group()
     if found != expected:
         text = f"{backend}: the sum over {ranks.world} ranks came out as {found:g}, not {expected:g}"

@@ -6,19 +6,20 @@ Through the store and not through collectives: what the doctor looks for is why 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from cpsp_dist.distributed.card import numbers
-from cpsp_dist.distributed.launchers import Place, export_place, launch_identity, read_place
+from cpsp_dist.distributed.card import Card, numbers, own_card
+from cpsp_dist.distributed.launchers import export_place, read_place
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.distributed.store import hostname, open_store, where
+from cpsp_dist.distributed.rendezvous import call_roll, session_store
+from cpsp_dist.distributed.store import hostname, where
 from cpsp_dist.doctor.finding import ERROR, OK, Finding
-from cpsp_dist.errors import UserError
 
 #: Seconds between two clocks, or a clock and a file's time, from which on it matters: logs and MLflow's charts are out
 #: of order, file systems take new files for old ones.
@@ -37,6 +38,7 @@ class Rendezvous:
     Attributes:
         hosts: node of each rank that came, by rank; the same on every rank. lost: those of them that rank 0 no longer
             waits for. limit: seconds that any wait takes.
+        problem: why those who came cannot train together, if they cannot.
         place: "host:port" of the rendezvous.
     """
 
@@ -50,34 +52,11 @@ class Rendezvous:
         place = read_place()
         export_place(place, ranks.device.index)
         self.place = where(place)
-        self.store: Any = dist.HashStore() if ranks.world == 1 else self._connect(place)
-        self.hosts: dict[int, str] = {}
+        roster = call_roll(place, _card(ranks.device), limit)
+        self.problem = roster.problem
+        self.store: Any = dist.HashStore() if ranks.world == 1 else session_store(place, roster.id, "doctor", limit)
         self.lost: set[int] = set()
-        if self.store.add(f"came/{ranks.rank}", 1) > 1:
-            raise UserError(
-                f"{self._who()} came to {self.place} a second time; fix: two jobs meet at one address, or a launcher "
-                "gives every process the same rank: export another MASTER_PORT, start through one launcher"
-            )
-        self._set(f"host/{ranks.rank}", hostname())
-        if ranks.first:
-            self._wait_for([f"host/{rank}" for rank in range(ranks.world)])
-            came = [rank for rank in range(ranks.world) if self.store.check([f"host/{rank}"])]
-            self._set("roster", [[rank, self._get(f"host/{rank}")] for rank in came])
-        # Rank 0 may have come a moment before its patience began.
-        elif not self._wait_for(["roster"], limit + 10):
-            raise UserError(
-                f"{self._who()}: rank 0 did not come to {self.place} within {limit:g} s; look at its output"
-            )
-        self.hosts = {rank: host for rank, host in self._get("roster")}
-        if ranks.rank not in self.hosts:
-            raise UserError(f"{self._who()} came to {self.place} after the others had given it up ({limit:g} s)")
-
-    def _who(self) -> str:
-        return f"rank {self.ranks.rank} of {self.ranks.world} on {hostname()}"
-
-    def _connect(self, place: Place) -> Any:
-        start = f"{launch_identity(place)}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-        return dist.PrefixStore(f"cpsp_dist/doctor/{start}", open_store(place, self.limit))
+        self.hosts = {rank: card.host for rank, card in sorted(roster.cards.items())}
 
     @property
     def missing(self) -> list[int]:
@@ -152,7 +131,7 @@ class Rendezvous:
                 break
             ahead.append(time.time() - now)
             began = time.perf_counter()
-            self.store.check(["roster"])
+            self.store.check([f"clock{turn}"])
             took.append(1e3 * (time.perf_counter() - began))
         return {"seconds": min(ahead, key=abs, default=0.0), "milliseconds": statistics.median(took or [0])}
 
@@ -172,6 +151,14 @@ class Rendezvous:
         return True
 
 
+def _card(device: torch.device) -> Card:
+    """A GPU that cannot be looked at is the finding of a check of its own."""
+    try:
+        return own_card(device)
+    except RuntimeError:
+        return replace(own_card(torch.device("cpu")), device=device.type)
+
+
 def check_all_ranks_present(rendezvous: Rendezvous, launcher: str) -> list[Finding]:
     """Who came, and who did not."""
     world, nodes = rendezvous.ranks.world, rendezvous.nodes
@@ -181,6 +168,9 @@ def check_all_ranks_present(rendezvous: Rendezvous, launcher: str) -> list[Findi
     text = (
         f"{launcher}: {len(rendezvous.hosts)} of {world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)}: {summary}"
     )
+    if rendezvous.problem:
+        reason, _, fix = rendezvous.problem.rpartition("; ")
+        return [Finding(ERROR, "ranks", reason, fix)]
     if not rendezvous.missing:
         return [Finding(OK, "ranks", text)]
     missing = numbers(rendezvous.missing)

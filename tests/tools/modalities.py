@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from tests.tools.pool_experiment import interval
+from tests.tools.paired_experiment import interval
 
 REPO = Path(__file__).resolve().parents[2]
 KINDS = {

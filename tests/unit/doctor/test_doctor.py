@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.distributed import rendezvous as meeting
+from cpsp_dist.distributed.card import Card
 from cpsp_dist.distributed.store import hung_threads
 from cpsp_dist.doctor import finding, machine, paths, rendezvous
 from tests.support.runs import KEYPAD
@@ -235,6 +237,41 @@ def test_two_nodes(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     assert "the same folder on every node" in line_of(lines, "output", "ok")
     assert "all nodes within 0." in line_of(lines, "clock", "ok")
     assert not [*tmp_path.iterdir()]
+
+
+def leave_keys_of_another_start(rank: int, first: str, second: str) -> None:
+    """Elastic torchrun: each agent counts restarts for itself, and its store keeps the keys of the starts before."""
+    become_a_node(rank)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = [first, second][rank]
+    real = meeting.open_store
+
+    def opened(place: Any, limit: float) -> Any:
+        store = real(place, limit)
+        if rank == 0:
+            for key in ("hello/1", "came/0", "roster", "verdict"):
+                dist.PrefixStore("cpsp_dist/", store).compare_set(key, "", "of a start before")
+        return store
+
+    meeting.open_store = opened
+
+
+def test_agents_that_restarted_differently(prefork: Any) -> None:
+    """C4: the doctor's ranks meet as those of a training do."""
+    lines = start(prefork, [], 2, "leave_keys_of_another_start", "0", "1").finish().splitlines()
+    assert "2 of 2 ranks on 2 nodes: node0 (rank 0), node1 (rank 1)" in line_of(lines, "ranks", "ok")
+
+
+def have_one_gpu(rank: int) -> None:
+    become_a_node(0)
+    card = Card("node0", "cuda", "NVIDIA H100", "GPU-7", 1, "torch 2.13.0")
+    rendezvous._card = lambda _: card
+
+
+def test_two_ranks_on_one_gpu(prefork: Any) -> None:
+    launch = start(prefork, [], 2, "have_one_gpu")
+    assert launch.wait(90) == [2, 2], launch.outputs()
+    found = line_of(launch.ranks[0].output.splitlines(), "ranks", "error")
+    assert "ranks 0-1 share one GPU of node0 (GPU-7): start at most one rank for each; fix: under Slurm use" in found
 
 
 def test_nodes_that_differ(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Does one setting train a better model than another, at the same seeds?
+
+    python -m tests.tools.paired_experiment pool.scope=local pool.scope=gather --data keypad=SHARDS --ranks 2
+    python -m tests.tools.paired_experiment train.precision=fp32 train.precision=bf16 --data keypad=SHARDS
+
+Trains with each of the two settings on each seed, then prints the table: test accuracy of the weights best on val, and
+the paired difference with its 95 % interval (Student's t over seeds). What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 4 * 3600
+
+
+def folder_of(given: argparse.Namespace, data: str, setting: str, seed: int) -> Path:
+    return Path(given.output) / f"{data}-{setting}-{seed}"
+
+
+def train_all(given: argparse.Namespace) -> None:
+    """Every run, one after the other, in this process' group of ranks."""
+    import torch.distributed as dist
+
+    from cpsp_dist.config import load_config
+    from cpsp_dist.distributed import process_group
+    from cpsp_dist.distributed.launchers import read_place
+    from cpsp_dist.training.trainer import train
+
+    place = read_place()
+    ranks = process_group.discover(place=place)
+    session = process_group.connect(place, ranks, process_group.Connection(600, 60, {}))
+    process_group.init_process_group(session, ranks, 600)
+    epochs = given.epochs
+    for data, shards in given.data.items():
+        for seed in range(1, given.seeds + 1):
+            for setting in given.settings:
+                settings = [f"data.shards={shards}", f"output={folder_of(given, data, setting, seed)}", setting]
+                settings += [f"train.seed={seed}", f"train.epochs={epochs}", f"train.global_batch={given.batch}"]
+                settings += [f"train.milestones=[{epochs // 2}, {3 * epochs // 4}]"]
+                settings += ["engine.kind=ddp", "evaluation.every_epochs=2", "tracking.enabled=false"]
+                settings += ["tracking.every_steps=1000", "checkpoint.keep=1"]
+                train(load_config(REPO / "configs" / "keypad.yaml", settings), ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    from scipy.stats import t
+
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * spread
+
+
+def print_table(given: argparse.Namespace) -> None:
+    first, second = given.settings
+    print(f"| data | {first} | {second} | second − first, 95 % | seeds |\n|---|---|---|---|---|")
+    for data in given.data:
+        found = {
+            setting: [
+                json.loads((folder_of(given, data, setting, seed) / "results.json").read_text())["accuracy/test"]
+                for seed in range(1, given.seeds + 1)
+            ]
+            for setting in given.settings
+        }
+        cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in map(interval, found.values())]
+        mean, half = interval([b - a for a, b in zip(found[first], found[second], strict=True)])
+        print(f"| {data} | {cells[0]} | {cells[1]} | {mean:+.2f} ± {half:.2f} | {given.seeds} |")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs=2, metavar="key=value")
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=SHARDS")
+    parser.add_argument("--output", default="runs/paired")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=32)
+    given = parser.parse_args(arguments)
+    given.data = dict(text.split("=", 1) for text in given.data)
+    return given
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
+    if "RANK" in os.environ:
+        train_all(given)
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.ranks}"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)} | os.environ
+    command = [*launch, "-m", "tests.tools.paired_experiment", *sys.argv[1:]]
+    subprocess.run(command, check=True, timeout=LIMIT_SECONDS, env=environment)
+    print_table(given)
+
+
+if __name__ == "__main__":
+    main()
