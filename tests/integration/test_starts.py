@@ -26,6 +26,10 @@ def test_two_starts_in_one_folder(prefork: Any, keypad_shards: Path, tmp_path: P
     run = arguments(keypad_shards, tmp_path / "run", *ENDLESS)
     first = prefork.start(run, 1)
     assert first.until_step(2)
+    header = first.ranks[0].output.partition("\nstep ")[0]
+    for text in ("1 rank on ", ", CPU (1 thread each), fp32, DeepSpeed ZeRO 2\n", "psp, full: ", " parameters\n"):
+        assert text in header
+    assert f"\n{keypad_shards}: 48 train, 16 val, 16 test videos; 100,000 steps of 4\nMLflow: off" in header
     second = prefork.start(run, 1)
     assert second.wait(60) == [EXIT_USER_ERROR]
     pid = first.ranks[0].pid
@@ -68,6 +72,17 @@ def test_ranks_of_two_commands(prefork: Any, keypad_shards: Path, tmp_path: Path
     for rank in launch.ranks:
         assert "train.seed is 22 there, 1 on rank 0" in rank.output
         assert "Traceback" not in rank.output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fewer_videos_than_ranks(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """B6: one line, before anything is made."""
+    run = arguments(keypad_shards, tmp_path / "run", "train.global_batch=1", "engine.kind=ddp")
+    launch = prefork.start(run, 2)
+    assert launch.wait(60) == [EXIT_USER_ERROR] * 2
+    (line,) = launch.ranks[0].output.splitlines()
+    assert line.startswith("error: train.global_batch=1 leaves 1 of 2 ranks without a video")
+    assert not launch.ranks[1].output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

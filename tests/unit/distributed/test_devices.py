@@ -275,3 +275,25 @@ def test_the_others_learn_the_code_of_a_lost_gpu() -> None:
     assert full.learnt["code"] == EXIT_USER_ERROR
     assert "raise train.accumulation" in full.learnt["reason"]
     assert devices.REPEATED.search("device-side assert triggered")
+
+
+def test_a_collective_that_failed_for_a_suspension_asks_for_a_new_start() -> None:
+    """`scontrol suspend` for longer than engine.timeout: all ranks are alive, and their connections are not."""
+    store = dist.HashStore()
+    other = heartbeat.Heartbeat(store, 0, 2, 60)
+    beating = heartbeat.Heartbeat(store, 1, 2, 60)
+    beating.paused = 700.0
+    error = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer")
+    try:
+        with pytest.raises(DeviceLost, match="rank 1: stood still for 700 s, as by `scontrol suspend`") as raised:
+            process_group._leave_early(error, process_group.Ranks(1, 2, 1, torch.device("cpu")), beating)
+    finally:
+        beating.close()
+        other.close()
+    learnt = json.loads(store.get(heartbeat.EXITED))
+    assert (learnt["code"], learnt["ranks"]) == (EXIT_LOST_RANK, [1])
+
+    def fails() -> None:
+        raise raised.value
+
+    assert run_command(fails) == EXIT_LOST_RANK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cpsp_dist.launch.files import new_folder
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.training.idle_starts import VARIABLE, note_checkpoint, note_start
-from tests.support.environment import REPO
+from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD
 
 
@@ -61,6 +62,26 @@ def test_a_time_limit_within_the_notice_is_refused(tmp_path: Path, limit: str) -
         batch_file(runs, f"{tmp_path}/run", "name", Resources(time=limit))
     for enough in ("6", "5:01", "1:00:00", "1-00", None):
         batch_file(runs, f"{tmp_path}/run", "name", Resources(time=enough))
+
+
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [("00:05:00", 2), ("00:04:59", 2), ("00:00:30", 2), ("00:05:01", 0), ("1-00:05:00", 0), ("UNLIMITED", 0)],
+)
+def test_and_by_the_script(tmp_path: Path, limit: str, code: int) -> None:
+    """train_100k.sh, with Slurm's commands pretended: `scontrol` prints a limit as [D-]HH:MM:SS."""
+    shown = (
+        f"JobId=7 JobName=cpsp\\n   RunTime=00:00:01 TimeLimit={limit} TimeMin=N/A\\n   StdErr={tmp_path}/cpsp.log\\n"
+    )
+    for name, does in {"scontrol": f"printf '{shown}'", "srun": f"touch {tmp_path}/trained"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = environment(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1") | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(REPO / "slurm/train_100k.sh")]
+    done = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "trained").exists() == (code == 0)
+    assert ("error: --time has to be more than the 5 minutes" in done.stdout) == (code == 2)
 
 
 @pytest.mark.parametrize("retries", [RETRIES, 7])

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training import run_lock
 from cpsp_dist.training.run_lock import NAME, locked, require_unlocked, this_process
 
@@ -94,6 +95,36 @@ def test_a_requeued_job_waits_for_its_own_start_before(tmp_path: Path, monkeypat
     with locked(tmp_path, replace(ME, job="7")):
         pass
     assert len(looks) == 5
+
+
+def test_a_holder_that_was_replaced_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stood still for so long that another start took its place: two would write one run."""
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(run_lock, "RENEW", 0.0)
+    monkeypatch.setattr(run_lock.os, "_exit", end)
+    path = leave(tmp_path, replace(ME, host="node2", key="the next start"))
+    with pytest.raises(Ended, match=str(EXIT_USER_ERROR)):
+        run_lock._renew(path, ME, threading.Event())
+    assert f"process {os.getpid()} on node2 has taken over this run; this process ends" in caplog.text
+    assert json.loads(path.read_text())["key"] == "the next start", "and its lock is left alone"
+
+
+def test_a_holder_renews_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "RENEW", 0.01)
+    with locked(tmp_path):
+        path = tmp_path / NAME
+        os.utime(path, (1, 1))
+        end = time.monotonic() + 60
+        while path.stat().st_mtime == 1:
+            assert time.monotonic() < end
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
