@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.extraction.clip import frame_indices
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -63,21 +64,12 @@ class VisualEncoder(Encoder):
     size: ClassVar[tuple[int, int]] = (224, 224)
 
     def frame_indices(self, frames: int, segments: int) -> list[list[int]]:
-        """Which frames of a video to encode, [segments][frames_per_segment], as the published features chose theirs.
-
-        With n = frames // segments, frame i of segment l is int(l·n + i/16·n) (or l·n + n/2: the one in the middle).
-
-        Args:
-            frames: in the stretch that the segments cover.
+        """Which of a clip's frames to encode, [segments][frames_per_segment]: see `extraction.clip`.
 
         Raises:
             ValueError: fewer frames than segments.
         """
-        if frames < segments:
-            raise ValueError(f"{frames} frames are fewer than {segments} segments")
-        n, count = frames // segments, self.frames_per_segment
-        offsets = [0.5] if count == 1 else [i / count for i in range(count)]
-        return [[int(segment * n + offset * n) for offset in offsets] for segment in range(segments)]
+        return frame_indices(frames, segments, self.frames_per_segment)
 
     @abstractmethod
     def __call__(self, frames: Pixels) -> Floats:

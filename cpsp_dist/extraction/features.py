@@ -1,0 +1,25 @@
+"""The features of a decoded clip."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpsp_dist.extraction.clip import Clip, ClipForm
+from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, VisualEncoder
+
+
+def clip_form(visual: VisualEncoder, audio: AudioEncoder, segments: int = 10, segment_seconds: float = 1.0) -> ClipForm:
+    """What two encoders need of a clip."""
+    return ClipForm(segments, segment_seconds, visual.frames_per_segment, visual.size, audio.sample_rate)
+
+
+def clip_features(clip: Clip, visual: VisualEncoder, audio: AudioEncoder) -> tuple[Floats, Floats]:
+    """(visual [T, h, w, C] or [T, C], the mean over a segment's frames; audio [T, A]), float32."""
+    segments = clip.form.segments
+    return visual_features(clip, visual), audio(clip.waveform.reshape(segments, -1))
+
+
+def visual_features(clip: Clip, visual: VisualEncoder) -> Floats:
+    encoded = visual(clip.frames)
+    by_segment = encoded.reshape(clip.form.segments, -1, *encoded.shape[1:])
+    return np.asarray(by_segment.mean(axis=1, dtype=np.float32))
