@@ -55,7 +55,7 @@ case $(sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p' <<<"$job") in 00:0[0-4]:* | 00:0
     ;;
 esac
 
-# Ranks tell and end each other, all with the same exit code: srun leaves that to them, for two minutes.
+# Ranks inform and end each other, all with the same exit code: srun leaves that to them, for two minutes.
 srun --cpu-bind=cores --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
     python -m cpsp_dist.train --config "$config" "$@" &
 

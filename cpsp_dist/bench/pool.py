@@ -55,7 +55,7 @@ def bench_pool(
     Returns:
         ranks: for each number of them `floor_bytes` ((W−1)·b·d·4: what one rank has to receive of the others'
         embeddings, one way), `bytes` and `collectives` of a step (forward and backward), `wire_bytes` that a process
-        really wrote (None where the system does not tell), `gather_ms` waited, `step_ms` and `step_cpu_ms` (of one
+        really wrote (None where the system does not report it), `gather_ms` waited, `step_ms` and `step_cpu_ms` (of one
         rank) with the pool off, local, gathered. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
         of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: what mining, loss and
         backward over a pool of 4,096 are of a training step's CPU time (`least` and `most` over the rounds), and
@@ -116,7 +116,7 @@ def _random_batch(size: int, rank: int) -> Batch:
 
 
 def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
-    """Whole training steps, and what the gathered pool sends."""
+    """Complete training steps, and what the gathered pool sends."""
     model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)
     train = {"global_batch": size * ranks.world, "optimizer": "sgd"}
     described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
@@ -182,7 +182,7 @@ def _sent(ranks: Ranks, batch: Batch) -> dict[str, int | None]:
 
 
 def _written() -> int | None:
-    """Bytes that this process has written so far, to sockets too; None where the system does not tell."""
+    """Bytes that this process has written so far, to sockets too; None where the system does not report it."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -121,7 +121,7 @@ def _launch(args: argparse.Namespace) -> int:
         return 0
     if args.local:
         started, ended = local.run_local(runs, output, args.config, resources)
-        return _told(started, ended, len(runs))
+        return _report_ended(started, ended, len(runs))
     submitted = cluster.submit(runs, output, name, args.config, resources)
     main, folder = submitted[0].id.partition("_")[0], submitted[0].folder
     echo(f"submitted job {main}: {len(runs)} run{'s' if len(runs) > 1 else ''}, each {resources}")
@@ -146,7 +146,7 @@ def _follow(found: list[Job]) -> int:
     from cpsp_dist.launch import jobs
 
     try:
-        return _told(found, jobs.follow(found), len(found))
+        return _report_ended(found, jobs.follow(found), len(found))
     except KeyboardInterrupt:
         main = found[0].id.partition("_")[0]
         logger.info(
@@ -156,7 +156,7 @@ def _follow(found: list[Job]) -> int:
         return 130
 
 
-def _told(ended_jobs: list[Job], ended: dict[str, State], runs: int) -> int:
+def _report_ended(ended_jobs: list[Job], ended: dict[str, State], runs: int) -> int:
     """The last word on jobs that were waited for; the exit code."""
     from cpsp_dist.launch import files, jobs
 

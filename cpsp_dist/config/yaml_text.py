@@ -16,9 +16,9 @@ import yaml
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.utils.text import is_plain, one_line, quoted
 
-SIZE_LIMIT, DEPTH_LIMIT, DIGITS = 1 << 16, 16, 15  # bytes of a file; levels of nesting; of a whole number
+SIZE_LIMIT, DEPTH_LIMIT, DIGITS = 1 << 16, 16, 15  # bytes of a file; levels of nesting; of an integer
 
-_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FRACTION = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _OTHER_BASE = re.compile(r"[-+]?0[xob]?[0-9a-fA-F_]+")
 _GROUPED = re.compile(r"[-+]?[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
@@ -159,7 +159,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     if text in _WORDS:
         return _WORDS[text]
     shown = quoted(text)
-    if _WHOLE.fullmatch(text):
+    if _INTEGER.fullmatch(text):
         if len(text) > DIGITS:
             raise ValueError(f"{shown} is too large a number")
         return int(text)

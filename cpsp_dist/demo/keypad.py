@@ -11,7 +11,7 @@ A second is an event when c is on the wall and c's tone sounds. The other second
 
 So a wall digit and the tone agree only in events. Two more things keep one modality from being enough: besides c, a
 decoy digit is on the wall as often as c is, and (other tone + silent) is as likely as (unseen). A model that knows c
-and sees or hears perfectly is right in about 4 seconds of 5; with both modalities always.
+and perceives one modality perfectly is right in about 4 seconds of 5; with both modalities always.
 
 Visual feature of a second: the 64 pixels of each cell, 0 to 1, [7, 7, 64]. Audio: log power in 128 bands of 31.25 Hz,
 [128]. Scans are disjoint between the splits. These choices were made once, by this reasoning, and not by looking at

@@ -167,6 +167,6 @@ class AwakeClock:
 
     def passed(self) -> float:
         now = time.monotonic()
-        whole, self._last = now - self._last, now
-        self.stood = max(0.0, whole - MOST_BETWEEN)
-        return min(whole, MOST_BETWEEN)
+        elapsed, self._last = now - self._last, now
+        self.stood = max(0.0, elapsed - MOST_BETWEEN)
+        return min(elapsed, MOST_BETWEEN)

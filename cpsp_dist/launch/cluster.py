@@ -1,6 +1,6 @@
 """Training as Slurm jobs: the batch file, and submitting it through submitit.
 
-Every rank hears the scheduler's signals by itself (signals.py); the batch script, which sees the exit code of all
+Every rank receives the scheduler's signals by itself (signals.py); the batch script, which sees the exit code of all
 ranks, asks for the requeue.
 """
 

@@ -78,7 +78,7 @@ def pack(
     fields, plans = _planned(source, options)
     with workplace(out, overwrite, plan_key(source, plans, fields, options)) as part:
         outcomes = _make(PackJob(source, part, fields, options.on_error), plans, workers)
-        # Told in the shards' order, not in that in which processes came to them.
+        # Reported in the shards' order, not in that in which processes came to them.
         problems = source.problems + [problem for p in plans for problem in outcomes[p.name].problems]
         shards = [(p.name, shard) for p in plans if (shard := outcomes[p.name].shard) is not None]
         if problems and (options.on_error == "raise" or not shards):

@@ -13,7 +13,7 @@ from cpsp_dist.tracking.store import all_runs
 from cpsp_dist.utils.console import table
 
 #: Settings that differ between runs but get no column: the run's name has them.
-UNTOLD = ("output", "tracking.run_name", "tracking.parent")
+NOT_COMPARED = ("output", "tracking.run_name", "tracking.parent")
 
 
 def format_evaluation(found: dict[str, Any]) -> str:
@@ -45,7 +45,9 @@ def compare(
         UserError: no such store or experiment, or no run in it.
     """
     runs = all_runs(uri, experiment, parent)
-    keys = sorted({key for run in runs for key in run["params"]} - set(UNTOLD) - ({"train.seed"} if mean else set()))
+    keys = sorted(
+        {key for run in runs for key in run["params"]} - set(NOT_COMPARED) - ({"train.seed"} if mean else set())
+    )
     differing = [key for key in keys if len({run["params"].get(key) for run in runs}) > 1]
     rows = _means(runs, differing, metrics) if mean else [_row(run, differing, metrics) for run in runs]
     if as_json:

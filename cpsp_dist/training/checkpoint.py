@@ -176,13 +176,13 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             yield f"{COMMIT} is damaged"
             return
-        whole = True
+        complete = True
         for name in (WEIGHTS, OPTIMIZER, PROGRESS):
             problem = _problem(folder / name, expected.get(name))
             if problem:
-                whole = False
+                complete = False
                 yield f"{name} {problem}"
-        if whole and (found := json.loads(read_bytes(folder / PROGRESS))["step"]) != step:
+        if complete and (found := json.loads(read_bytes(folder / PROGRESS))["step"]) != step:
             yield f"this is a copy of the checkpoint of step {found}"
 
     def load(self, step: int) -> tuple[TrainingState, TrainingProgress]:

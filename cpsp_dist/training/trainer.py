@@ -160,7 +160,7 @@ class Trainer:
                     stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
                     self.save_if_due(step, stop_signal)
                     self.stop_if_requested(stop_signal)
-        finally:  # a program may go on, and train again
+        finally:  # a program may continue, and train again
             self.engine.close()
         return self.progress
 

@@ -47,7 +47,7 @@ def test_the_ave_layout_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert evaluated(output, "train", capsys)["accuracy"] > 0.9  # background is 57.5 %
 
 
-def test_what_is_kept_is_best_on_val_and_test_has_no_say():
+def test_what_is_kept_is_best_on_val_whatever_test_shows():
     """What README's comparison rests on; of equals the first."""
     figures = [(70, 90), (80, 60), (80, 99), (50, 50), (40, 99), (30, 99)]
     runs = [dict(zip(("accuracy/best_val", "accuracy/test"), pair, strict=True)) for pair in figures]

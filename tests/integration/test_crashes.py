@@ -74,8 +74,8 @@ def test_killed_at_random_moments(
 ) -> None:
     """SIGKILLs of a random rank over one training on 2 ranks, dropout on, a checkpoint after every step.
 
-    A moment is some milliseconds after the start, or after some step was told: with a checkpoint a step a good part of
-    them lies within a save. Until the last kill the run is held back from its results, however fast the machine is.
+    A moment is some milliseconds after the start, or after some step was logged: with a checkpoint a step many of
+    them lie within a save. Until the last kill the run is held back from its results, however fast the machine is.
     """
     seed = random.randrange(10_000)
     print("seed", seed)  # pytest shows it on failure
@@ -136,7 +136,7 @@ def count_disk_calls() -> list[Any]:
     from cpsp_dist.training import checkpoint
     from cpsp_dist.utils import files
 
-    told: list[Any] = []
+    listeners: list[Any] = []
     count = iter(range(0, 10**6, 2))
 
     def wrap(owner: Any, name: str) -> None:
@@ -144,11 +144,11 @@ def count_disk_calls() -> list[Any]:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             number = next(count)
-            for tell in told:
-                tell(number)
+            for listener in listeners:
+                listener(number)
             result = original(*args, **kwargs)
-            for tell in told:
-                tell(number + 1)
+            for listener in listeners:
+                listener(number + 1)
             return result
 
         setattr(owner, name, call)
@@ -166,7 +166,7 @@ def count_disk_calls() -> list[Any]:
         (Disk, "replace"),
     ):
         wrap(owner, name)
-    return told
+    return listeners
 
 
 def save_stages(folder: Path) -> int:
@@ -176,8 +176,8 @@ def save_stages(folder: Path) -> int:
     if not child:
         signal.alarm(60)
         try:
-            told = count_disk_calls()
-            told.append(lambda number: count.write_text(str(number + 1)))
+            listeners = count_disk_calls()
+            listeners.append(lambda number: count.write_text(str(number + 1)))
             save_some(folder / "counted", 3)
         finally:
             os._exit(0)
@@ -196,7 +196,7 @@ def save_some(output: Path, step: int, value: float | None = None) -> None:
 
 
 def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
-    """Exhaustive: a process of its own for each stage; the newest checkpoint is the old or the new one, whole."""
+    """Exhaustive: a process of its own for each stage; the newest checkpoint is the old or the new one, complete."""
     for step in (1, 2):
         save_some(tmp_path / "counted", step)
     stages = save_stages(tmp_path)
@@ -210,8 +210,10 @@ def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
         if not child:
             signal.alarm(60)
             try:
-                told = count_disk_calls()
-                told.append(lambda number, at=stage: os.kill(os.getpid(), signal.SIGKILL) if number == at else None)
+                listeners = count_disk_calls()
+                listeners.append(
+                    lambda number, at=stage: os.kill(os.getpid(), signal.SIGKILL) if number == at else None
+                )
                 save_some(output, 3)
             finally:
                 os._exit(0)
@@ -219,13 +221,13 @@ def test_killed_at_each_stage_of_a_save(tmp_path: Path) -> None:
         checkpoints = Checkpoints(output)
         newest, passed_over = checkpoints.newest_valid()
         assert newest in (2, 3)
-        assert not passed_over, "what is not whole is no checkpoint at all"
+        assert not passed_over, "what is not complete is no checkpoint at all"
         state, progress = checkpoints.load(newest)
         assert progress.step == newest
         assert torch.equal(state.weights["w"], torch.full((100,), float(newest)))
         assert int((checkpoints.folder / LATEST).read_text().split("-")[1]) in (newest - 1, newest)
         outcomes.append(newest)
-        save_some(output, 3)  # and the run goes on
+        save_some(output, 3)  # and the run continues
         assert checkpoints.newest_valid() == (3, [])
         assert not [path for path in checkpoints.folder.iterdir() if path.name.endswith(".part")]
         assert checkpoints.steps() == [2, 3]

@@ -30,8 +30,8 @@ def launch(slurm: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def restarts(slurm: Any, job: str) -> int:
-    told = slurm.run("scontrol", "show", "job", job, timeout=60).stdout
-    return int(re.search(r"Restarts=(\d+)", told)[1])
+    printed = slurm.run("scontrol", "show", "job", job, timeout=60).stdout
+    return int(re.search(r"Restarts=(\d+)", printed)[1])
 
 
 def running(slurm: Any) -> int:
@@ -39,12 +39,12 @@ def running(slurm: Any) -> int:
 
 
 def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_shards, tmp_path):
-    """Four runs, two at a time; one is killed, one is told to stop; nobody watches to the end; one table comes out."""
-    output, told = tmp_path / "tried", tmp_path / "told"
+    """Four runs, two at a time; one is killed, one is asked to stop; nobody watches to the end; one table comes out."""
+    output, printed = tmp_path / "tried", tmp_path / "printed"
     settings = overrides(keypad_shards, output, *LIGHT, "train.steps=24", "checkpoint.every_steps=1")
     sweep = ["--sweep", "train.seed=1,2", "--sweep", "objectives.psa_v=0,1", "--parallel", "2"]
     command = [sys.executable, "-m", "cpsp_dist", "launch", str(KEYPAD), *settings, *sweep, "--follow"]
-    with open(told, "w") as file:
+    with open(printed, "w") as file:
         follower = subprocess.Popen(
             command, env=environment() | slurm.env, cwd=REPO, stdout=file, stderr=subprocess.STDOUT
         )
@@ -54,7 +54,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
         todo = {"psa_v=0,seed=1": ("0.0", "KILL"), "psa_v=1,seed=1": ("1.0", "USR2")}
         limit, most = time.monotonic() + LIMIT, 0
         while todo:
-            text = told.read_text()
+            text = printed.read_text()
             for name, (task, number) in list(todo.items()):
                 if f"{name}: step 2/24 " in text:
                     job = re.search(r"submitted job (\d+)", text)[1]
@@ -70,7 +70,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
         follower.kill()
         follower.wait()
     assert most <= 2
-    assert f"no longer following; job {job} keeps running" in told.read_text()
+    assert f"no longer following; job {job} keeps running" in printed.read_text()
 
     done = launch(slurm, "launch", "--status", str(output), "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +87,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
     assert {(row["state"], row["psa_v"], row["seed"]) for row in rows.values()} == {
         ("finished", psa_v, seed) for psa_v in ("0.0", "1.0") for seed in ("1", "2")
     }
-    # What was disturbed ends as what was not, each step told once.
+    # What was disturbed ends as what was not, each step logged once.
     for name, more in (("psa_v=0,seed=1", "objectives.psa_v=0"), ("psa_v=1,seed=1", "objectives.psa_v=1")):
         assert any(line.startswith(f"{name}: resuming from ") for line in lines)
         alone = tmp_path / f"alone-{more}"
@@ -147,7 +147,7 @@ def test_a_failing_task_is_reported_as_failed(slurm, keypad_shards, tmp_path):
     assert slurm.run("squeue", "--noheader", "--array", f"--jobs={job}", timeout=60).stdout == ""
 
 
-def test_a_waiting_job_says_why_and_a_cancelled_one_is_no_success(slurm, keypad_shards, tmp_path):
+def test_a_waiting_job_has_a_reason_and_a_cancelled_one_is_no_success(slurm, keypad_shards, tmp_path):
     settings = overrides(keypad_shards, tmp_path / "later")
     done = launch(slurm, "launch", str(KEYPAD), *settings, "--slurm", "begin=now+1hour")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,8 +39,8 @@ def launch(commands: list[list[str]], arguments: list[str], folder: Path) -> Non
     for number, command in enumerate(commands):
         log = folder / f"{Path(arguments[2]).name}{number}.log"
         with open(log, "w") as file:
-            whole = [sys.executable, *command, "cpsp_dist.train", *arguments]
-            started.append((subprocess.Popen(whole, env=env, cwd=folder, stdout=file, stderr=file), log))
+            arguments_of_rank = [sys.executable, *command, "cpsp_dist.train", *arguments]
+            started.append((subprocess.Popen(arguments_of_rank, env=env, cwd=folder, stdout=file, stderr=file), log))
     try:
         codes = [process.wait(timeout=240) for process, _ in started]
         assert codes == [0] * len(codes), "\n".join(log.read_text()[-4000:] for _, log in started)
@@ -100,7 +100,7 @@ def test_the_same_loss_under_every_launcher(plain: Any, keypad_shards: Path, tmp
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.name)
 def test_no_shipped_file_uses_pdsh(path: Path) -> None:
-    """It starts jobs that do not know of each other, and writes the whole environment to `.deepspeed_env`."""
+    """It starts jobs that do not know of each other, and writes all of the environment to `.deepspeed_env`."""
     settings = yaml.safe_load(path.read_text())
     assert settings["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
     assert "pdsh" not in str(settings)

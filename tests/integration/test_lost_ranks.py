@@ -34,9 +34,9 @@ def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
     codes = launch.wait(60)
     assert codes == [-9 if rank == victim else EXIT_LOST_RANK for rank in range(3)], launch.outputs()
     assert time.monotonic() - began < 30
-    told = last_lines(launch, victim)
-    assert told
-    assert all(line.startswith(f"error: rank {victim}: exited without an error message") for line in told), (
+    printed = last_lines(launch, victim)
+    assert printed
+    assert all(line.startswith(f"error: rank {victim}: exited without an error message") for line in printed), (
         launch.outputs()
     )
 
@@ -79,7 +79,7 @@ def test_an_error_of_one_rank_is_reported_by_the_others(prefork: Any, keypad_sha
     finder = [number for number, text in enumerate(texts) if not text.startswith("error: rank")]
     assert len(finder) == 1
     assert f"sample '{key}'" in texts[finder[0]]
-    if finder == [1]:  # rank 0 tells for the machine
+    if finder == [1]:  # rank 0 reports for the machine
         assert texts[0] == texts[1].replace("error: ", "error: rank 1: ")
     assert not any("Traceback" in rank.output for rank in launch.ranks)
     for log in ("rank0.log", f"{socket.gethostname()}.log"):

@@ -192,11 +192,11 @@ def trajectory(name: str) -> dict[str, Tensor]:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=run["lr"])
     visual, audio = reference.features("training", 2 * size, 512)
-    whole = reference.batch("training", 2 * size, categories, visual, audio)
+    complete = reference.batch("training", 2 * size, categories, visual, audio)
     records: dict[str, list[Tensor]] = {}
     for step in range(run["steps"]):
         first = size * (step % 2) + rank * size // ranks
-        batch = Batch(**{key: value[first : first + size // ranks] for key, value in vars(whole).items()})
+        batch = Batch(**{key: value[first : first + size // ranks] for key, value in vars(complete).items()})
         optimizer.zero_grad()
         output = model(batch.visual, batch.audio)
         total, terms = objectives(output, batch)

@@ -66,7 +66,7 @@ def sleep_before_step(rank: int, step: int, sleeper: int) -> None:
 
 
 def test_a_second_signal_ends_at_once(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """Also a rank that waits in a collective, where no Python runs; a signal told twice at once is one."""
+    """Also a rank that waits in a collective, where no Python runs; a signal sent twice at once is one."""
     run = arguments(keypad_shards, tmp_path / "run")
     launch = prefork.start(run, 2, patch="tests.integration.test_signals:sleep_before_step", patch_args=[2, 1])
     assert launch.until(lambda: "sleeping" in launch.ranks[1].output)
@@ -123,10 +123,10 @@ def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
             assert time.monotonic() < end
         mapped = Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(signal.SIGUSR1)
-        _, told = process.communicate(timeout=120)
+        _, printed = process.communicate(timeout=120)
     assert "libtorch" not in mapped
     assert process.returncode == EXIT_REQUEUE
-    assert told == f"SIGUSR1: before anything was begun; run the same command again to resume (exit code {75})\n"
+    assert printed == f"SIGUSR1: before anything was begun; run the same command again to resume (exit code {75})\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -189,13 +189,13 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
     (tmp_path / "go").touch()
     assert launch.wait() == [EXIT_REQUEUE] * 2, launch.outputs()
     last = launch.ranks[0].output.splitlines()[-1]
-    told = (
+    printed = (
         "before anything was begun"
         if function == "distributed.process_group:connect"
         else "of 1000 steps are saved in "
     )
     assert last.startswith("SIGTERM: ")
-    assert told in last
+    assert printed in last
     assert last.endswith("run the same command again to resume (exit code 75)")
     assert "\nstep " not in launch.outputs()
     assert checkpoint_files(stopped) == before
@@ -208,7 +208,7 @@ def test_signal_during_the_start(prefork: Any, stopped: list[str], tmp_path: Pat
 def test_signal_to_a_rank_that_waits_for_others(
     prefork: Any, stopped: list[str], tmp_path: Path, function: str, others: int | None
 ) -> None:
-    """No safe point comes within the patience: it ends all the same, and tells those it is connected with."""
+    """No safe point comes within the patience: it ends all the same, and informs those it is connected with."""
     before = checkpoint_files(stopped)
     where = [*f"cpsp_dist.{function}".split(":"), 1, str(tmp_path / "go"), 1.0]
     launch = prefork.start(stopped, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
@@ -251,7 +251,7 @@ def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tm
 
 @pytest.mark.long
 def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """The training is saved: the evaluation is left at once, and done by the next start; its results are told once."""
+    """The training is saved: the evaluation is left at once and done by the next start; results are printed once."""
     output = tmp_path / "run"
     more = ["train.steps=2", "evaluation.global_batch=4", "tracking.enabled=true"]
     run = arguments(keypad_shards, output, *more)
@@ -264,8 +264,8 @@ def test_signal_during_the_last_evaluation(prefork: Any, keypad_shards: Path, tm
     assert launch.ranks[0].output.splitlines()[-1].startswith("SIGUSR1: trained and saved, not yet evaluated; ")
     assert not (output / "results.json").exists()
     for _ in range(2):
-        told = prefork.start(run, 2).finish()
-        assert "step 2/2" not in told
+        printed = prefork.start(run, 2).finish()
+        assert "step 2/2" not in printed
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         (line,) = [line for line in lines if "accuracy/test" in line]
         assert line["accuracy/test"] == json.loads((output / "results.json").read_text())["accuracy/test"]

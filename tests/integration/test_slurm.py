@@ -58,8 +58,8 @@ class Job:
 
     def shown(self) -> dict[str, str]:
         """What Slurm knows of it."""
-        told = self.slurm.run("scontrol", "--oneliner", "show", "job", self.id).stdout
-        return dict(word.split("=", 1) for word in told.split() if "=" in word)
+        printed = self.slurm.run("scontrol", "--oneliner", "show", "job", self.id).stdout
+        return dict(word.split("=", 1) for word in printed.split() if "=" in word)
 
     def wait(self, timeout: float = 240) -> dict[str, str]:
         """Until it is over; what Slurm knows of it then."""
@@ -130,7 +130,7 @@ def test_a_users_mistake_is_printed_last_and_not_requeued(slurm: Any, tmp_path: 
 
 
 def test_the_last_error_is_complete_where_ranks_write_into_each_other() -> None:
-    """Seen: every rank tells every mistake of a config, and srun that ranks ended. One line may begin another."""
+    """Seen: every rank prints every mistake of a config, and srun that ranks ended. One line may begin another."""
     program = (REPO / "slurm/train_100k.sh").read_text().split("awk '")[1].split("')")[0]
     log = """step 1/9  loss 1.0
 error: a.yaml:
@@ -165,7 +165,7 @@ def rank_of(job: Job, rank: int) -> int:
 
 
 def test_disturbed_in_every_way(slurm: Any, prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """Told that its time is over, requeued, preempted, a rank killed, its node's plug pulled: goes on each time, in one
+    """Warned that its time is over, requeued, preempted, a rank killed, its node powered off: resumes each time, in one
     MLflow run with each step once, and ends bit for bit as if nothing had been."""
     more = [
         "train.steps=100",
@@ -257,9 +257,9 @@ def test_the_doctor_looks_at_every_node(slurm: Any, keypad_shards: Path, tmp_pat
     doctor += settings(keypad_shards, tmp_path / "run")
     done = slurm.run("srun", *NODES, "--cpus-per-task=1", *doctor, cwd=REPO, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    found = {finding["check"]: finding for finding in told["findings"]}
-    assert told["errors"] == 0
+    printed = json.loads(done.stdout)
+    found = {finding["check"]: finding for finding in printed["findings"]}
+    assert printed["errors"] == 0
     assert "2 of 2 ranks on 2 nodes" in found["ranks"]["found"]
     assert "srun" in found["ranks"]["found"]
     assert "right" in found["all-reduce"]["found"]

@@ -64,7 +64,7 @@ def evaluations(output: Path) -> dict[str, Any]:
     ids=["DDP and ZeRO-2", "all"],
 )
 def test_two_ranks_equal_one(ranks, keypad_shards, tmp_path, engines, steps):
-    """Half batches on two ranks and the whole batch on one: the same losses, gradient norms and parameters after some
+    """Half batches on two ranks, the complete batch on one: the same losses, gradient norms and parameters after some
     SGD steps, and the same evaluation; of one model also on three ranks, which neither its 16 videos nor a batch of 7
     (a last one of 2) divides by."""
     for world in (1, 2):
@@ -205,11 +205,11 @@ def test_garbage_is_collected_seldom_during_the_start_and_as_usual_after(prefork
     run = ["--config", str(KEYPAD), *overrides(keypad_shards, tmp_path / "run", "train.steps=2")]
     run += ["tracking.enabled=false", "engine.kind=ddp"]
     output = prefork.start(run, 1, patch="tests.integration.test_training:print_gc_thresholds").finish()
-    told = [line.split() for line in output.splitlines() if line.startswith(("discover ", "learning_rate "))]
-    starts, trains, _ = [(name, int(every)) for name, every, _ in told]
+    calls = [line.split() for line in output.splitlines() if line.startswith(("discover ", "learning_rate "))]
+    starts, trains, _ = [(name, int(every)) for name, every, _ in calls]
     assert starts == ("discover", gc_control.REDUCED_THRESHOLD)
     assert trains == ("learning_rate", gc.get_threshold()[0])
-    frozen = [int(count) for _, _, count in told]
+    frozen = [int(count) for _, _, count in calls]
     assert frozen[1] > frozen[0], "what the start made"
 
 
@@ -236,9 +236,9 @@ def test_mistakes_are_one_line_with_exit_code_2(prefork, keypad_shards, tmp_path
     assert "did you mean 'train.epochs'" in user_error(prefork, [*config, "train.epoch=1"])
     assert f"{tmp_path}/nothing: no such folder" in user_error(prefork, [*config, f"data.shards={tmp_path}/nothing"])
     shards = [*config, f"data.shards={keypad_shards}"]
-    told = user_error(prefork, [*shards, "train.global_batch=64"])
-    assert "48" in told
-    assert "64" in told
+    message = user_error(prefork, [*shards, "train.global_batch=64"])
+    assert "48" in message
+    assert "64" in message
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "half.json").write_text('{"zero_optimization": ')
     for setting in (
@@ -269,12 +269,12 @@ def test_damaged_data_is_reported_once_by_all_ranks_together(prefork, keypad_sha
         shard: damaged(keypad_shards, tmp_path / "shard", shard, 100_000),
     }
     for name, place in places.items():
-        told = user_error(prefork, arguments(place, tmp_path / "run"), 2)
-        assert told.startswith("error: ")
-        assert f"{place}" in told, told
-        assert name in told, told
-    told = user_error(prefork, arguments(keypad_shards, tmp_path / "run", "train.global_batch=64"), 2)
-    assert "64" in told
+        message = user_error(prefork, arguments(place, tmp_path / "run"), 2)
+        assert message.startswith("error: ")
+        assert f"{place}" in message, message
+        assert name in message, message
+    message = user_error(prefork, arguments(keypad_shards, tmp_path / "run", "train.global_batch=64"), 2)
+    assert "64" in message
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -282,13 +282,13 @@ def test_damaged_data_is_reported_once_by_all_ranks_together(prefork, keypad_sha
 def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards, tmp_path):
     base = arguments(keypad_shards, tmp_path / "run", "train.steps=2", "tracking.enabled=false")
     prefork.start(base, 1).finish()
-    told = user_error(prefork, [*base, "objectives.psa_v=0.5"])
-    assert "objectives.psa_v 1.0 -> 0.5" in told
+    message = user_error(prefork, [*base, "objectives.psa_v=0.5"])
+    assert "objectives.psa_v 1.0 -> 0.5" in message
     assert "remove it, or set another output" in user_error(prefork, [*base, "--fresh"])
     other = tmp_path / "other-shards"
     assert main(["shards", "subset", str(keypad_shards), "--fraction", "0.9", "--out", str(other)]) == 0
-    told = user_error(prefork, [*base, f"data.shards={other}"])
-    assert f"the shards at {other} are not the ones it was trained on" in told
+    message = user_error(prefork, [*base, f"data.shards={other}"])
+    assert f"the shards at {other} are not the ones it was trained on" in message
     assert "it is of step 2, train.epochs and train.steps now ask for 1" in user_error(
         prefork, [*base, "train.steps=1"]
     )

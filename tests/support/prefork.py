@@ -79,7 +79,7 @@ class Launch:
         return True
 
     def until_step(self, step: int, timeout: float = 60) -> bool:
-        """Wait until rank 0 told of `step` (with tracking.every_steps=1); False where it ended first."""
+        """Wait until rank 0 logged `step` (with tracking.every_steps=1); False where it ended first."""
         return self.until(lambda: last_step(self.ranks[0].output) >= step, timeout)
 
     def outputs(self) -> str:
@@ -87,8 +87,8 @@ class Launch:
 
 
 def last_step(output: str) -> int:
-    told = [line for line in output.split("\n")[:-1] if line.startswith("step ")]
-    return int(told[-1].split()[1].split("/")[0]) if told else 0
+    logged = [line for line in output.split("\n")[:-1] if line.startswith("step ")]
+    return int(logged[-1].split()[1].split("/")[0]) if logged else 0
 
 
 class PreforkLauncher:

@@ -84,12 +84,12 @@ def print_means(found: dict[str, Results]) -> None:
 def print_differences(found: dict[str, Results], first: str = "cpsp") -> None:
     """How far `first` is ahead of each other kind, seed by seed."""
     for kind in [kind for kind in found if kind != first]:
-        told = []
+        differences = []
         for name in METRICS:
             pairs = [a[name] - b[name] for a, b in zip(found[first], found[kind], strict=True)]
             middle, half = interval(pairs)
-            told.append(f"{name} {middle:+.2f} ± {half:.2f}")
-        print(f"{first} - {kind}, {len(pairs)} seeds, 95 %: {'; '.join(told)}")
+            differences.append(f"{name} {middle:+.2f} ± {half:.2f}")
+        print(f"{first} - {kind}, {len(pairs)} seeds, 95 %: {'; '.join(differences)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A real Slurm cluster of virtual nodes on this machine, for the tests and for trying scripts out.
 
-    python tests/tools/slurm_lab.py install          Debian's packages (also `make slurm-up`, which goes on with `up`)
+    python tests/tools/slurm_lab.py install          Debian's packages (also `make slurm-up`, which continues with `up`)
     python tests/tools/slurm_lab.py up [NODES]       start it (2 nodes), and print what a shell has to export
     python tests/tools/slurm_lab.py down             end it
     python tests/tools/slurm_lab.py fail NODE        pull that node's plug: everything on it is gone at once
@@ -247,7 +247,7 @@ class Lab:
         end = time.monotonic() + LIMIT
         while (pid := self._pid(name)) is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # a node's wrapper takes its whole namespace with it
+                os.kill(pid, signal.SIGKILL)  # a node's wrapper takes all of its namespace with it
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
             if time.monotonic() > end:

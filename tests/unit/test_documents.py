@@ -19,7 +19,9 @@ from tests.support.environment import REPO
 PACKAGE = REPO / "cpsp_dist"
 DOCS = REPO / "docs"
 #: Words with a meaning that only this project's authors knew; CONTRIBUTING.md has those to use instead.
-PRIVATE_WORDS = r"\b(told|tells|mended|witness|nursery|linger|goes on|in vain)\b"
+PRIVATE_WORDS = (
+    r"(?i)(?<![a-z])(told|tells|mended|hears|witness|nursery|linger(s|ing)?|goes on|in vain|whole(?! number))(?![a-z])"
+)
 
 
 def documents() -> list[Path]:
@@ -205,13 +207,11 @@ def test_documents_use_plain_words():
 
 
 def test_code_is_in_plain_words():
-    """Of the package and the scripts all; of tests their names, which tables and reports show."""
-    for path in [*PACKAGE.rglob("*.py"), *(REPO / "slurm").glob("*.sh"), *(REPO / "configs").rglob("*.yaml")]:
-        found = re.search(PRIVATE_WORDS, path.read_text(encoding="utf-8"))
+    """Names too: an underscore separates words. Not this file, which lists the words, and not an option of sockets."""
+    sources = [path for folder in (PACKAGE, REPO / "tests") for path in folder.rglob("*.py") if path != Path(__file__)]
+    for path in [*sources, *(REPO / "slurm").glob("*.sh"), *(REPO / "configs").rglob("*.yaml")]:
+        found = re.search(PRIVATE_WORDS, path.read_text(encoding="utf-8").replace("SO_LINGER", ""))
         assert not found, f"{name_of(path)}: '{found[0]}'"
-    for path in (REPO / "tests").rglob("test_*.py"):
-        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert not re.search(PRIVATE_WORDS, name.replace("_", " ")), f"{name_of(path)}: {name}"
 
 
 def test_readme_is_short():

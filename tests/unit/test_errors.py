@@ -43,7 +43,7 @@ def test_who_prints(error: BaseException, ranks: list[int]) -> None:
     assert printing(error) == ranks
 
 
-def test_before_the_ranks_are_connected_slurm_says_which_is_first() -> None:
+def test_before_the_ranks_are_connected_slurm_names_the_first() -> None:
     assert should_print(UserError("mistake"), {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2"})
     assert not should_print(UserError("mistake"), {"SLURM_LOCALID": "1", "SLURM_NTASKS": "2"})
     assert should_print(UserError("mistake"), {})

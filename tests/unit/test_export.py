@@ -65,7 +65,7 @@ def test_mistakes_of_evaluate_are_one_line(trained: Path, tmp_path: Path, capsys
     pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(tmp_path / "source")]
     assert main([*pack, "--out", str(tmp_path / "other")]) == 0
     run = str(trained / "psp")
-    for given, told in (
+    for given, expected in (
         ([str(tmp_path / "none")], f"{tmp_path / 'none'}: no complete checkpoint here; give the output folder of a"),
         ([str(trained)], "no complete checkpoint here"),
         ([run, "--split", "tset"], "no split 'tset' in these shards; there are: train, val, test"),
@@ -77,7 +77,7 @@ def test_mistakes_of_evaluate_are_one_line(trained: Path, tmp_path: Path, capsys
         printed = capsys.readouterr()
         (line,) = printed.err.splitlines()
         assert line.startswith("error: ")
-        assert told in line
+        assert expected in line
         assert printed.out == ""
 
 

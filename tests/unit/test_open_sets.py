@@ -42,12 +42,13 @@ class ToyModel(Network):
 
     def __init__(self, settings, *, supervision, visual_channels, audio_channels, categories, modality):
         super().__init__(visual_channels=512, audio_channels=128, modality=modality)
-        self.see = nn.Linear(visual_channels, settings.width)
-        self.hear = nn.Linear(audio_channels, settings.width)
+        self.visual = nn.Linear(visual_channels, settings.width)
+        self.audio = nn.Linear(audio_channels, settings.width)
         self.classifier = Classifier(settings.width, categories, supervision)
 
     def forward(self, visual, audio):
-        a, v = self.hear(audio.to(self.hear.weight.dtype)), self.see(visual.to(self.see.weight.dtype).mean((2, 3)))
+        a = self.audio(audio.to(self.audio.weight.dtype))
+        v = self.visual(visual.to(self.visual.weight.dtype).mean((2, 3)))
         event, category, video = self.classifier(a + v)
         return Output(event, category, video, a + v, a, v, cosine(a, v), None)
 """,

@@ -72,15 +72,15 @@ def test_a_planted_exception_is_one_line_of_every_command(
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     assert main(given) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"error: {words[0]}: unexpected LookupError: lost at https://host/x")
-    assert told.err.endswith("; --debug prints the traceback\n")
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {words[0]}: unexpected LookupError: lost at https://host/x")
+    assert printed.err.endswith("; --debug prints the traceback\n")
+    assert printed.err.count("\n") == 1
     assert main([*given, "--debug"]) == 1
-    told = capsys.readouterr()
-    assert "Traceback (most recent call last)" in told.err
-    assert SECRET not in told.err
+    printed = capsys.readouterr()
+    assert "Traceback (most recent call last)" in printed.err
+    assert SECRET not in printed.err
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_the_exit_code_follows_from_the_kind(
 ) -> None:
     monkeypatch.setattr("cpsp_dist.utils.command._drop_stdout", lambda: None)
     assert run_command(raising(error), doing="there") == code
-    told = capfd.readouterr().err
-    assert text in told
-    assert told.count("\n") == bool(text)
-    assert len(told) < 600
-    assert "\x1b" not in told
+    printed = capfd.readouterr().err
+    assert text in printed
+    assert printed.count("\n") == bool(text)
+    assert len(printed) < 600
+    assert "\x1b" not in printed
 
 
 def test_a_thread_that_fails_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +119,9 @@ def test_a_thread_that_fails_is_one_line_too(capsys: pytest.CaptureFixture[str])
     before = threading.excepthook
     assert run_command(work, doing="there") == 0
     assert threading.excepthook is before
-    told = capsys.readouterr().err
-    assert told.startswith("error: there: unexpected ValueError: in a thread")
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: there: unexpected ValueError: in a thread")
+    assert printed.count("\n") == 1
 
 
 def planted(rank: int) -> None:

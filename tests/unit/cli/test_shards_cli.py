@@ -33,10 +33,10 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> list[str]:
     assert main([str(a) for a in argv]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    told = [n for n, line in enumerate(lines) if line.startswith("error: ")]
-    assert len(told) == 1, captured.err
+    errors = [n for n, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(errors) == 1, captured.err
     assert captured.out == ""
-    return lines[told[0] :]
+    return lines[errors[0] :]
 
 
 def test_pack_info_verify_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,13 +250,13 @@ AVE_MISTAKES = {
 
 @pytest.mark.parametrize("name", AVE_MISTAKES)
 def test_ave_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    harm, flags, told = AVE_MISTAKES[name]
+    harm, flags, expected = AVE_MISTAKES[name]
     write_ave(tmp_path / "source")
     harm(tmp_path / "source")
     before = files_under(tmp_path)
     lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "ave-h5", *flags))
     assert len(lines) == 1, lines
-    assert_matches(told, lines[0])
+    assert_matches(expected, lines[0])
     assert files_under(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
@@ -332,13 +332,13 @@ ZIP_MISTAKES = {
 def test_zip_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    harm, flags, told = ZIP_MISTAKES[name]
+    harm, flags, expected = ZIP_MISTAKES[name]
     write_avel(tmp_path / "source")
     monkeypatch.chdir(tmp_path / "source")
     harm(tmp_path / "source")
     before = files_under(tmp_path)
     lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", "avel100k-zip", *flags))
-    assert_matches(told, "\n".join(lines))
+    assert_matches(expected, "\n".join(lines))
     if name != "not in json":  # there it is all twelve
         assert len(lines) == 1, lines
     assert files_under(tmp_path) == before
@@ -396,12 +396,12 @@ def drop(path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("name", OTHER_MISTAKES)
 def test_mistakes_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    layout, harm, told = OTHER_MISTAKES[name]
+    layout, harm, expected = OTHER_MISTAKES[name]
     WRITERS[layout](tmp_path / "source")
     harm(tmp_path / "source")
     lines = fails(capsys, *pack(tmp_path / "source", tmp_path / "out", layout))
     assert len(lines) == 1 or name == "path as id", lines  # there, the other rows have no ids, so no pickles
-    assert_matches(told, "\n".join(lines))
+    assert_matches(expected, "\n".join(lines))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

@@ -1,4 +1,4 @@
-"""The configuration: every shipped file loads; every mistake is told, at once, with the nearest key."""
+"""The configuration: every shipped file loads; every mistake is reported, at once, with the nearest key."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_all_mistakes_at_once_with_the_nearest_key(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("train: {epochs: 1, epochs: 2}", "key 'epochs' is given twice"),
         ("extends: c.yaml", "extends itself"),
@@ -107,10 +107,10 @@ def test_all_mistakes_at_once_with_the_nearest_key(tmp_path):
         ("data: {shards: x}\ntrain: {precision: fp64}", "needs engine.kind=ddp"),
     ],
 )
-def test_one_mistake(tmp_path, text, told):
+def test_one_mistake(tmp_path, text, expected):
     with pytest.raises(ConfigError, match=r"c\.yaml") as raised:
         load_config(write(tmp_path, text))
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -86,7 +86,7 @@ def test_what_has_two_meanings_is_refused(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"a: [\n", "line 2: not valid YAML"),
         (b"data: {}\ndata: {}", "line 2: key 'data' is given twice"),
@@ -109,12 +109,12 @@ def test_what_has_two_meanings_is_refused(text: str, tmp_path: Path) -> None:
         (b"data: {shards: }", "data.shards=None"),
     ],
 )
-def test_broken_files_name_the_line(tmp_path: Path, content: bytes, told: str) -> None:
+def test_broken_files_name_the_line(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"c\.yaml") as raised:
         load_config(file)
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 4
     assert len(str(raised.value)) < 1000
 
@@ -134,14 +134,14 @@ def test_mistakes_of_yaml_and_of_settings_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(tmp_path / "c.yaml", ["train.gama=3", "engine.zero=1_0"])
     text = str(raised.value)
-    for told in ("base.yaml: line 2: 'yes' is", "line 3: '010' is", "train.epochs=-1", "'train.gama'", "'1_0' is"):
-        assert told in text
+    for expected in ("base.yaml: line 2: 'yes' is", "line 3: '010' is", "train.epochs=-1", "'train.gama'", "'1_0' is"):
+        assert expected in text
     assert "is missing" not in text
     assert len(text.splitlines()) == 6
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("output=runs/a b #2", "'#' begins a comment"),
         ("train.steps=", "no value; write train.steps=null for none"),
@@ -157,10 +157,10 @@ def test_mistakes_of_yaml_and_of_settings_at_once(tmp_path: Path) -> None:
         ("train.seed=1e3", "train.seed=1000.0: input should be a valid integer"),
     ],
 )
-def test_overrides_that_would_mean_something_else(override: str, told: str) -> None:
+def test_overrides_that_would_mean_something_else(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config("keypad", [override])
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
     assert len(str(raised.value)) < 400
 
 

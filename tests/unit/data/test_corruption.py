@@ -26,7 +26,7 @@ FLIPS = 400
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Written:
-    return write_shards(tmp_path_factory.mktemp("whole"), {"train": [6]}, segments=2, channels=1)
+    return write_shards(tmp_path_factory.mktemp("original"), {"train": [6]}, segments=2, channels=1)
 
 
 @pytest.fixture
@@ -96,12 +96,12 @@ def test_every_flip_of_an_array_is_found_and_every_other_flip_is_harmless(damage
             count = len(where) if place == "array" else min(len(where), FLIPS)
             for offset in random.choice(where, count, replace=False).tolist():
                 file.seek(offset)
-                whole = file.read(1)[0]
+                original = file.read(1)[0]
                 file.seek(offset)
-                file.write(bytes([whole ^ int(random.integers(1, 256))]))
+                file.write(bytes([original ^ int(random.integers(1, 256))]))
                 outcomes[place, delivered(damaged, access)] += 1
                 file.seek(offset)
-                file.write(bytes([whole]))
+                file.write(bytes([original]))
     assert delivered(damaged, access)
     assert {place for place, found in outcomes if not found} == {"array"}
     assert {place for place, found in outcomes if found} == {"tar header", "npy header", "json", "padding", "end"}
@@ -139,12 +139,12 @@ def test_every_flip_of_the_sample_table_is_found(damaged):
 
 
 def test_exchanged_samples_are_found(damaged):
-    """Whole arrays in another sample's place, as a faulty copy leaves them: right bytes, wrong sample."""
+    """Complete arrays in another sample's place, as a faulty copy leaves them: right bytes, wrong sample."""
     shard = damaged.folder / "train-0000.tar"
     manifest = Manifest.load(damaged.folder)
     for field in ("visual", "audio"):
         content = bytearray(shard.read_bytes())
-        whole = bytes(content)
+        original = bytes(content)
         size = manifest.fields[field].nbytes
         first, second = (int(manifest.samples[row][field]) for row in (1, 4))
         content[first : first + size], content[second : second + size] = (
@@ -153,7 +153,7 @@ def test_exchanged_samples_are_found(damaged):
         )
         shard.write_bytes(content)
         assert not delivered(damaged, "map")
-        shard.write_bytes(whole)
+        shard.write_bytes(original)
     assert delivered(damaged, "map")
 
 

@@ -337,7 +337,7 @@ def test_slots_are_reused(written):
 
 
 def test_a_pinned_slot_is_not_refilled_while_it_is_copied_to_the_gpu(written, monkeypatch):
-    """Without a GPU, by stand-ins for CUDA's events: copies to the GPU go on after the next batch is asked for."""
+    """Without a GPU, by stand-ins for CUDA's events: copies to the GPU continue after the next batch is asked for."""
     asked, copied, with_device = threading.Semaphore(0), threading.Event(), set()
 
     class Copying:
@@ -394,7 +394,7 @@ def test_no_thread_outlives_its_iterator(written):
     assert set(threading.enumerate()) == before
     with pytest.raises(RuntimeError, match="closed"):
         next(second)
-    list(EvalStream(written.manifest, "val", batch=2))  # a whole pass ends by itself
+    list(EvalStream(written.manifest, "val", batch=2))  # a complete pass ends by itself
     assert set(threading.enumerate()) == before
 
 

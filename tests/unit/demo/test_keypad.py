@@ -1,4 +1,4 @@
-"""The demo corpus, decoded by other means than those that made it: pixels looked up, tones told by ear."""
+"""The demo corpus, decoded by other means than those that made it: pixels looked up, tones found by frequency."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_an_event_is_the_digit_seen_and_heard(corpus: Path, seen: list, heard: n
     for video, line in enumerate(truth):
         category = names.index(line["category"])
         for second in range(10):
-            told = int(line["heard"][second]) if line["heard"][second] != "." else -1
-            right += heard[video, second] == told
+            tone = int(line["heard"][second]) if line["heard"][second] != "." else -1
+            right += heard[video, second] == tone
             on_wall = set(seen[video][second])
-            event = category in on_wall and told == category
+            event = category in on_wall and tone == category
             assert labels[video, second].argmax() == (category if event else 10)
-            assert told == -1 or (told in on_wall) == event  # no other digit is ever seen and heard
-    assert right / (10 * len(truth)) > 0.99  # there is noise, but an ear can tell
+            assert tone == -1 or (tone in on_wall) == event  # no other digit is ever seen and heard
+    assert right / (10 * len(truth)) > 0.99  # there is noise, but the tones are clear
 
 
 def test_walls_have_empty_and_noisy_cells(corpus: Path) -> None:
@@ -122,11 +122,11 @@ def test_background_is_of_all_four_kinds(corpus: Path, seen: list, heard: np.nda
     background = array(corpus, "right_labels")[..., -1] == 1
     found: Counter[str] = Counter()
     for video, second in np.argwhere(background):
-        category, told = names.index(truth[video]["category"]), heard[video, second]
+        category, tone = names.index(truth[video]["category"]), heard[video, second]
         if category in seen[video][second]:
-            found["silent" if told == -1 else "other tone"] += 1
+            found["silent" if tone == -1 else "other tone"] += 1
         else:
-            found["unseen" if told == category else "neither"] += 1
+            found["unseen" if tone == category else "neither"] += 1
     assert set(found) == {"other tone", "silent", "unseen", "neither"}
     assert min(found.values()) > 0.1 * background.sum(), found
 
@@ -135,24 +135,24 @@ def test_one_modality_alone_is_limited_both_together_are_not(corpus: Path, seen:
     """Readers that perfectly know what is seen, or heard, and even the video's digit, do what is right most often."""
     events = array(corpus, "right_labels")[..., :-1].any(axis=2).ravel()
     category = array(corpus, "right_labels")[..., :-1].any(axis=1).argmax(axis=1)
-    told = (
+    labelled = (
         array(corpus, "right_labels")[..., :-1].any(axis=(1, 2)).repeat(10)
     )  # videos whose digit is known from labels
-    sees = np.array([[category[v] in wall for wall in video] for v, video in enumerate(seen)]).ravel()
-    hears = (heard == category[:, None]).ravel()
+    seeing = np.array([[category[v] in wall for wall in video] for v, video in enumerate(seen)]).ravel()
+    hearing = (heard == category[:, None]).ravel()
 
     def best(*readings: np.ndarray) -> float:
-        codes = np.stack(readings)[:, told].T @ (1, 2)[: len(readings)]
-        groups = [events[told][codes == code] for code in np.unique(codes)]
-        return sum(max(g.sum(), (~g).sum()) for g in groups) / told.sum()
+        codes = np.stack(readings)[:, labelled].T @ (1, 2)[: len(readings)]
+        groups = [events[labelled][codes == code] for code in np.unique(codes)]
+        return sum(max(g.sum(), (~g).sum()) for g in groups) / labelled.sum()
 
-    majority = max(events[told].mean(), 1 - events[told].mean())
-    assert majority + 0.1 < best(sees) < 0.9
-    assert majority + 0.1 < best(hears) < 0.9
-    assert best(sees, hears) > 0.98
+    majority = max(events[labelled].mean(), 1 - events[labelled].mean())
+    assert majority + 0.1 < best(seeing) < 0.9
+    assert majority + 0.1 < best(hearing) < 0.9
+    assert best(seeing, hearing) > 0.98
 
 
-def test_the_eye_alone_does_not_even_know_which_digit(corpus: Path, seen: list) -> None:
+def test_images_alone_do_not_even_show_which_digit(corpus: Path, seen: list) -> None:
     category = array(corpus, "mil_labels").argmax(axis=1)
     most = [sum((Counter(set(w)) for w in video), Counter()).most_common(1)[0][0] for video in seen]
     events = category < 10

@@ -185,7 +185,7 @@ def test_each_step_of_a_job_has_a_port_of_its_own() -> None:
     ("variables", "named"), [({"MASTER_PORT": "abc"}, "MASTER_PORT='abc'"), (RANKS | {"RANK": ""}, "RANK=''")]
 )
 @pytest.mark.parametrize("command", ["train", "dry-run", "doctor", "evaluate", "export"])
-def test_every_command_says_so_at_once(
+def test_every_command_reports_it_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str, variables: dict[str, str], named: str
 ) -> None:
     from cpsp_dist.cli import main

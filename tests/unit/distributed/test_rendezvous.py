@@ -103,8 +103,8 @@ def test_who_does_not_come_is_named(store: Any) -> None:
 def test_a_rank_that_comes_twice(store: Any) -> None:
     """Two starts at one address: whoever comes late ends, and the others train on."""
     results = start(0, 1, 1, call=lambda place: join(place, limit=1.0))
-    told = [str(result) for result in results]
-    assert any("came to here:1 a second time" in text or "waited" in text for text in told[1:]), told
+    messages = [str(result) for result in results]
+    assert any("came to here:1 a second time" in text or "waited" in text for text in messages[1:]), messages
 
 
 def test_secrets_of_settings_are_not_printed(store: Any) -> None:

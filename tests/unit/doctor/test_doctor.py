@@ -1,4 +1,4 @@
-"""`cpsp-dist doctor`: what users meet, each told in a line with its fix; every wait with a limit."""
+"""`cpsp-dist doctor`: what users meet, each reported in a line with its fix; every wait with a limit."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_a_healthy_laptop(doctor: Run, keypad_shards: Path, tmp_path: Path) -> N
     assert lines[-1].startswith("no errors")
     assert not [*tmp_path.iterdir()], "nothing is left behind"
     code, lines = doctor("--json", *config(keypad_shards, tmp_path / "run"))
-    told = json.loads("\n".join(lines))
-    assert (code, told["errors"]) == (0, 0)
-    assert sorted(found["check"] for found in told["findings"]) == sorted(wanted)
+    report = json.loads("\n".join(lines))
+    assert (code, report["errors"]) == (0, 0)
+    assert sorted(found["check"] for found in report["findings"]) == sorted(wanted)
     assert doctor()[1][-1].startswith("no errors"), "also without a configuration"
 
 
@@ -90,8 +90,8 @@ def test_mistakes_of_a_user(doctor: Run, keypad_shards: Path, tmp_path: Path) ->
     }
     for check, (settings, texts, errors) in mistakes.items():
         code, lines = doctor(*config(shards, run, *settings))
-        told = line_of(lines, check, "error")
-        assert all(text in told for text in texts), told
+        message = line_of(lines, check, "error")
+        assert all(text in message for text in texts), message
         assert code == 2
         assert lines[-1].startswith(f"{errors} error"), "no room in /proc either"
     os.environ["RANK"] = "0"
@@ -114,9 +114,9 @@ def test_a_damaged_sample_and_a_missing_shard(doctor: Run, keypad_shards: Path, 
         file.seek(int(sample["audio"]))
         file.write(bytes([byte ^ 1]))
     code, lines = doctor(*config(shards, tmp_path / "run"))
-    told = line_of(lines, "shards", "error")
+    message = line_of(lines, "shards", "error")
     assert code == 2
-    assert f"{path}: audio of sample '{sample['key'].decode()}' is damaged; copy this shard again" in told
+    assert f"{path}: audio of sample '{sample['key'].decode()}' is damaged; copy this shard again" in message
     path.unlink()
     code, lines = doctor(*config(shards, tmp_path / "run"))
     assert code == 2
@@ -171,9 +171,9 @@ def test_a_full_disk(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     code, lines = doctor(*config(keypad_shards, tmp_path / "run"))
     assert code == 2
-    told = line_of(lines, "space", "error")
-    assert "50.0 MB free; checkpoints of 18.8 MB each need up to 75.2 MB" in told
-    assert "lower checkpoint.keep" in told
+    message = line_of(lines, "space", "error")
+    assert "50.0 MB free; checkpoints of 18.8 MB each need up to 75.2 MB" in message
+    assert "lower checkpoint.keep" in message
     assert doctor(*config(keypad_shards, tmp_path / "run", "checkpoint.keep=1", "train.optimizer=sgd"))[0] == 0
 
 
@@ -204,9 +204,9 @@ def test_mlflow(doctor: Run, keypad_shards: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(paths, "file_system", lambda _: "lustre")
     code, lines = doctor(*run)
     assert code == 0, "a warning alone"
-    told = line_of(lines, "mlflow", "warning")
-    assert "network file system (lustre)" in told
-    assert "fix: set MLFLOW_TRACKING_URI to a server" in told
+    message = line_of(lines, "mlflow", "warning")
+    assert "network file system (lustre)" in message
+    assert "fix: set MLFLOW_TRACKING_URI to a server" in message
     assert lines[-1] == "no errors, 1 warning"
 
 
@@ -286,18 +286,18 @@ def test_nodes_that_differ(prefork: Any, keypad_shards: Path, tmp_path: Path) ->
     lines = launch.ranks[0].output.splitlines()
     assert not launch.ranks[1].output
     digests = [Manifest.load(tmp_path / name / "shards").fingerprint[:12] for name in ("a", "b")]
-    told = line_of(lines, "shards", "error")
-    assert f"{digests[0]} on node0; {digests[1]} on node1; fix: copy the same shards to every node" in told
-    told = line_of(lines, "output", "error")
-    assert told.split()[2:4] == ["on", "node1:"]
-    assert f"{tmp_path}/b: the file that rank 0 (node0) wrote there did not appear within 8 s" in told
+    message = line_of(lines, "shards", "error")
+    assert f"{digests[0]} on node0; {digests[1]} on node1; fix: copy the same shards to every node" in message
+    message = line_of(lines, "output", "error")
+    assert message.split()[2:4] == ["on", "node1:"]
+    assert f"{tmp_path}/b: the file that rank 0 (node0) wrote there did not appear within 8 s" in message
     assert "torch on every node" in line_of(lines, "packages", "error")
     assert "2.99.0 on node1" in line_of(lines, "packages", "error")
     assert "writable" in line_of(lines, "output", "ok")
     assert "the same folder" not in line_of(lines, "output", "ok")
-    told = line_of(lines, "clock", "warning")
-    assert "node1 +5." in told
-    assert "NTP" in told
+    message = line_of(lines, "clock", "warning")
+    assert "node1 +5." in message
+    assert "NTP" in message
     assert lines[-1] == "3 errors, 2 warnings"
 
 
@@ -321,10 +321,10 @@ def test_a_rank_that_never_comes(prefork: Any, absent: int) -> None:
     outputs = [rank.output.splitlines() for rank in launch.ranks]
     assert not any("Traceback" in rank.output or "frame #" in rank.output for rank in launch.ranks)
     if absent:
-        told = line_of(outputs[0], "ranks", "error")
-        assert "2 of 3 ranks on 2 nodes: node0 (rank 0), node1 (rank 1); timed out: waited 4 s at 127.0.0.1:" in told
-        assert "for rank 2; fix: look at the output of rank 2" in told
-        assert line_of(outputs[0], "packages", "ok"), "the others' findings are told all the same"
+        message = line_of(outputs[0], "ranks", "error")
+        assert "2 of 3 ranks on 2 nodes: node0 (rank 0), node1 (rank 1); timed out: waited 4 s at 127.0.0.1:" in message
+        assert "for rank 2; fix: look at the output of rank 2" in message
+        assert line_of(outputs[0], "packages", "ok"), "the others' findings are printed all the same"
     else:
         for rank, lines in enumerate(outputs, 1):
             assert len(lines) == 1
@@ -372,12 +372,12 @@ def test_a_rank_that_dies_is_missed(prefork: Any, keypad_shards: Path, tmp_path:
     launch = start(prefork, run, 2, "die_at_the_shards", victim)
     assert launch.wait(90) == ([9, 2] if victim == 0 else [2, 9]), launch.outputs()
     assert time.monotonic() - began < 45
-    told = [line for line in launch.ranks[1 - victim].output.splitlines() if "was lost" in line]
-    assert len(told) == 1
+    message = [line for line in launch.ranks[1 - victim].output.splitlines() if "was lost" in line]
+    assert len(message) == 1
     if victim:
-        assert "rank 1 on node1 was lost at 'shards': nothing came from it within 7 s" in told[0]
+        assert "rank 1 on node1 was lost at 'shards': nothing came from it within 7 s" in message[0]
     else:
-        assert "rank 1: the rendezvous at 127.0.0.1:" in told[0]
+        assert "rank 1: the rendezvous at 127.0.0.1:" in message[0]
         assert "Traceback" not in launch.ranks[1].output
 
 

@@ -172,8 +172,8 @@ def test_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, monkeypatch,
     flags += ["--partition", "gpu", "--account", "lab", "--qos", "long", "--slurm", "constraint=h100"]
     flags += ["--slurm", "exclusive", "--setup", "module load cuda", "--parallel", "2", "--dry-run"]
     assert main(["launch", str(KEYPAD), "output=runs/big", "--sweep", "train.seed=1,2,3", *flags]) == 0
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert lines[0] == "#!/bin/bash"
     asked = sorted(line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH"))
     folder = asked[11].removeprefix("output=").removesuffix("/%A_%a_batch.out")
@@ -201,7 +201,7 @@ def test_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, monkeypatch,
     assert command.startswith(f"srun --unbuffered --output {folder}/%A_%a_%t_log.out ")
     assert command.endswith(f"{sys.executable} -u -m submitit.core._submit {folder}")
     assert lines.index("module load cuda") < lines.index(command)
-    assert "seed=2: output runs/big/seed=2" in told.err
+    assert "seed=2: output runs/big/seed=2" in printed.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def test_dry_run_prints_the_batch_file_and_writes_nothing(tmp_path, monkeypatch,
         ([137, 143, 75, 69, 137], 4, 137),  # not for ever
     ],
 )
-def test_the_batch_file_asks_for_a_requeue_as_the_exit_code_says(tmp_path, codes, requeues, end):
+def test_the_batch_file_asks_for_a_requeue_as_the_exit_code_asks(tmp_path, codes, requeues, end):
     """The very file, under bash, with an srun that ends with these codes, one a start, and an scontrol that notes."""
     _, runs = plan_runs(KEYPAD, [f"output={tmp_path}/out"])
     stub(tmp_path / "bin", "srun", f'read -r code <{tmp_path}/codes; sed -i 1d {tmp_path}/codes; exit "$code"')
@@ -269,9 +269,9 @@ def test_a_forgotten_job_ends_the_wait(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "PATIENCE", 0.5)
     jobs.save_jobs(tmp_path, [Job("7", "", "out", str(tmp_path), "slurm")])
     assert main(["launch", "--status", str(tmp_path), "--follow"]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "out: job 7 is unknown: Slurm does not know it"
-    assert told[-1] == "out: failed, Slurm does not know it, and it left no exit code; it printed nothing"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "out: job 7 is unknown: Slurm does not know it"
+    assert printed[-1] == "out: failed, Slurm does not know it, and it left no exit code; it printed nothing"
 
 
 # On this machine
@@ -360,8 +360,8 @@ def test_what_is_submitted_is_two_paths(trained, private_url, capsys):
 def test_a_failing_local_run_is_reported_as_failed(tmp_path):
     done = launch(str(KEYPAD), f"output={tmp_path}/out", f"data.shards={tmp_path}/none", "--local")
     assert done.returncode == 2
-    told = f"{tmp_path}/none: no such folder of shards; pack one with `cpsp-dist shards pack`"
-    assert done.stdout.splitlines()[-1] == f"out: exit code 2: error: {told}"
+    printed = f"{tmp_path}/none: no such folder of shards; pack one with `cpsp-dist shards pack`"
+    assert done.stdout.splitlines()[-1] == f"out: exit code 2: error: {printed}"
     assert " failed " in done.stdout.splitlines()[-2]
 
 
@@ -371,16 +371,16 @@ def test_interrupted_local_ranks_save_and_end(keypad_shards, tmp_path):
     more = ["train.steps=2000", "train.epochs=999", "tracking.every_steps=1", "tracking.enabled=false"]
     command = [sys.executable, "-m", "cpsp_dist", "launch", str(KEYPAD), "--local"]
     command += overrides(keypad_shards, tmp_path / "out", *more)
-    told = tmp_path / "told"
-    with open(told, "w") as file:
+    printed = tmp_path / "printed"
+    with open(printed, "w") as file:
         process = subprocess.Popen(
             command, env=environment(), cwd=REPO, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         limit = time.monotonic() + 120
-        while "\nstep 2/" not in told.read_text():
-            assert process.poll() is None, told.read_text()
-            assert time.monotonic() < limit, told.read_text()
+        while "\nstep 2/" not in printed.read_text():
+            assert process.poll() is None, printed.read_text()
+            assert time.monotonic() < limit, printed.read_text()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=120) == 75
@@ -388,7 +388,7 @@ def test_interrupted_local_ranks_save_and_end(keypad_shards, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = told.read_text().splitlines()
+    lines = printed.read_text().splitlines()
     assert "stopping: waiting up to 120 s for the ranks to save and end" in lines
     assert any(line.startswith("SIGINT: saved step ") for line in lines)
     assert len(list((tmp_path / "out").glob("checkpoints/step-*"))) >= 1
@@ -416,7 +416,7 @@ def test_a_sweep_is_one_run_with_its_runs_below(prefork, keypad_shards, tmp_path
     client = MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
     below = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.info.run_name for run in below} == {"seed=1", "seed=2"}
-    # The same sweep launched again, of more runs: the same run above it. One of its jobs fails before MLflow hears of
+    # The same sweep launched again, of more runs: the same run above it. One of its jobs fails before MLflow knows of
     # it, and those that followed the jobs see it.
     assert open_sweep(runs[0].config, str(output), 3) == parent
     assert parents(output)[0]["status"] == "RUNNING"
@@ -434,11 +434,11 @@ def test_a_sweep_is_one_run_with_its_runs_below(prefork, keypad_shards, tmp_path
     prefork.start(["--config", str(KEYPAD), *settings, *beside], 1).finish()
     uri = f"sqlite:///{output / 'mlflow.db'}"
 
-    def told(**more: str) -> list[str]:
+    def printed(**more: str) -> list[str]:
         return [row["run"] for row in json.loads(compare(uri, "cpsp", ["accuracy/test"], as_json=True, **more))]
 
-    assert told() == ["seed=1", "seed=2", "beside"]
-    assert told(parent="tried") == told(parent=parent) == ["seed=1", "seed=2"]
+    assert printed() == ["seed=1", "seed=2", "beside"]
+    assert printed(parent="tried") == printed(parent=parent) == ["seed=1", "seed=2"]
     assert main(["compare", "--uri", uri, "--parent", "tired"]) == 2
     assert "no sweep 'tired' in experiment 'cpsp'" in capsys.readouterr().err
     (mean,) = json.loads(compare(uri, "cpsp", ["accuracy/test"], parent="tried", mean=True, as_json=True))

@@ -86,8 +86,8 @@ def slow_supcon(rows: Tensor, category: list[int], video: list[int], temperature
         others = [j for j in range(len(rows)) if video[j] != video[i]]
         positives = [j for j in others if category[j] == category[i]]
         if positives:
-            whole = sum(math.exp(cosine(rows[i], rows[j]) / temperature) for j in others)
-            shares = [math.exp(cosine(rows[i], rows[j]) / temperature) / whole for j in positives]
+            total = sum(math.exp(cosine(rows[i], rows[j]) / temperature) for j in others)
+            shares = [math.exp(cosine(rows[i], rows[j]) / temperature) / total for j in positives]
             values.append(-sum(math.log(share) for share in shares) / len(shares))
     return values
 
@@ -396,7 +396,7 @@ def test_an_objective_of_weight_zero_is_not_computed() -> None:
 
 @pytest.mark.parametrize("size", [512, 4096])
 def test_saved_for_backward_is_small(size: int) -> None:
-    """Two stages: the graph keeps the mined pairs, not the whole anchors × pool matrix; O(A·(1+k)·D) at any N."""
+    """Two stages: the graph keeps the mined pairs, not the complete anchors × pool matrix; O(A·(1+k)·D) at any N."""
     anchors, d, k = 8, 16, 3
     rows = torch.randn(size, d).requires_grad_()
     own = torch.arange(anchors)

@@ -1,4 +1,4 @@
-"""One process with the whole batch, without an engine, against 1, 2 and 4 ranks: the same losses, the same gradients.
+"""One process with the complete batch, without an engine, against 1, 2 and 4 ranks: the same losses and gradients.
 
 Each world size is launched once (`worlds`), when first asked for, and does everything that the tests here look at.
 """
@@ -154,7 +154,7 @@ def gradients(
 def plain_gradients(
     runs: dict[str, Run], dtype: torch.dtype = torch.float64
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The same by one process with the whole batches and torch alone: no engine, no ranks, parts added up."""
+    """The same by one process with the complete batches and torch alone: no engine, no ranks, parts added up."""
     results = {}
     for name, run in runs.items():
         model = network(run.network, run.supervision).to(dtype)
@@ -232,11 +232,11 @@ def edges(dtype: torch.dtype) -> dict[tuple[Any, ...], dict[str, Tensor]]:
         for case in EDGES:
             settings = ALL.model_copy(update={"mining": way[0], "negatives": 4})
             objectives = Objectives(settings, pool=way[1], bank=way[2])  # type: ignore[arg-type]
-            whole, batch = edge(case, dtype)
+            complete, batch = edge(case, dtype)
             for step in range(2):
                 batch.video += SLOTS * step
                 own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
-                output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+                output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in complete))
                 total, terms = objectives(output, share(batch, rank, ranks))
                 total.backward()
             grads = {f"grad {n}": x.grad for n, x in output._asdict().items() if x is not None and x.grad is not None}
@@ -272,9 +272,9 @@ def collectives(cases: list[str]) -> list[list[str]]:
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
 
-        def watch(owner: Any, name: str, told: str) -> None:
+        def watch(owner: Any, name: str, label: str) -> None:
             real = getattr(owner, name)
-            patch.setattr(owner, name, lambda *a, **k: (seen.append(told), real(*a, **k))[1])
+            patch.setattr(owner, name, lambda *a, **k: (seen.append(label), real(*a, **k))[1])
 
         for name in COLLECTIVES:
             watch(dist, name, name)
@@ -298,13 +298,13 @@ def collectives(cases: list[str]) -> list[list[str]]:
 def costs(width: int) -> dict[str, dict[str, float]]:
     """Bytes and time of a step with objectives over the pool, embeddings of `width` in float32."""
     rank, ranks = rank_and_world()
-    whole, batch = edge("even", torch.float32)
+    complete, batch = edge("even", torch.float32)
     own = slice(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks)
     wanted = {"psa_v": only("psa_v"), "both": only("psa_v").model_copy(update={"sspsp": 1.0}), "local": ALL}
     found = {}
     for name, chosen in wanted.items():
         fusion = torch.randn(SLOTS // ranks, T, width, requires_grad=True)
-        output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in whole))
+        output = Output(*(None if x is None else x[own].clone().requires_grad_() for x in complete))
         objectives = Objectives(chosen, pool="local" if name == "local" else "gather")
         objectives(output._replace(fusion=fusion), share(batch, rank, ranks))[0].backward()
         found[name] = objectives.health()

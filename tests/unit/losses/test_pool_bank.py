@@ -129,10 +129,10 @@ def remember(state: dict[str, Tensor], steps: range) -> dict[str, Tensor]:
     objectives = Objectives(ONLY_PSA_V, pool="gather", bank=11)
     objectives.load(state)
     for step in steps:
-        whole, output = random_batch(step, 8), random_output(step, 8)
+        complete, output = random_batch(step, 8), random_output(step, 8)
         own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-        whole.video += 8 * (step % 3)
-        batch = type(whole)(**{name: x[own] for name, x in vars(whole).items()})
+        complete.video += 8 * (step % 3)
+        batch = type(complete)(**{name: x[own] for name, x in vars(complete).items()})
         objectives(type(output)(*(None if x is None else x[own] for x in output)), batch)
     return objectives.state()
 
@@ -143,13 +143,13 @@ def bank_states(halves: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def test_same_content_and_order_on_all_ranks_and_after_a_resume_on_any_number(ranks: Any) -> None:
     """One process and 2 ranks, uninterrupted or resuming from a state: one content, bit for bit, wrapped around."""
-    half, whole = remember({}, range(3)), remember({}, range(6))
-    assert whole["bank.count"] > 2 * 11 > 11
+    half, complete = remember({}, range(3)), remember({}, range(6))
+    assert complete["bank.count"] > 2 * 11 > 11
     resumed = [remember(half, range(3, 6)), *(state for rank in ranks(bank_states, 2, [half]) for state in rank)]
     assert len(resumed) == 5
     for state in resumed:
-        assert state.keys() == whole.keys()
-        for name, tensor in whole.items():
+        assert state.keys() == complete.keys()
+        for name, tensor in complete.items():
             assert torch.equal(state[name], tensor), name
 
 
@@ -181,7 +181,7 @@ def test_a_state_is_no_view_and_a_run_without_bank_has_none() -> None:
     bank.put(rows(2, 2))
     assert state["bank.video"].tolist() == [0, 1, 0]
     assert form("full").state() == {}
-    form("full").load(state)  # a run that goes on without its bank
+    form("full").load(state)  # a run that continues without its bank
 
 
 def test_a_bank_of_local_pools_is_refused(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def train_and_again(shards: Path, output: Path) -> dict[str, Tensor]:
 def test_training_with_a_bank_resumes_bit_for_bit_and_on_another_world_size(
     ranks: Any, keypad_shards: Path, tmp_path: Path
 ) -> None:
-    """The bank is in the checkpoint; two ranks go on as if nothing had happened, one takes over what two remember."""
+    """The bank is in the checkpoint; two ranks continue as if nothing had happened, one takes over the bank of two."""
     output = tmp_path / "run"
     expected = ranks(train_and_again, 2, keypad_shards, output, timeout=200)[0]
     state, _ = Checkpoints(output).load(8)

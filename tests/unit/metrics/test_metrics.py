@@ -84,36 +84,36 @@ def test_results_equal_sklearn(seed: int, size: int) -> None:
     batch.valid[0] = True
     answer = predict(output)[batch.valid]
     truth = torch.where(batch.event, batch.category[:, None], K)[batch.valid]
-    told = evaluated(output, batch, ["dog", "bell", "car"])
-    assert told["accuracy"] == pytest.approx(accuracy_score(truth.flatten(), answer.flatten()))
-    assert told["event_accuracy"] == pytest.approx(accuracy_score(truth.flatten() == K, answer.flatten() == K))
+    figures = evaluated(output, batch, ["dog", "bell", "car"])
+    assert figures["accuracy"] == pytest.approx(accuracy_score(truth.flatten(), answer.flatten()))
+    assert figures["event_accuracy"] == pytest.approx(accuracy_score(truth.flatten() == K, answer.flatten() == K))
     for t in range(T):
-        assert told["seconds"][t] == pytest.approx(accuracy_score(truth[:, t], answer[:, t]))
+        assert figures["seconds"][t] == pytest.approx(accuracy_score(truth[:, t], answer[:, t]))
     expected = precision_recall_fscore_support(
         truth.flatten(), answer.flatten(), labels=list(range(K + 1)), zero_division=0
     )
-    assert list(told["categories"]) == ["dog", "bell", "car", "background"]
-    for i, shown in enumerate(told["categories"].values()):
+    assert list(figures["categories"]) == ["dog", "bell", "car", "background"]
+    for i, shown in enumerate(figures["categories"].values()):
         assert list(shown.values()) == pytest.approx([values[i] for values in expected])
     edges = [[(row[t] == K) != (row[t + 1] == K) for row in labels for t in range(T - 1)] for labels in (truth, answer)]
-    assert told["boundary_f1"] == pytest.approx(f1_score(*edges, zero_division=0))
-    assert json.loads(json.dumps(told)) == told
+    assert figures["boundary_f1"] == pytest.approx(f1_score(*edges, zero_division=0))
+    assert json.loads(json.dumps(figures)) == figures
 
 
 def test_results_of_nothing() -> None:
-    told = evaluated(*random_case(0, 0), ["a", "b", "c"])
-    assert told["accuracy"] == told["event_accuracy"] == told["boundary_f1"] == 0
-    assert told["categories"]["a"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "segments": 0}
+    figures = evaluated(*random_case(0, 0), ["a", "b", "c"])
+    assert figures["accuracy"] == figures["event_accuracy"] == figures["boundary_f1"] == 0
+    assert figures["categories"]["a"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "segments": 0}
 
 
 def test_what_is_reported_is_a_share() -> None:
-    told = evaluated(*random_case(5, 8), ["a", "b", "c"])
+    figures = evaluated(*random_case(5, 8), ["a", "b", "c"])
     assert reported() == ["accuracy", "event_accuracy", "boundary_f1"]
-    assert all(0 <= told[name] <= 1 for name in reported())
+    assert all(0 <= figures[name] <= 1 for name in reported())
 
 
 def test_what_people_read() -> None:
-    told = evaluated(*random_case(5, 8), ["a", "b", "c"])
-    lines = [line for metric in METRICS.values() for line in metric.summary(told)]
-    assert lines[0].startswith(f"segment accuracy {100 * told['accuracy']:.2f} %, of event or background alone")
+    figures = evaluated(*random_case(5, 8), ["a", "b", "c"])
+    lines = [line for metric in METRICS.values() for line in metric.summary(figures)]
+    assert lines[0].startswith(f"segment accuracy {100 * figures['accuracy']:.2f} %, of event or background alone")
     assert lines[2].count(" ") == 4 + T, lines

@@ -88,7 +88,7 @@ def test_reference_all_mistakes_are_listed(folder: Path, capsys) -> None:
     state["fv.0.weight"][0, 0] = torch.nan
     torch.save(state, folder / "wrong.pth.tar")
     assert run(folder, folder / "wrong.pth.tar", "psp") == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for mistake in (
         "unknown parameter fc.weight [2, 3]",
         "missing parameter fa.0.weight [256, 128]",
@@ -96,8 +96,8 @@ def test_reference_all_mistakes_are_listed(folder: Path, capsys) -> None:
         "classifier.category.weight has shape [4, 256], the model's is [3, 256]",
         "fv.0.weight holds a value that is not finite",
     ):
-        assert mistake in told
-    assert told.count("\n") == 1 + 6  # the five above and the classifier's bias
+        assert mistake in printed
+    assert printed.count("\n") == 1 + 6  # the five above and the classifier's bias
 
 
 class Harmful:
@@ -136,9 +136,9 @@ def test_one_clear_line(folder: Path, capsys, content, message: str) -> None:
     elif content is not None:
         torch.save(content, path)
     assert run(folder, path, "psp") == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_the_model_must_be_the_configured_one(folder: Path, capsys) -> None:
@@ -162,7 +162,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_reference_checkpoint_starts_a_run(folder: Path) -> None:
-    """A run of one vanishing step ends with the published weights it was told to start from."""
+    """A run of one vanishing step ends with the published weights it was to start from."""
     checkpoint, weights, output = folder / "p.pth.tar", folder / "out" / "weights.safetensors", folder / "run"
     torch.save(published("psp"), checkpoint)
     assert run(folder, checkpoint, "psp") == 0

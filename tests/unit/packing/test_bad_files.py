@@ -224,7 +224,7 @@ def test_h5_whose_values_are_not_in_it(tmp_path: Path, fails: Fails, harm: Calla
 
 
 @pytest.mark.parametrize(("row", "text"), [(0.5, "0.5 is not a row number"), (np.nan, "nan is not a row number")])
-def test_a_row_number_is_a_whole_number(tmp_path: Path, fails: Fails, row: float, text: str) -> None:
+def test_a_row_number_is_an_integer(tmp_path: Path, fails: Fails, row: float, text: str) -> None:
     write_ave(tmp_path / "s")
     with h5py.File(tmp_path / "s" / "val_order.h5", "w") as file:
         file["order"] = [2.0, row]

@@ -80,7 +80,7 @@ def test_round_trip_of_small_sources(tmp_path: Path, layout: str, dtype: str) ->
         np.testing.assert_array_equal(sample["label.npy"], data["mask"][row])
         assert sample["visual.npy"].dtype == dtype
         assert (sample["audio.npy"].dtype, sample["label.npy"].dtype) == (np.float32, np.uint8)
-        category = int(data["category"][row])  # also without an event: Annotations.txt or the csv tells
+        category = int(data["category"][row])  # also without an event: Annotations.txt or the csv has it
         assert sample["json"] == {
             "video_id": video_id(row),
             "category": category,
@@ -237,7 +237,7 @@ def test_class_names_from_annotations_alone(tmp_path: Path) -> None:
     write_ave(tmp_path / "source")
     (tmp_path / "source" / "categories.txt").unlink()
     opened = open_source(SourceOptions("ave-h5", source=tmp_path / "source"))
-    # Class 2 is that of the videos without events only, so no label tells its name.
+    # Class 2 is that of the videos without events only, so no label has its name.
     assert opened.categories == ["bark", "bell", "class 2"]
 
 
@@ -406,24 +406,24 @@ def test_the_shuffle_is_pinned() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("damage")
     write_ave(folder / "source", 8)
     return packed(folder / "out", "ave-h5", folder / "source")
 
 
-def damaged_copy(whole: Manifest, tmp_path: Path, data: bytes) -> Path:
+def damaged_copy(undamaged: Manifest, tmp_path: Path, data: bytes) -> Path:
     copy = tmp_path / "copy"
     copy.mkdir(exist_ok=True)
-    for path in whole.folder.iterdir():
+    for path in undamaged.folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (copy / whole.shards[0].url).write_bytes(data)
+    (copy / undamaged.shards[0].url).write_bytes(data)
     return copy
 
 
-def test_every_flipped_byte_is_found_and_placed(whole: Manifest, tmp_path: Path) -> None:
-    good = whole.path(whole.shards[0]).read_bytes()
-    assert verify(whole.folder).fingerprint == whole.fingerprint
+def test_every_flipped_byte_is_found_and_placed(undamaged: Manifest, tmp_path: Path) -> None:
+    good = undamaged.path(undamaged.shards[0]).read_bytes()
+    assert verify(undamaged.folder).fingerprint == undamaged.fingerprint
     places: dict[int, str] = {}  # what is at some bytes: everything up to the second sample, then a stride
     with tarfile.open(fileobj=io.BytesIO(good)) as tar:
         for m in tar.getmembers():
@@ -432,32 +432,32 @@ def test_every_flipped_byte_is_found_and_placed(whole: Manifest, tmp_path: Path)
             if m.size % 512:
                 places[m.offset_data + m.size] = "padding"
     places |= {len(good) - i: "end" for i in (1, 512, 1024)}
-    rows = whole.samples[: whole.shards[0].nsamples]
+    rows = undamaged.samples[: undamaged.shards[0].nsamples]
     for place, what in places.items():
         bad = bytearray(good)
         bad[place] ^= 0x10
-        with pytest.raises(DataError) as told:
-            verify(damaged_copy(whole, tmp_path, bytes(bad)))
-        text = str(told.value)
-        assert whole.shards[0].url in text
+        with pytest.raises(DataError) as error:
+            verify(damaged_copy(undamaged, tmp_path, bytes(bad)))
+        text = str(error.value)
+        assert undamaged.shards[0].url in text
         payload = [
             (row["key"].decode(), name)
             for row in rows
-            for name, size in (*((n, f.nbytes) for n, f in whole.fields.items()), ("json", row["json_size"]))
+            for name, size in (*((n, f.nbytes) for n, f in undamaged.fields.items()), ("json", row["json_size"]))
             if row[name] <= place < row[name] + size
         ]
         for key, name in payload:  # the sample's own bytes: named to the field
             assert f"{name} of sample {key} is damaged" in text, what
 
 
-def test_every_cut_is_found(whole: Manifest, tmp_path: Path) -> None:
-    good = whole.path(whole.shards[0]).read_bytes()
+def test_every_cut_is_found(undamaged: Manifest, tmp_path: Path) -> None:
+    good = undamaged.path(undamaged.shards[0]).read_bytes()
     with tarfile.open(fileobj=io.BytesIO(good)) as tar:
         ends = [m.offset_data + m.size for m in tar.getmembers()]
         starts = [m.offset for m in tar.getmembers()]
     for cut in {0, 1, 511, 512, *starts, *ends, *(e + 100 for e in ends), len(good) - 512, len(good) - 1}:
-        with pytest.raises(DataError, match=rf"{whole.shards[0].url}: shard is {cut} bytes long, not {len(good)}"):
-            verify(damaged_copy(whole, tmp_path, good[:cut]))
+        with pytest.raises(DataError, match=rf"{undamaged.shards[0].url}: shard is {cut} bytes long, not {len(good)}"):
+            verify(damaged_copy(undamaged, tmp_path, good[:cut]))
         # The strict reader finds it without knowing the length, too (a tar may lack what pads it to 10 kB).
         path = tmp_path / "cut.tar"
         path.write_bytes(good[:cut])
@@ -466,8 +466,8 @@ def test_every_cut_is_found(whole: Manifest, tmp_path: Path) -> None:
                 index_shard(path)
 
 
-def test_interleaved_and_partial_samples_are_refused(whole: Manifest, tmp_path: Path) -> None:
-    with tarfile.open(whole.path(whole.shards[0])) as tar:
+def test_interleaved_and_partial_samples_are_refused(undamaged: Manifest, tmp_path: Path) -> None:
+    with tarfile.open(undamaged.path(undamaged.shards[0])) as tar:
         members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
 
     def rewritten(order: list[int]) -> Path:
@@ -495,7 +495,7 @@ def test_labels_are_checked(tmp_path: Path) -> None:
     write_h5(source / "right_labels.h5", labels)
     opened = open_source(SourceOptions("ave-h5", source=source))
     assert [p.split(":")[0] for p in opened.problems] == [f"video {video_id(r)} (row {r})" for r in (3, 4, 6)]
-    with pytest.raises(DataError, match="3 problems in the source") as told:
+    with pytest.raises(DataError, match="3 problems in the source") as error:
         pack(opened, tmp_path / "out", PackOptions())
-    assert "events of several classes: [0, 1]" in str(told.value)
+    assert "events of several classes: [0, 1]" in str(error.value)
     assert list(tmp_path.iterdir()) == [source]

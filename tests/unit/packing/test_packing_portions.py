@@ -29,13 +29,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> dict[str, bytes]:
+def complete(source: Path) -> dict[str, bytes]:
     """What one process makes of it."""
-    pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "whole", SMALL, workers=1)
-    return named(files_under(source.parent / "whole"))
+    pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "complete", SMALL, workers=1)
+    return named(files_under(source.parent / "complete"))
 
 
-def test_portions_at_once_give_the_same_bytes(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_portions_at_once_give_the_same_bytes(source: Path, complete: dict[str, bytes], tmp_path: Path) -> None:
     """Also where the work folder holds what an earlier call with other options left; the last command makes nothing."""
     out = tmp_path / "out"
     work = tmp_path / "out.part" / WORK_NAME
@@ -48,27 +48,27 @@ def test_portions_at_once_give_the_same_bytes(source: Path, whole: dict[str, byt
         )
         for i in range(PORTIONS)
     ]
-    told = [portion.communicate(timeout=120)[0].decode() for portion in portions]
+    printed = [portion.communicate(timeout=120)[0].decode() for portion in portions]
     assert [portion.returncode for portion in portions] == [0] * PORTIONS
-    shards = len([name for name in whole if name.endswith(".tar")])
-    assert sum(int(line.split()[1]) for line in told) == shards
+    shards = len([name for name in complete if name.endswith(".tar")])
+    assert sum(int(line.split()[1]) for line in printed) == shards
     assert not out.exists(), "a portion finishes nothing"
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.part").glob("*.tar")}
     assert len(times) == shards
     subprocess.run(command(source, out, 1), env=environment(), check=True, timeout=120)
-    assert named(files_under(out)) == whole
+    assert named(files_under(out)) == complete
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
 
 
 def test_a_portion_that_is_missing_is_made_by_the_last_command(
-    source: Path, whole: dict[str, bytes], tmp_path: Path
+    source: Path, complete: dict[str, bytes], tmp_path: Path
 ) -> None:
     opened, out = open_source(SourceOptions("avel100k-zip", source=source)), tmp_path / "out"
-    shards = len([name for name in whole if name.endswith(".tar")])
+    shards = len([name for name in complete if name.endswith(".tar")])
     assert pack_portion(opened, out, SMALL, 1, PORTIONS, workers=1) == (len(range(1, shards, PORTIONS)), shards)
     assert pack_portion(opened, out, SMALL, shards, shards + 1, workers=1) == (0, shards), "more jobs than shards"
     pack(opened, out, SMALL, workers=1)
-    assert named(files_under(out)) == whole
+    assert named(files_under(out)) == complete
 
 
 @pytest.mark.parametrize("portion", ["3/3", "1", "a/b", "-1/3", "1/"])

@@ -38,11 +38,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> dict[str, bytes]:
+def uninterrupted(source: Path) -> dict[str, bytes]:
     """The shards of a run that nothing disturbed."""
-    pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "whole", SMALL, workers=1)
-    verify(source.parent / "whole")
-    return named(files_under(source.parent / "whole"))
+    pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "uninterrupted", SMALL, workers=1)
+    verify(source.parent / "uninterrupted")
+    return named(files_under(source.parent / "uninterrupted"))
 
 
 def wait_for(condition: object, seconds: float = 60) -> None:
@@ -90,7 +90,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, layout: st
 
 
 @pytest.mark.parametrize(("workers", "kill_at"), [(1, 5), (2, 12)])
-def test_killed_and_continued(source: Path, whole: dict, tmp_path: Path, workers: int, kill_at: int) -> None:
+def test_killed_and_continued(source: Path, uninterrupted: dict, tmp_path: Path, workers: int, kill_at: int) -> None:
     out, part = tmp_path / "out", tmp_path / "out.part"
     process = subprocess.Popen(command(source, out, workers), env=environment(), stderr=subprocess.DEVNULL)
     try:
@@ -101,11 +101,11 @@ def test_killed_and_continued(source: Path, whole: dict, tmp_path: Path, workers
         process.wait()
     assert process.returncode == -signal.SIGKILL, "it was too fast to be killed"
     assert not out.exists()
-    wait_for(lambda: not any(map(alive, workers_alive)))  # no orphan goes on writing
+    wait_for(lambda: not any(map(alive, workers_alive)))  # no orphan keeps writing
     kept = {path.name: path.stat().st_mtime_ns for path in finished(part)}
     done = subprocess.run(command(source, out, workers), env=environment(), timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert named(files_under(out)) == whole
+    assert named(files_under(out)) == uninterrupted
     assert not part.exists()
     assert kept, "nothing was finished when it was killed"
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # kept, not written again
@@ -135,7 +135,7 @@ def resumed(source: Path, out: Path, options: PackOptions = SMALL) -> tuple[dict
     return named(files_under(out)), {name for name in before if after.get(name) == before[name]}
 
 
-def test_a_finished_shard_is_kept_only_if_it_is_complete(source: Path, whole: dict, tmp_path: Path) -> None:
+def test_a_finished_shard_is_kept_only_if_it_is_complete(source: Path, uninterrupted: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(4, source, out)
     names = [path.name for path in finished(tmp_path / "out.part")]
@@ -147,7 +147,7 @@ def test_a_finished_shard_is_kept_only_if_it_is_complete(source: Path, whole: di
     cut.write_bytes(cut.read_bytes()[:-1024])
     (no_note.parent / ".work" / (no_note.name + ".done")).write_text("{")
     files, kept = resumed(source, out)
-    assert files == whole
+    assert files == uninterrupted
     assert kept == {names[3]}
 
 
@@ -167,12 +167,12 @@ def test_changed_features_are_packed_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sample["visual.npy"], new.astype(np.float16))
 
 
-def test_other_options_start_afresh(source: Path, whole: dict, tmp_path: Path) -> None:
+def test_other_options_start_afresh(source: Path, uninterrupted: dict, tmp_path: Path) -> None:
     stop_after(3, source, tmp_path / "out")
     files, kept = resumed(source, tmp_path / "out", PackOptions(shard_mb=0.04, seed=1))
     assert not kept
-    assert files.keys() == whole.keys()
-    assert files["train-000000.tar"] != whole["train-000000.tar"]
+    assert files.keys() == uninterrupted.keys()
+    assert files["train-000000.tar"] != uninterrupted["train-000000.tar"]
 
 
 def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,9 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert part.is_dir()
 
 
-def test_a_killed_worker_is_reported_and_what_is_finished_is_kept(source: Path, whole: dict, tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_and_what_is_finished_is_kept(
+    source: Path, uninterrupted: dict, tmp_path: Path
+) -> None:
     out, part = tmp_path / "out", tmp_path / "out.part"
     process = subprocess.Popen(command(source, out, 2), env=environment(), stderr=subprocess.PIPE, text=True)
 
@@ -205,7 +207,7 @@ def test_a_killed_worker_is_reported_and_what_is_finished_is_kept(source: Path, 
     assert "Traceback" not in errors
     assert f"what is finished stays in {part}" in errors
     files, kept = resumed(source, out)
-    assert files == whole
+    assert files == uninterrupted
     assert kept
 
 
@@ -220,9 +222,9 @@ def test_skipping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for workers in ("1", "2"):
         flags = ["--on-error", "skip", "--workers", workers, "--shard-mb", "0.04"]
         assert main(command(source, tmp_path / workers / "out", 1)[3:] + flags) == 0
-        told = capsys.readouterr().err
-        assert "note: left out 4 videos:" in told
-        assert all(f"video {video_id(row)} (row {row}): " in told for row in gone)
+        message = capsys.readouterr().err
+        assert "note: left out 4 videos:" in message
+        assert all(f"video {video_id(row)} (row {row}): " in message for row in gone)
     assert files_under(tmp_path / "1") == files_under(tmp_path / "2")
     out = tmp_path / "1" / "out"
     assert len((out / "skipped.txt").read_text().splitlines()) == 4
@@ -279,8 +281,8 @@ def test_a_mistake_leaves_no_folder_that_it_made(tmp_path: Path, capsys: pytest.
     write_avel(tmp_path / "source", 12)
     write_zip(tmp_path / "source" / "video" / f"{video_id(1)}.zip", np.full((10, 3, 7, 7), np.nan))
     (tmp_path / "there").mkdir()
-    told = f"video {video_id(1)}"
-    mistakes = {"new/deeper/out": told, "there/deeper/out": told, "new/" + 251 * "x": "File name too long"}
+    message = f"video {video_id(1)}"
+    mistakes = {"new/deeper/out": message, "there/deeper/out": message, "new/" + 251 * "x": "File name too long"}
     for out, mistake in mistakes.items():
         assert main(command(tmp_path / "source", tmp_path / out, 1)[3:]) == 2
         assert mistake in capsys.readouterr().err

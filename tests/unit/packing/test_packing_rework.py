@@ -82,7 +82,7 @@ main(["shards", "index", folder])
 @pytest.mark.parametrize("old", ["none", "other"])
 @pytest.mark.parametrize(("method", "calls"), [("index_shard", 3), ("replace", 1), ("write_text", 1), ("replace", 2)])
 def test_killed_while_indexing(shards: Manifest, method: str, calls: int, old: str) -> None:
-    """While tars are read, and at each stage of writing: what is there loads whole or not at all, and the next call
+    """While tars are read, and at each stage of writing: what is there loads completely or not at all; the next call
     ends well. `old`: no manifest was there, or that of the tars as they were before."""
     before = files_under(shards.folder)
     if old == "none":
@@ -193,12 +193,12 @@ BAD_SAMPLES = {
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_what_cannot_be_indexed_is_named(tmp_path: Path, name: str) -> None:
-    changes, told = BAD_SAMPLES[name]
+    changes, expected = BAD_SAMPLES[name]
     with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for member, data in (members("a") | changes).items():
             if data is not None:
                 add(tar, member, data)
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=expected) as error:
         rebuild(tmp_path)
     assert str(tmp_path / "train-0.tar") in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["train-0.tar"]
@@ -372,13 +372,13 @@ def test_subset(shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert Counter(half.samples["category"].tolist()) == {0: 2, 1: 2, 2: 2}
     assert arrays_by_row(half.folder).items() <= everything.items()
     capsys.readouterr()
-    for flags, told in (
+    for flags, message in (
         (["--first", "0"], "--first 0: has to be 1 or more"),
         (["--fraction", "1.5"], "--fraction 1.5: has to be above 0"),
         (["--first", "1", "--split", "dev"], "no split 'dev' in these shards"),
     ):
         assert main([*base, str(tmp_path / "x"), *flags]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -390,9 +390,12 @@ def test_split(shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not a.keys() & b.keys()
     assert len(a) == 12
     capsys.readouterr()
-    for flags, told in ((["--part", "a"], "--part a: write it as NAME=SHARE"), (["--part", "a=1"], "is there already")):
+    for flags, expected in (
+        (["--part", "a"], "--part a: write it as NAME=SHARE"),
+        (["--part", "a=1"], "is there already"),
+    ):
         assert main([*base, *flags]) == 2
-        assert told in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     shutil.rmtree(tmp_path / "parts")
     assert main([*base, "--part", "a=1", "--part", "b=0.0001"]) == 2
     assert "too few videos to give part 'b' any" in capsys.readouterr().err

@@ -66,20 +66,20 @@ class _Runs:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_malicious_pickle_is_refused_and_named(tmp_path: Path, protocol: int) -> None:
-    witness = tmp_path / "ran"
+    created = tmp_path / "ran"
     for call, name in (
-        (_Runs(os.system, f"touch {witness}"), "system"),
-        (_Runs(builtins.eval, f"open({str(witness)!r}, 'w')"), "eval"),
-        (_Runs(np.load, str(witness)), "load"),
+        (_Runs(os.system, f"touch {created}"), "system"),
+        (_Runs(builtins.eval, f"open({str(created)!r}, 'w')"), "eval"),
+        (_Runs(np.load, str(created)), "load"),
     ):
         for payload in (call, [np.zeros(3), call], {"a": call}):
             with pytest.raises(DataError, match=rf"^evil\.pkl: refused: this pickle would run '.*\b{name}'"):
                 load_array(pickle.dumps(payload, protocol), "evil.pkl")
-    assert not witness.exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize(
-    ("thing", "told"),
+    ("thing", "message"),
     [
         ({"a": 1}, "holds a dict, not a numpy array"),
         ([1.0, 2.0], "holds a list, not a numpy array"),
@@ -92,12 +92,12 @@ def test_malicious_pickle_is_refused_and_named(tmp_path: Path, protocol: int) ->
         (list(range(1000)), "more than one numpy array"),
     ],
 )
-def test_what_is_no_array_of_numbers_is_refused(thing: object, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_what_is_no_array_of_numbers_is_refused(thing: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         load_array(pickle.dumps(thing, 3), "x.pkl")
 
 
-def test_lies_about_size_and_memory_are_refused() -> None:
+def test_wrong_sizes_and_memory_orders_are_refused() -> None:
     honest = pickle.dumps(np.zeros(4), 2)
     assert b"K\x04\x85" in honest  # the shape (4,)
     with pytest.raises(DataError, match=r"32 bytes for an array of shape \[255\]"):

@@ -109,10 +109,10 @@ def test_a_service_that_is_none(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         began = time.monotonic()
         assert main(["compare"]) == 2
-        told = capfd.readouterr()
-        assert (told.out, told.err.count("\n")) == ("", 1), told.err
-        assert told.err.startswith("error: ")
-        assert url in told.err
+        shown = capfd.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1), shown.err
+        assert shown.err.startswith("error: ")
+        assert url in shown.err
         if name != "empty":
             with pytest.raises(UserError, match=r"or set tracking\.enabled=false") as caught:
                 open_sweep(config, str(tmp_path / "sweep"), 2)
@@ -145,8 +145,8 @@ def test_every_damaged_answer_is_one_line_or_harmless(
         ended = []
         for _ in range(60):
             ended.append(main(["compare"]))
-            told = capfd.readouterr()
-            assert told.err.count("\n") == (ended[-1] == 2), told.err
+            shown = capfd.readouterr()
+            assert shown.err.count("\n") == (ended[-1] == 2), shown.err
         assert {*ended} == {0, 2}
         for number in range(6):
             began = time.monotonic()
@@ -161,14 +161,14 @@ def test_a_store_that_is_no_database(tmp_path: Path, capfd: pytest.CaptureFixtur
     for content in contents:
         file.write_bytes(content)
         assert main(["compare", "--uri", f"sqlite:///{file}"]) == 2
-        told = capfd.readouterr()
-        assert told.err.count("\n") == 1, told.err
-        assert f"{file}: not a usable MLflow store" in told.err
+        shown = capfd.readouterr()
+        assert shown.err.count("\n") == 1, shown.err
+        assert f"{file}: not a usable MLflow store" in shown.err
     file.unlink()
     for what in replaced(file):
         assert main(["compare", "--uri", f"sqlite:///{file}"]) == 2, what
-        told = capfd.readouterr()
-        assert told.err.count("\n") == 1, told.err
+        shown = capfd.readouterr()
+        assert shown.err.count("\n") == 1, shown.err
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +270,6 @@ def test_a_port_where_nobody_listens(
         assert main(["compare"]) == 2
         track(in_folder(config, tmp_path / "run"), manifest)
         (tmp_path / "run" / "metrics.jsonl").unlink()
-        told = capfd.readouterr().err
-        assert told.count("\n") == 2, told
-        assert "s3cretpw" not in told
+        shown = capfd.readouterr().err
+        assert shown.count("\n") == 2, shown
+        assert "s3cretpw" not in shown

@@ -39,7 +39,7 @@ def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     return ["--config", str(CONFIG), *settings, *more]
 
 
-def told_steps(output: Path) -> list[int]:
+def logged_steps(output: Path) -> list[int]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss/total" in line]
 
@@ -79,8 +79,8 @@ def two_runs(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPat
             assert launch.until(lambda before=before: points_of(folder / "mlflow.db", 4) > before)
             launch.kill()
             launch.wait()
-        told = prefork.start(run, 2).finish()
-        (folder / f"{name}.log").write_text(told)
+        printed = prefork.start(run, 2).finish()
+        (folder / f"{name}.log").write_text(printed)
     return folder
 
 
@@ -243,10 +243,10 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
 def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
     run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
     dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    told = prefork.start(run, 1, **dead).finish()
-    assert "warning: MLflow: " in told
-    assert "are sent later, training continues" in told
-    assert told_steps(tmp_path / "run") == [2, 4, 6]
+    printed = prefork.start(run, 1, **dead).finish()
+    assert "warning: MLflow: " in printed
+    assert "are sent later, training continues" in printed
+    assert logged_steps(tmp_path / "run") == [2, 4, 6]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -278,9 +278,9 @@ def test_a_server_that_never_answers_holds_nothing_up(prefork: Any, keypad_shard
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",
         }
         run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=2")
-        told = prefork.start(run, 1, **silent).finish()
-    assert "MLflow has not taken all points" in told
-    assert told_steps(tmp_path / "run") == [2, 4, 6]
+        printed = prefork.start(run, 1, **silent).finish()
+    assert "MLflow has not taken all points" in printed
+    assert logged_steps(tmp_path / "run") == [2, 4, 6]
     assert (tmp_path / "run" / "results.json").is_file()
 
 

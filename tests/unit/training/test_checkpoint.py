@@ -152,7 +152,7 @@ def test_a_checkpoint_holds_what_a_run_needs(prefork: Any, keypad_shards: Path, 
     assert int(state.objectives["bank.count"]) > 0
 
 
-def steps_told(output: Path) -> list[int]:
+def logged_steps(output: Path) -> list[int]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss/total" in line]
 
@@ -188,7 +188,7 @@ def test_full_disk_ends_a_run_only_at_a_checkpoint(prefork: Any, keypad_shards: 
     limit_files(launch.ranks[0], resource.RLIM_INFINITY)
     aside.replace(points)
     assert launch.until(lambda: (output / "checkpoints" / LATEST).exists())
-    assert steps_told(output)[:12] == list(range(1, 13))
+    assert logged_steps(output)[:12] == list(range(1, 13))
     limit_files(launch.ranks[0], LIMIT)
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     last = launch.ranks[0].output.strip().splitlines()[-1]
@@ -199,7 +199,7 @@ def test_full_disk_ends_a_run_only_at_a_checkpoint(prefork: Any, keypad_shards: 
     prefork.start(run, 2).finish()
     expected, found = newest_state(tmp_path / "roomy"), newest_state(output)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert steps_told(output) == list(range(1, 25))
+    assert logged_steps(output) == list(range(1, 25))
 
 
 @pytest.mark.long
@@ -212,9 +212,9 @@ def test_folder_that_becomes_unwritable(prefork: Any, keypad_shards: Path, tmp_p
     output.rename(aside)
     output.touch()
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
-    told = launch.ranks[0].output
-    assert "Not a directory; points wait in memory, training continues" in told
-    assert "cannot write the checkpoint of step 12" in told.strip().splitlines()[-1]
+    printed = launch.ranks[0].output
+    assert "Not a directory; points wait in memory, training continues" in printed
+    assert "cannot write the checkpoint of step 12" in printed.strip().splitlines()[-1]
     output.unlink()
     aside.rename(output)
     assert Checkpoints(output).newest_valid() == (6, [])

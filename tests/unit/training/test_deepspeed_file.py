@@ -140,7 +140,7 @@ def test_every_setting_that_is_taken_is_deepspeeds_with_its_default():
 
 @pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_deepspeed_holds_what_the_file_says(tmp_path, zero):
+def test_deepspeed_holds_what_the_file_sets(tmp_path, zero):
     """All of it at once, off its defaults, read back from DeepSpeed's own configuration."""
     from deepspeed.runtime.config import DeepSpeedConfig
 

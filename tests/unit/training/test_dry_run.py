@@ -1,4 +1,4 @@
-"""`--dry-run`: what it tells is what a training then does, and nothing is left behind."""
+"""`--dry-run`: what it prints is what a training then does, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     return ["--config", str(KEYPAD), *overrides(shards, output, "model.dropout=0.1", *more)]
 
 
-def told(output: str, pattern: str) -> Any:
+def figure(output: str, pattern: str) -> Any:
     found = re.search(pattern, output)
     assert found, f"{pattern} in\n{output}"
     return found[1]
@@ -45,10 +45,10 @@ def test_its_loss_is_that_of_the_first_step(
     assert f"global batch: 8 samples, {part} at a time on each of {world} rank" in output
     prefork.start(arguments(keypad_shards, tmp_path / "run", *more, "tracking.enabled=false"), world).finish()
     loss = loss_history(tmp_path / "run")[0]["loss/total"]
-    assert float(told(output, r"loss ([\d.]+):")) == pytest.approx(loss, rel=1e-8), "nine digits of a float32"
+    assert float(figure(output, r"loss ([\d.]+):")) == pytest.approx(loss, rel=1e-8), "nine digits of a float32"
     files = (tmp_path / "run" / "checkpoints" / "step-00000001").iterdir()
     size = sum(file.stat().st_size for file in files) / 1e6
-    assert float(told(output, r"checkpoints of ([\d.]+) MB")) == pytest.approx(size, rel=0.01)
+    assert float(figure(output, r"checkpoints of ([\d.]+) MB")) == pytest.approx(size, rel=0.01)
     if world == 2:
         return
     again = prefork.start([*arguments(keypad_shards, tmp_path / "run", *more), "--dry-run"], world).finish()
@@ -63,9 +63,9 @@ def test_one_process_plans_for_many(prefork: Any, keypad_shards: Path, tmp_path:
     assert "global batch: 8 samples, 2 at a time on each of 4 ranks" in planned
     assert "of rank 0's share alone, of 4" in planned
     for what in ("weights", "gradients", "Adam"):
-        whole, part = (float(told(output, rf"  {what} +([\d.]+) MB")) for output in (alone, planned))
-        assert part == pytest.approx(whole / 4, abs=0.01)
-    kept = [float(told(output, r"activations +([\d.]+) MB")) for output in (alone, planned)]
+        total, part = (float(figure(output, rf"  {what} +([\d.]+) MB")) for output in (alone, planned))
+        assert part == pytest.approx(total / 4, abs=0.01)
+    kept = [float(figure(output, r"activations +([\d.]+) MB")) for output in (alone, planned)]
     assert 3 < kept[0] / kept[1] < 4.5, "a quarter of the samples"
 
 

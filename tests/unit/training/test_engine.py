@@ -76,20 +76,20 @@ def exchange(states: dict[tuple, TrainingState]) -> dict[str, object]:
     """Train every kind 3 steps and on; restart it from its own state, and from each given state."""
     found: dict[str, object] = {"norms": {}, "states": {}, "bitwise": {}, "taken_over": {}, "stage": {}, "moved": {}}
     for kind in KINDS:
-        whole = engine(*kind, None)
-        found["norms"][kind] = train_steps(whole, range(3))
-        half = found["states"][kind] = whole.capture()
-        train_steps(whole, range(3, 6))
+        complete = engine(*kind, None)
+        found["norms"][kind] = train_steps(complete, range(3))
+        half = found["states"][kind] = complete.capture()
+        train_steps(complete, range(3, 6))
         again = engine(*kind, half)
         train_steps(again, range(3, 6))
-        found["bitwise"][kind] = same(whole.capture(), again.capture())
+        found["bitwise"][kind] = same(complete.capture(), again.capture())
         foreign = states.get(("deepspeed", 2, "fp32"))
         if foreign is not None:
             found["taken_over"][kind] = same(engine(*kind, foreign).capture(), foreign)
         if kind[0] == "deepspeed":
-            optimizer = getattr(whole.engine.optimizer, "optimizer", whole.engine.optimizer)
+            optimizer = getattr(complete.engine.optimizer, "optimizer", complete.engine.optimizer)
             moments = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-            found["stage"][kind] = (whole.engine.zero_optimization_stage(), moments)
+            found["stage"][kind] = (complete.engine.zero_optimization_stage(), moments)
         if kind[2] != "bf16":
             found["moved"][kind] = [moved(kind, scale) for scale in (1000, 0.001)]
     found["compiler"] = "torch._inductor.compile_fx" in sys.modules

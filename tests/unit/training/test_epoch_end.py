@@ -53,7 +53,7 @@ def epochs(output: Path, steps: int) -> list[Counter[str]]:
 def test_epochs_are_the_same_for_any_ranks_and_parts_and_over_a_kill(
     prefork, keypad_shards, tmp_path, epoch_end, steps
 ):
-    """One process against two ranks with four parts, and a run that is killed and goes on with fewer ranks."""
+    """One process against two ranks with four parts, and a run that is killed and continues with fewer ranks."""
     manifest = Manifest.load(keypad_shards)
     keys = {manifest.samples[row]["key"].decode() for row in manifest.rows("train")}
     each = [f"data.epoch_end={epoch_end}", *SETTINGS]
@@ -99,7 +99,7 @@ def metrics(output: Path) -> list[dict[str, float]]:
 
 
 def train_and_count_reads(shards: Path, folder: Path) -> dict[str, int]:
-    """Calls of preadv with each setting of `data.access`, over a whole run with its evaluations."""
+    """Calls of preadv with each setting of `data.access`, over a complete run with its evaluations."""
     calls, preadv = 0, os.preadv
 
     def counted(*args: object) -> int:

@@ -63,11 +63,13 @@ def test_a_bad_step_is_named_and_left_out(prefork: Any, keypad_shards: Path, tmp
     steps = audited(tmp_path / "run")
     (bad,) = [step for step, keys in steps.items() if key in keys]
     holder = 0 if key in rank_keys(tmp_path / "run", 0)[bad] else 1
-    (told,) = [line for line in output.splitlines() if "not finite" in line]
-    assert told.startswith(f"warning: step {bad}: the loss or its gradient is not finite: rank {holder}: loss terms ")
-    assert "event" in told
-    assert f"video {key}; step left out (1 of at most 10)" in told
-    assert f"rank {1 - holder}" not in told
+    (message,) = [line for line in output.splitlines() if "not finite" in line]
+    assert message.startswith(
+        f"warning: step {bad}: the loss or its gradient is not finite: rank {holder}: loss terms "
+    )
+    assert "event" in message
+    assert f"video {key}; step left out (1 of at most 10)" in message
+    assert f"rank {1 - holder}" not in message
 
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps() == list(range(1, 13))
@@ -168,11 +170,11 @@ def test_an_overflow_on_the_way_back_is_named(
     ).finish()
     (bad,) = [step for step, keys in audited(tmp_path / "run").items() if key in keys]
     holder = 0 if key in rank_keys(tmp_path / "run", 0)[bad] else 1
-    (told,) = [line for line in output.splitlines() if "not finite" in line]
+    (message,) = [line for line in output.splitlines() if "not finite" in line]
     expected = f"warning: step {bad}: the loss or its gradient is not finite: rank {holder}: gradient of loss term "
-    assert told.startswith(f"{expected}category inside the network (")
-    assert f"), video {key}; step left out (1 of at most 10)" in told
-    assert f"rank {1 - holder}" not in told
+    assert message.startswith(f"{expected}category inside the network (")
+    assert f"), video {key}; step left out (1 of at most 10)" in message
+    assert f"rank {1 - holder}" not in message
 
 
 class Toy(nn.Module):
@@ -187,7 +189,7 @@ class Toy(nn.Module):
 
 
 def toy_step(x: list[float], back: dict[str, list[float]], valid: int) -> str:
-    """What is told of a micro-batch of `x`, to whose outputs `back` came back; slots from `valid` on are empty."""
+    """What is reported of a micro-batch of `x`, to whose outputs `back` came back; slots from `valid` on are empty."""
     network, slots = Toy(), torch.arange(len(x))
 
     def batch(rows: torch.Tensor) -> Batch:
@@ -218,7 +220,7 @@ def test_the_cause_is_named_alone() -> None:
 
 
 @pytest.mark.parametrize("supervision", ["full", "weak"])
-def test_each_term_comes_back_to_the_outputs_it_is_said_to_take(supervision: str) -> None:
+def test_each_term_comes_back_to_the_outputs_it_is_declared_to_take(supervision: str) -> None:
     terms = ["event", "category", "avps", "psa_s", "psa_v", "sspsp"]
     torch.manual_seed(0)
     event = torch.rand(4, 10) < 0.5

@@ -49,9 +49,9 @@ def outcome(call: Callable[[], T]) -> tuple[T | None, str]:
 def test_every_damage_to_a_checkpoint_is_found_or_harmless(tmp_path: Path, name: str) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     file = checkpoints.path(2) / name
-    whole = file.read_bytes()
+    undamaged = file.read_bytes()
     expected = {step: checkpoints.load(step)[0] for step in (1, 2)}
-    for seed, content in enumerate(damaged(whole, 3, 150)):
+    for seed, content in enumerate(damaged(undamaged, 3, 150)):
         file.write_bytes(content)
         newest, mistake = outcome(checkpoints.newest_valid)
         if newest is None:
@@ -107,7 +107,7 @@ def test_the_best_weights_are_checked_and_replaced_only_where_they_were_removed(
     assert "is not there; those of step 2 are used" in warning
 
 
-def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         folder = saved(tmp_path, 1).path(1)
@@ -121,8 +121,8 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
 def test_every_damage_to_metrics_costs_damaged_lines_alone(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss/total": step / 7}).encode() + b"\n" for step in range(1, 9)]
-    whole = b"".join(lines)
-    for content in damaged(whole, 5, 400):
+    undamaged = b"".join(lines)
+    for content in damaged(undamaged, 5, 400):
         file.write_bytes(content)
         left = content.splitlines(keepends=True)
         warning = truncate_after_step(file, 6)
@@ -134,9 +134,9 @@ def test_every_damage_to_metrics_costs_damaged_lines_alone(tmp_path: Path) -> No
         if warning:
             assert "damaged" in warning
             assert "\n" not in warning
-    file.write_bytes(whole + whole)
+    file.write_bytes(undamaged + undamaged)
     truncate_after_step(file, 99)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == undamaged
 
 
 def test_lines_wait_where_something_else_stands_in_place_of_the_file(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_every_damage_to_an_exported_model_is_found(exported: Path, tmp_path: Pa
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
     expected = load_model(folder).state_dict()
-    whole = (folder / name).read_bytes()
-    for content in damaged(whole, 7, 30 if name == "model.safetensors" else 60):
+    undamaged = (folder / name).read_bytes()
+    for content in damaged(undamaged, 7, 30 if name == "model.safetensors" else 60):
         (folder / name).write_bytes(content)
         model, mistake = outcome(lambda: load_model(folder))
         if model is None:
@@ -194,8 +194,8 @@ def test_every_damage_to_a_launch_file_is_one_line(tmp_path: Path, capsys: pytes
     jobs = [Job(str(2**22 + 7 + n), f"seed={n}", f"runs/s/seed={n}", str(tmp_path), "local") for n in range(3)]
     save_jobs(tmp_path, jobs)
     file = tmp_path / LAUNCH_FILE
-    whole = file.read_bytes()
-    for content in damaged(whole, 9, 300):
+    undamaged = file.read_bytes()
+    for content in damaged(undamaged, 9, 300):
         file.write_bytes(content)
         found, mistake = outcome(lambda: load_jobs(tmp_path))
         if found is None:
@@ -235,10 +235,10 @@ def test_a_run_whose_files_are_all_damaged_ends_as_if_nothing_were(
     (output / "checkpoints" / LATEST).write_bytes(b"\xff\0")
     (output / "checkpoints" / "step-00000009").mkdir()
     os.mkdir(os.fsencode(output) + b"/\xff\n")
-    told = prefork.start(arguments(keypad_shards, output, *more, "train.steps=6"), 1).finish()
-    assert f"warning: {output}/metrics.jsonl: 2 lines are damaged" in told
-    assert f"warning: {output}/audit/rank0.jsonl: 2 lines are damaged" in told
-    assert "step-00000009: passed over: commit.json is missing" in told
+    printed = prefork.start(arguments(keypad_shards, output, *more, "train.steps=6"), 1).finish()
+    assert f"warning: {output}/metrics.jsonl: 2 lines are damaged" in printed
+    assert f"warning: {output}/audit/rank0.jsonl: 2 lines are damaged" in printed
+    assert "step-00000009: passed over: commit.json is missing" in printed
     (output / "checkpoints" / "step-00000009").rmdir()
     expected, found = newest_state(tmp_path / "good"), newest_state(output)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
