@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cpsp_dist.config import Config, load_config
     from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
     from cpsp_dist.data.torch_dataset import ShardsDataset
-    from cpsp_dist.export import load_model
+    from cpsp_dist.inference.model import load_model
     from cpsp_dist.losses.objectives import Objectives
     from cpsp_dist.models import build_model
 
@@ -28,7 +28,7 @@ _HOME = {
     "build_model": "models",
     "evaluate": "api",
     "load_config": "config",
-    "load_model": "export",
+    "load_model": "inference.model",
     "open_shards": "api",
 }
 

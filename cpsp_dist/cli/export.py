@@ -13,7 +13,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "export",
         help="write a run's best model to a folder of its own",
         description="Write the best weights of a run, with class names and a model card, to a folder that "
-        "cpsp_dist.export.load_model loads with torch and safetensors alone.",
+        "cpsp_dist.load_model loads with torch and safetensors alone.",
     )
     parser.add_argument("run", metavar="RUN", help="output folder of a training run")
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to make")
@@ -24,7 +24,7 @@ def _export(args: argparse.Namespace) -> None:
     from cpsp_dist.distributed.launchers import require_one_process
 
     require_one_process("export")
-    from cpsp_dist.export import export
+    from cpsp_dist.inference.export import export
 
     out = export(args.run, args.out)
     echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

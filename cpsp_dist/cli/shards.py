@@ -85,6 +85,7 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     source.add_argument("--mil", type=local_path, help="video labels (mil_labels.h5)")
     source.add_argument("--annotations", type=local_path, help="Annotations.txt")
     source.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
+    shards_rework.add_encoders(source)
     source.add_argument("--csv", type=local_path, help="category,video_id,split of every video")
     source.add_argument(
         "--visual-order",

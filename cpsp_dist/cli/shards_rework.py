@@ -19,6 +19,7 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     index = actions.add_parser("index", help="write the manifest of a folder of tars, from the tars alone")
     index.add_argument("folder", type=local_path, help="folder of tars, also of others' (see docs/shard-format.md)")
     index.add_argument("--categories", type=local_path, help="class names, one a line, in class order")
+    add_encoders(index)
     index.set_defaults(handler=_index)
 
     merge = actions.add_parser("merge", help="one folder of the shards of several")
@@ -50,12 +51,22 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         parser.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
 
 
+def add_encoders(parser: argparse._ActionsContainer) -> None:
+    for modality in ("visual", "audio"):
+        text = f"name of the {modality} encoder, where nothing records it (an extraction's encoders.json does)"
+        parser.add_argument(f"--{modality}-encoder", metavar="NAME", help=text)
+
+
 def _index(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.encoders import kept_encoders, with_names
     from cpsp_dist.packing.preview import describe_shards
     from cpsp_dist.packing.rework import rebuild
     from cpsp_dist.packing.text import read_categories
 
-    echo(describe_shards(rebuild(args.folder, read_categories(args.categories) if args.categories else None)))
+    categories = read_categories(args.categories) if args.categories else None
+    kept = kept_encoders(args.folder)
+    encoders = with_names(kept, args.visual_encoder, args.audio_encoder, str(args.folder))
+    echo(describe_shards(rebuild(args.folder, categories, encoders)))
     return 0
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cpsp_dist.data.cache import Cache, Remote
+from cpsp_dist.data.encoders import UNKNOWN, Encoders
 from cpsp_dist.data.shard_index import (
     ARRAY_FIELDS,
     FORMAT_VERSION,
@@ -72,6 +73,7 @@ class Manifest:
         shards: in table order.
         samples: the table, [N] of dtype `SAMPLE`, read-only memory map.
         remote: the URL they were loaded from; None for a folder of this machine.
+        encoders: which made the features, as far as known.
     """
 
     folder: Path
@@ -80,6 +82,7 @@ class Manifest:
     shards: list[Shard]
     samples: np.ndarray
     remote: Remote | None = None
+    encoders: Encoders = UNKNOWN
 
     @property
     def place(self) -> str:
@@ -97,8 +100,8 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over schema, categories and the shards' hashes: the same exactly when the data are the same."""
-        return fingerprint(self.fields, self.categories, self.shards)
+        """Hash over schema, categories, encoders and the shards' hashes: the same when the data are, and only then."""
+        return fingerprint(self.fields, self.categories, self.shards, self.encoders)
 
     def rows(self, split: str) -> range:
         """Rows of `split`; raises DataError naming the splits there are."""
@@ -136,6 +139,7 @@ class Manifest:
             "table": {"url": TABLE_NAME, "sha256": file_sha256(table)},
             "fields": {name: {"dtype": f.dtype, "shape": list(f.shape)} for name, f in self.fields.items()},
             "categories": self.categories,
+            "encoders": self.encoders.as_json(),
             "splits": {name: len(rows) for name, rows in self.splits.items()},
             "shardlist": [asdict(shard) for shard in self.shards],
         }
@@ -167,7 +171,7 @@ def _load_folder(folder: Path) -> Manifest:
         raise DataError(f"{folder}: no {INDEX_NAME} here, so no finished shards; run `cpsp-dist shards pack`")
     index = Index.parse(read_input(index_path, MAX_INDEX_BYTES), str(index_path))
     table = _load_table(folder / TABLE_NAME, index, "`cpsp-dist shards index` makes it anew from the tars")
-    manifest = Manifest(folder, index.fields, index.categories, index.shards, table)
+    manifest = Manifest(folder, index.fields, index.categories, index.shards, table, None, index.encoders)
     for shard in index.shards:
         path = manifest.path(shard)
         size = path.stat().st_size if path.is_file() else None
@@ -186,7 +190,7 @@ def _load_remote(remote: Remote) -> Manifest:
         table = _load_table(remote.cache.path(digest), index, "delete this file of the cache, and it is fetched again")
     finally:
         os.close(held)  # the map outlives the file, should the cache delete it
-    return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote)
+    return Manifest(remote.cache.folder, index.fields, index.categories, index.shards, table, remote, index.encoders)
 
 
 def _load_table(path: Path, index: Index, remedy: str) -> np.ndarray:

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from cpsp_dist.data.encoders import UNKNOWN, Encoders
 from cpsp_dist.errors import DataError
 from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import is_plain, quoted
 
-FORMAT_VERSION = 1
+#: Version 2 records the encoders; of version 1 they are unknown.
+FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
 INDEX_NAME = "index.json"
 SPLITS = ("train", "val", "test")
 ARRAY_FIELDS = ("visual", "audio", "label")
@@ -62,12 +64,13 @@ class Index:
     categories: list[str]
     shards: list[Shard]
     table_sha256: Any
+    encoders: Encoders = UNKNOWN
 
     @staticmethod
     def parse(content: bytes, path: str) -> Index:
         try:
             index = load_json(content)
-            if (version := index.get("cpsp_version")) != FORMAT_VERSION:
+            if (version := index.get("cpsp_version")) not in READ_VERSIONS or isinstance(version, bool):
                 raise DataError(
                     f"{path}: shards of format {version}, this program reads format {FORMAT_VERSION}; use the program "
                     "that packed them, or pack them again (`cpsp-dist shards index` takes tars of others)"
@@ -79,12 +82,13 @@ class Index:
             _check_shards(shards)
             if set(fields) != set(ARRAY_FIELDS):
                 raise ValueError(f"fields {', '.join(fields)}")
+            encoders = Encoders.parse(index.get("encoders"))
             recorded = index["fingerprint"]
-            found = Index(fields, categories, shards, index["table"]["sha256"])
+            found = Index(fields, categories, shards, index["table"]["sha256"], encoders)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, ValueError) else repr(error)
             raise DataError(f"{path}: not a readable shard index ({text[:200]}); pack the shards again") from None
-        if recorded != fingerprint(fields, categories, shards):
+        if recorded != fingerprint(fields, categories, shards, encoders):
             raise DataError(f"{path}: changed by hand or damaged (fingerprint differs); pack the shards again")
         return found
 
@@ -141,10 +145,15 @@ def _check_shards(shards: list[Shard]) -> None:
         first += shard.nsamples
 
 
-def fingerprint(fields: dict[str, Field], categories: list[str], shards: list[Shard]) -> str:
-    content = [
+def fingerprint(
+    fields: dict[str, Field], categories: list[str], shards: list[Shard], encoders: Encoders = UNKNOWN
+) -> str:
+    """Of what the data are; without a known encoder, as version 1 has it."""
+    content: list[Any] = [
         {name: [f.dtype, list(f.shape)] for name, f in sorted(fields.items())},
         categories,
         [[s.split, s.nsamples, s.sha256] for s in shards],
     ]
-    return text_sha256(json.dumps(content, ensure_ascii=False))
+    if encoders.known:
+        content.append(encoders.as_json())
+    return text_sha256(json.dumps(content, ensure_ascii=False, sort_keys=True))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
+from cpsp_dist.data.encoders import UNKNOWN, Encoders
 from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
 from cpsp_dist.data.shard_index import MAX_NAME, is_split_name
 from cpsp_dist.errors import DataError
@@ -151,7 +152,9 @@ class _Reading:
                 raise Fault(offset, f"{quoted(name)} calls class {number} '{given}', elsewhere '{self.names[number]}'")
 
 
-def assemble(folder: Path, shards: list[tuple[str, IndexedShard]], categories: list[str]) -> Manifest:
+def assemble(
+    folder: Path, shards: list[tuple[str, IndexedShard]], categories: list[str], encoders: Encoders = UNKNOWN
+) -> Manifest:
     """The manifest over indexed shards (name, content), in this order; splits must lie together.
 
     Raises:
@@ -175,7 +178,7 @@ def assemble(folder: Path, shards: list[tuple[str, IndexedShard]], categories: l
         count = len(shard.rows)
         entries.append(Shard(name, shard.split, first, count, shard.filesize, shard.sha256, shard.histogram))
         first += count
-    return Manifest(folder, fields, categories, entries, table)
+    return Manifest(folder, fields, categories, entries, table, encoders=encoders)
 
 
 def split_order(split: str) -> tuple[int, str]:

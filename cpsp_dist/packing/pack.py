@@ -23,6 +23,7 @@ from typing import Any
 
 from cpsp_dist.data.manifest import Field, Manifest
 from cpsp_dist.errors import DataError
+from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
 from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan_key, plan_shards, sample_bytes, schema
 from cpsp_dist.packing.source import Source, SourceOptions, open_source
@@ -84,7 +85,7 @@ def pack(
         if problems and (options.on_error == "raise" or not shards):
             raise report(problems)
         _tell_skipped(problems, part / SKIPPED_NAME, out)
-        assemble(part, shards, source.categories).save()
+        assemble(part, shards, source.categories, encoders_of(source.options)).save()
         _print_notes([note for p in plans for note in outcomes[p.name].notes])
     return Manifest.load(out)
 

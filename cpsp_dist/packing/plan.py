@@ -17,6 +17,7 @@ import numpy as np
 
 from cpsp_dist.data.manifest import FORMAT_VERSION, Field
 from cpsp_dist.errors import DataError
+from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import split_order
 from cpsp_dist.packing.source import Entry, Source
 from cpsp_dist.packing.tar import BLOCK
@@ -66,6 +67,7 @@ def plan_key(source: Source, plans: list[ShardPlan], fields: dict[str, Field], o
         np.__version__,  # writes the .npy headers
         astuple(options),
         source.categories,
+        encoders_of(source.options).as_json(),
         {name: [f.dtype, f.shape] for name, f in fields.items()},
         [[p.name, [astuple(e) for e in p.entries]] for p in plans],
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpsp_dist.data.encoders import describe
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
@@ -45,6 +46,7 @@ def describe_shards(manifest: Manifest) -> str:
         [
             f"{manifest.place}: {len(manifest.samples):,} samples of {len(manifest.categories)} classes; {fields}",
             f"fingerprint {manifest.fingerprint}",
+            *_encoder_lines(manifest),
             "",
             table(summary),
             "",
@@ -115,6 +117,11 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError(f"--png {path}: cannot be written ({error})") from None
+
+
+def _encoder_lines(manifest: Manifest) -> list[str]:
+    records = manifest.encoders
+    return [f"encoders: visual {describe(records.visual)}, audio {describe(records.audio)}"] * records.known
 
 
 def _names(manifest: Manifest, row: int) -> tuple[str, str, str]:

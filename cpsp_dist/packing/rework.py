@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpsp_dist.data.encoders import MODALITIES, UNKNOWN, Encoders, common_record, compare_records, describe
 from cpsp_dist.data.manifest import Manifest, Shard
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_order
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 MAX_LISTED = 20
 
 
-def rebuild(folder: Path, categories: list[str] | None = None) -> Manifest:
+def rebuild(folder: Path, categories: list[str] | None = None, encoders: Encoders = UNKNOWN) -> Manifest:
     """Write the manifest of the tars in `folder`, from the tars alone; also of tars that others wrote with webdataset.
 
     Each sample needs `audio.npy`, `json` (with a number `category`), `label.npy` and `visual.npy`, side by side. Where
     the json lacks `split`, a tar's name up to its first `-` is the split. `categories`: names, in class order; without
-    them the samples' own, and `class k` for a class that no sample is of.
+    them the samples' own, and `class k` for a class that no sample is of. `encoders`: which made the features.
 
     Raises:
         DataError: naming tar, byte and sample for whatever is damaged, incomplete, interleaved or of other types.
@@ -41,7 +42,7 @@ def rebuild(folder: Path, categories: list[str] | None = None) -> Manifest:
         raise UserError(f"{folder}: no .tar files here")
     indexed = [(path.name, index_shard(path)) for path in progress(paths, unit="shards", label="indexing")]
     indexed.sort(key=lambda shard: (split_order(shard[1].split), shard[0]))
-    manifest = assemble(folder, indexed, _names(folder, indexed, categories))
+    manifest = assemble(folder, indexed, _names(folder, indexed, categories), encoders)
     manifest.save()
     warn_nonfinite(folder, indexed)
     return Manifest.load(folder)
@@ -73,13 +74,14 @@ def merge(folders: list[Path], out: Path) -> Manifest:
     """One folder of the shards of several (hard links where the disk allows, else copies), each read to its last byte.
 
     Raises:
-        DataError: class names, types or shapes that differ, a key that two of them have, damage, a shard that is not
-            what its manifest says.
+        DataError: class names, types, shapes or encoders that differ, a key that two of them have, damage, a shard
+            that is not what its manifest says.
     """
     manifests = [Manifest.load(folder) for folder in folders]
     for manifest in manifests[1:]:
         if manifest.categories != manifests[0].categories:
             raise DataError(f"{manifest.folder}: other classes than {manifests[0].folder}, or in another order")
+    encoders = _common_encoders(manifests)
     shards = [(manifest, shard) for manifest in manifests for shard in manifest.shards]
     shards.sort(key=lambda each: split_order(each[1].split))
     numbers: dict[str, int] = defaultdict(int)
@@ -90,9 +92,35 @@ def merge(folders: list[Path], out: Path) -> Manifest:
             numbers[shard.split] += 1
             found = _take(manifest, shard, target)
             indexed.append((target.name, found))
-        assemble(part, indexed, manifests[0].categories).save()
+        assemble(part, indexed, manifests[0].categories, encoders).save()
         warn_nonfinite(out, indexed)
     return Manifest.load(out)
+
+
+def _common_encoders(manifests: list[Manifest]) -> Encoders:
+    """The record that holds for each of them. Raises DataError where encoders differ, or one alone is not known."""
+    first, *others = manifests
+    found = first.encoders
+    for other in others:
+        for modality in MODALITIES:
+            ours, theirs = found[modality], other.encoders[modality]
+            if names := compare_records(ours, theirs):
+                remedy = "the features of one folder have to come from one encoder"
+            elif (ours is None) != (theirs is None):
+                names = describe(ours), describe(theirs)
+                unknown = first.folder if ours is None else other.folder
+                remedy = f"name it: `cpsp-dist shards index {unknown} --{modality}-encoder NAME`"
+            else:
+                continue
+            raise DataError(
+                f"{other.folder}: its {modality} encoder is {names[1]}, that of {first.folder} {names[0]}; {remedy}"
+            )
+        if found.segment_seconds != other.encoders.segment_seconds:
+            lengths = f"last {other.encoders.segment_seconds:g} s, those of {first.folder} {found.segment_seconds:g} s"
+            raise DataError(f"{other.folder}: its segments {lengths}; they have to be of one length")
+        visual, audio = (common_record(found[name], other.encoders[name]) for name in MODALITIES)
+        found = Encoders(visual, audio, found.segment_seconds)
+    return found
 
 
 def _take(manifest: Manifest, shard: Shard, target: Path) -> IndexedShard:

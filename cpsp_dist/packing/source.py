@@ -30,6 +30,8 @@ class SourceOptions:
     categories: Path | None = None
     csv: Path | None = None
     visual_order: str = "auto"  # "last": [T, 7, 7, C]; "first": [T, C, 7, 7]; "auto": by the shape
+    visual_encoder: str | None = None  # names of those that made the features, where no record says it
+    audio_encoder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
+from cpsp_dist.data.encoders import Encoders, require_same
+from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import DataError
 from cpsp_dist.models.weights import save_tensors
 from cpsp_dist.training.engine import TrainingState
@@ -51,6 +53,7 @@ class TrainingProgress:
         best_accuracy, best_step: best accuracy (percent) on val so far, and the step of that checkpoint.
         nonfinite: steps left out so far because a loss or gradient was not finite.
         run_id: the MLflow run. config: the resolved configuration. fingerprint: the shards'. world: ranks that wrote.
+        encoders: those of the features, as the shards' manifest records them; None: written before they were recorded.
     """
 
     step: int = 0
@@ -63,6 +66,7 @@ class TrainingProgress:
     fingerprint: str = ""
     world: int = 1
     finished: bool = False
+    encoders: dict[str, Any] | None = None
 
 
 class Checkpoints:
@@ -220,6 +224,21 @@ class Checkpoints:
             return self.load(best)[0], best, ""
         warning = f"{self.path(best)}, the best weights on val, is not there; those of step {progress.step} are used"
         return self.load(progress.step)[0], progress.step, warning
+
+
+def require_encoders(progress: TrainingProgress, manifest: Manifest, model: str, *, warn: bool = True) -> None:
+    """Refuse shards whose features other encoders made than those that a run was trained on.
+
+    Args:
+        model: how the message calls the run.
+        warn: also about encoders that only one of both records.
+
+    Raises:
+        UserError: it names both.
+    """
+    trained = Encoders.parse(progress.encoders)
+    if progress.fingerprint != manifest.fingerprint or trained.known:
+        require_same(trained, manifest.encoders, model, manifest.place, warn=warn)
 
 
 def _problem(path: Path, expected: Any) -> str:

@@ -11,7 +11,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, require_encoders
 from cpsp_dist.training.engine import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def load_latest_checkpoint(
     Raises:
         DataError: no checkpoint there is complete, or one has another format.
         UserError: it is another configuration's, or other shards', or of a later step than `steps`, and
-            `choices.allow_change` is not given; or there is one, and `choices.fresh` is.
+            `choices.allow_change` is not given; or there is one, and `choices.fresh` is; or it was trained on features
+            of other encoders.
     """
     checkpoints = Checkpoints(config.output)
     if choices.fresh and checkpoints.steps():
@@ -54,8 +55,14 @@ def load_latest_checkpoint(
     if newest is None:
         if checkpoints.steps():
             raise DataError(f"{checkpoints.folder}: no complete checkpoint found; remove the folder to start anew")
-        return None, TrainingProgress(config=described, fingerprint=manifest.fingerprint, world=ranks.world)
+        return None, TrainingProgress(
+            config=described,
+            fingerprint=manifest.fingerprint,
+            world=ranks.world,
+            encoders=manifest.encoders.as_json(),
+        )
     state, progress = checkpoints.load(newest)
+    require_encoders(progress, manifest, str(checkpoints.path(newest)), warn=ranks.first)
     changed = changes(progress, config, manifest)
     if progress.step > steps:
         changed.append(f"it is of step {progress.step}, train.epochs and train.steps now ask for {steps} steps")
@@ -66,7 +73,12 @@ def load_latest_checkpoint(
         )
     finished = progress.step >= steps
     return state, replace(
-        progress, config=described, fingerprint=manifest.fingerprint, world=ranks.world, finished=finished
+        progress,
+        config=described,
+        fingerprint=manifest.fingerprint,
+        world=ranks.world,
+        finished=finished,
+        encoders=manifest.encoders.as_json() if manifest.encoders.known else progress.encoders,
     )
 
 

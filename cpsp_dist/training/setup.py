@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import nn
 
 from cpsp_dist.config import Config
 from cpsp_dist.data.cache import Cache
+from cpsp_dist.data.encoders import UNKNOWN, Encoders, require_same
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.data.reader.ring import PATIENCE
@@ -20,8 +23,9 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import load_weights, model_for
-from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.checkpoint import PROGRESS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.json_lines import read_bytes
 from cpsp_dist.utils.logs import environment_rank
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 NAMED = 5
 #: Training videos from which the scale of the features is estimated.
 CALIBRATION_VIDEOS = 64
+#: The file of an exported model that describes it.
+EXPORTED = "config.json"
 
 
 def open_manifest(config: Config, shards: str | None = None) -> Manifest:
@@ -89,6 +95,8 @@ def initial_model(config: Config, manifest: Manifest) -> nn.Module:
     torch.manual_seed(config.train.seed)
     model = model_for(config.model, manifest)
     if config.model.weights is not None:
+        trained, weights = _recorded_beside(config.model.weights), config.model.weights
+        require_same(trained, manifest.encoders, weights, manifest.place, warn=environment_rank() == 0)
         load_weights(config.model.weights, model)
         return model
     options = ReaderOptions(access=config.data.access)
@@ -105,6 +113,15 @@ def initial_model(config: Config, manifest: Manifest) -> nn.Module:
             )
         model.calibrate(*(scale for scale, _ in scales))
     return model
+
+
+def _recorded_beside(weights: str) -> Encoders:
+    """The encoders that the folder of a weight file records: of a checkpoint, or of an exported model."""
+    for name in (PROGRESS, EXPORTED):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if content := read_bytes(Path(weights).with_name(name), limit=1 << 24):
+                return Encoders.parse(json.loads(content).get("encoders"))
+    return UNKNOWN
 
 
 def _scale(x: torch.Tensor) -> tuple[float, bool]:

@@ -20,7 +20,7 @@ PACKAGE = REPO / "cpsp_dist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"launch", "doctor", "demo", "bench", "export"},
+    {"launch", "doctor", "demo", "bench", "inference"},
     {"train", "api"},
     {"training"},
     {"packing", "extraction", "tracking"},

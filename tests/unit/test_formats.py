@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cpsp_dist import export
 from cpsp_dist.data import manifest
 from cpsp_dist.errors import DataError
+from cpsp_dist.inference import model as export
 from tests.support.tiny_shards import write_shards
 
 

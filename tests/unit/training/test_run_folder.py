@@ -14,7 +14,7 @@ import torch
 
 from cpsp_dist.cli import main
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.export import CARD, load_model
+from cpsp_dist.inference.model import CARD, load_model
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe_jobs, load_jobs, save_jobs, states
 from cpsp_dist.models import build_model
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
@@ -156,7 +156,7 @@ def test_lines_wait_where_something_else_stands_in_place_of_the_file(tmp_path: P
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `cpsp-dist export` writes it, of an untrained network."""
-    from cpsp_dist import export
+    from cpsp_dist.inference import model as export
     from cpsp_dist.models.weights import save_tensors
 
     folder = tmp_path_factory.mktemp("exported")
@@ -165,7 +165,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / export.CATEGORIES).write_text("bark\nbell\n")
     settings: dict[str, Any] = {"format": export.FORMAT_VERSION, "model": model, "inputs": {}, "step": 3}
     digests = {name: export.file_sha256(folder / name) for name in (export.WEIGHTS, export.CATEGORIES)}
-    settings["sha256"] = digests | {export.SETTINGS: export._digest_of(settings)}
+    settings["sha256"] = digests | {export.SETTINGS: export.digest_of(settings)}
     (folder / export.SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     return folder
 

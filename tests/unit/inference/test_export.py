@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from cpsp_dist import load_model
 from cpsp_dist.cli import main
 from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.errors import DataError
-from cpsp_dist.export import load_model
 from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.engine import PlainModel
@@ -87,7 +87,7 @@ import sys
 for name in ("deepspeed", "mlflow", "pydantic", "yaml", "webdataset", "accelerate", "h5py", "crc32c", "sklearn"):
     sys.modules[name] = None
 import torch
-from cpsp_dist.export import load_model
+from cpsp_dist import load_model
 model = load_model(sys.argv[1])
 with torch.no_grad():
     output = model(*torch.load(sys.argv[2], weights_only=True))
