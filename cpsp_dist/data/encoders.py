@@ -69,7 +69,7 @@ def named(name: str) -> Record:
     return {"name": name, "weights_sha256": None, "preprocessing": None}
 
 
-def describe(record: Record | None) -> str:
+def encoder_text(record: Record | None) -> str:
     """`vgg19 (weights 0123456789ab)`; `unknown`."""
     if record is None:
         return "unknown"
@@ -105,7 +105,7 @@ def require_same(trained: Encoders, found: Encoders, model: str, place: str, *, 
             unknown.append(modality)
     if unknown and warn:
         one = "encoders" if len(unknown) > 1 else "encoder"
-        known = ", ".join(describe(trained[m] or found[m]) for m in unknown)
+        known = ", ".join(encoder_text(trained[m] or found[m]) for m in unknown)
         side = f"{place} does not record its {' and '.join(unknown)} {one}; {model} was trained on {known}"
         if trained[unknown[0]] is None:
             side = f"{model} does not record the {' and '.join(unknown)} {one} it was trained on; {place} is of {known}"
@@ -123,7 +123,7 @@ def compare_records(ours: Record | None, theirs: Record | None) -> tuple[str, st
         return str(ours["name"]), str(theirs["name"])
     weights = ours["weights_sha256"], theirs["weights_sha256"]
     if None not in weights and weights[0] != weights[1]:
-        return describe(ours), describe(theirs)
+        return encoder_text(ours), encoder_text(theirs)
     before, now = ours["preprocessing"], theirs["preprocessing"]
     if before is None or now is None:
         return None

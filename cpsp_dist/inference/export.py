@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.encoders import Encoders, describe
+from cpsp_dist.data.encoders import Encoders, encoder_text
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.inference.model import (
@@ -163,7 +163,7 @@ def _encoders(encoders: Encoders) -> str:
             lines.append(f"- a segment lasts {record:g} s")
             continue
         details = json.dumps(record["preprocessing"]) if record and record["preprocessing"] else "not recorded"
-        lines.append(f"- {name}: {describe(record)}; preprocessing: {details}")
+        lines.append(f"- {name}: {encoder_text(record)}; preprocessing: {details}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.data.encoders import ENCODERS_NAME, MODALITIES, UNKNOWN, Encoders, describe, named
+from cpsp_dist.data.encoders import ENCODERS_NAME, MODALITIES, UNKNOWN, Encoders, encoder_text, named
 from cpsp_dist.data.manifest import INDEX_NAME
 from cpsp_dist.data.shard_index import MAX_INDEX_BYTES, Index
 from cpsp_dist.errors import DataError, UserError
@@ -46,7 +46,7 @@ def with_names(found: Encoders, visual: str | None, audio: str | None, place: st
         record = found[modality]
         if name is not None and record is not None and record["name"] != name:
             raise UserError(
-                f"--{modality}-encoder {name}: {place} records that {describe(record)} made its {modality} features; "
+                f"--{modality}-encoder {name}: {place} records that {encoder_text(record)} made its {modality} features; "
                 "leave the flag out"
             )
         records[modality] = named(name) if record is None and name is not None else record

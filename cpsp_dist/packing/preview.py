@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.data.encoders import describe
+from cpsp_dist.data.encoders import encoder_text
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
@@ -121,7 +121,7 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
 
 def _encoder_lines(manifest: Manifest) -> list[str]:
     records = manifest.encoders
-    return [f"encoders: visual {describe(records.visual)}, audio {describe(records.audio)}"] * records.known
+    return [f"encoders: visual {encoder_text(records.visual)}, audio {encoder_text(records.audio)}"] * records.known
 
 
 def _names(manifest: Manifest, row: int) -> tuple[str, str, str]:

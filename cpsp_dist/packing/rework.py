@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.data.encoders import MODALITIES, UNKNOWN, Encoders, common_record, compare_records, describe
+from cpsp_dist.data.encoders import MODALITIES, UNKNOWN, Encoders, common_record, compare_records, encoder_text
 from cpsp_dist.data.manifest import Manifest, Shard
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_order
@@ -107,7 +107,7 @@ def _common_encoders(manifests: list[Manifest]) -> Encoders:
             if names := compare_records(ours, theirs):
                 remedy = "the features of one folder have to come from one encoder"
             elif (ours is None) != (theirs is None):
-                names = describe(ours), describe(theirs)
+                names = encoder_text(ours), encoder_text(theirs)
                 unknown = first.folder if ours is None else other.folder
                 remedy = f"name it: `cpsp-dist shards index {unknown} --{modality}-encoder NAME`"
             else:
