@@ -46,8 +46,8 @@ def with_names(found: Encoders, visual: str | None, audio: str | None, place: st
         record = found[modality]
         if name is not None and record is not None and record["name"] != name:
             raise UserError(
-                f"--{modality}-encoder {name}: {place} records that {encoder_text(record)} made its {modality} features; "
-                "leave the flag out"
+                f"--{modality}-encoder {name}: {place} records that {encoder_text(record)} made its {modality} "
+                "features; leave the flag out"
             )
         records[modality] = named(name) if record is None and name is not None else record
     return replace(found, **records)
