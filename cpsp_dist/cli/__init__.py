@@ -23,6 +23,7 @@ from cpsp_dist.cli import (
     gpu_check,
     import_checkpoint,
     launch,
+    predict,
     shards,
     train,
 )
@@ -38,6 +39,7 @@ COMMANDS = (
     launch,
     evaluate,
     export,
+    predict,
     compare,
     import_checkpoint,
     bench,

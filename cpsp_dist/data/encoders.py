@@ -113,7 +113,7 @@ def require_same(trained: Encoders, found: Encoders, model: str, place: str, *, 
 
 
 def compare_records(ours: Record | None, theirs: Record | None) -> tuple[str, str] | None:
-    """What tells two encoders apart, as two texts; None where nothing that is known of both does.
+    """What differs between two encoders, as two texts; None where nothing that is known of both does.
 
     The precision they computed in (float16 or float32) is no difference: features differ by their rounding.
     """

@@ -56,7 +56,7 @@ def read_clip(path: str | Path, form: ClipForm, start: float | None = None, *, t
     try:
         with _opened(path) as container:
             begin, cut_before = _begin(container, form, start)
-            expected = _expected_frames(container, form, whole_file=begin is None)
+            expected = _expected_frames(container, form, of_file=begin is None)
         decoding = _decode(path, form, begin, expected, threads)
         wanted = list(itertools.chain.from_iterable(_indices(path, form, decoding.count)))
         if not decoding.pictures.keys() >= set(wanted):  # there are not as many frames as the file's header says
@@ -94,13 +94,13 @@ def _begin(container: InputContainer, form: ClipForm, start: float | None) -> tu
     return (None, bool(start)) if cut_before else (start, False)
 
 
-def _expected_frames(container: InputContainer, form: ClipForm, *, whole_file: bool) -> int:
+def _expected_frames(container: InputContainer, form: ClipForm, *, of_file: bool) -> int:
     """How many frames the clip has, by the file's header."""
     video = container.streams.best("video")
     if video is None:
         return 0
     seconds = (container.duration or 0) / 1e6
-    if whole_file and 0 < seconds < form.seconds + form.slack:
+    if of_file and 0 < seconds < form.seconds + form.slack:
         if video.frames:
             return int(video.frames)
     else:

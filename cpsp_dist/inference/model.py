@@ -110,8 +110,9 @@ def load_model(folder: str | Path) -> TrainedModel:
         encoders = Encoders.parse(settings.get("encoders"))
         segments = int(settings["inputs"].get("visual", ["B", SEGMENTS])[1])
     except (OSError, *OF_DAMAGE) as error:
+        reason = str(error) or repr(error)
         remedy = "; give such a folder, or the output folder of a run" if not (folder / SETTINGS).exists() else ""
-        raise DataError(f"{folder}: not a model of `cpsp-dist export` ({str(error) or error!r}){remedy}") from None
+        raise DataError(f"{folder}: not a model of `cpsp-dist export` ({reason}){remedy}") from None
     load_weights(folder / WEIGHTS, network)
     return TrainedModel(network, str(folder), categories, encoders, segments)
 

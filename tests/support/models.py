@@ -25,7 +25,7 @@ def untrained_run(shards: Path, output: Path, *more: str) -> Config:
     model = initial_model(config, manifest)
     with torch.no_grad():
         for layer in (model.classifier.event, model.classifier.category):
-            layer.weight *= 40
+            layer.weight *= 10
     progress = TrainingProgress(
         step=1,
         position=4,

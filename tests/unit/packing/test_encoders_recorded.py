@@ -90,7 +90,7 @@ def test_what_is_made_of_shards_keeps_them(features: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "expected_text"),
     [
         (RECORD | {"visual": VISUAL | {"name": "other"}}, "its visual encoder is other, that of"),
         (
@@ -105,7 +105,7 @@ def test_what_is_made_of_shards_keeps_them(features: Path, tmp_path: Path, capsy
     ids=["name", "weights", "preprocessing", "segments", "half unknown", "unknown"],
 )
 def test_merge_refuses_other_encoders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any] | None, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any] | None, expected_text: str
 ) -> None:
     folder = tmp_path / "merged"
     for name, record in (("a", RECORD), ("b", other)):
@@ -116,7 +116,7 @@ def test_merge_refuses_other_encoders(
     assert main(["shards", "merge", str(folder / "a"), str(folder / "b"), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {folder / 'b'}: ")
-    assert told in line
+    assert expected_text in line
     assert not (tmp_path / "out").exists()
 
 
@@ -132,7 +132,7 @@ def test_what_is_not_known_differs_from_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "expected_text"),
     [
         ("{", "line 1: no JSON"),
         ('{"visual": "net", "audio": null}', "visual encoder: needs name, preprocessing, weights_sha256"),
@@ -143,10 +143,10 @@ def test_what_is_not_known_differs_from_nothing() -> None:
     ],
 )
 def test_a_damaged_record_is_one_line(
-    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: str, told: str
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: str, expected_text: str
 ) -> None:
     (features / "encoders.json").write_text(record)
     assert pack(features, tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {features / 'encoders.json'}: not the record of an extraction (")
-    assert told in line
+    assert expected_text in line

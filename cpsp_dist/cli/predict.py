@@ -1,0 +1,68 @@
+"""`cpsp-dist predict`: what a trained model says of videos, features and shards."""
+
+from __future__ import annotations
+
+import argparse
+
+from cpsp_dist.cli.paths import local_path
+from cpsp_dist.errors import UserError
+from cpsp_dist.utils.console import echo
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="which event a video shows, and from which second to which",
+        description="Predict the category, the event probability of each second and the events' spans in seconds.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of `cpsp-dist export`, or of a training run")
+    parser.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="video, folder of videos, features (visual/ID.npy, ID.visual.npy, their folder), folder or URL of shards",
+    )
+    parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by --out's suffix, else table)")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="file to write (default: print)")
+    parser.add_argument("--split", default="test", help="of shards (default: %(default)s)")
+    windows = parser.add_argument_group("videos that are longer than those of the training")
+    windows.add_argument(
+        "--window", type=int, metavar="N", help="segments the model sees at once (default: as trained)"
+    )
+    windows.add_argument(
+        "--hop", type=int, metavar="N", help="segments from a window to the next (default: half of one)"
+    )
+    encoders = parser.add_argument_group("encoders, for videos")
+    for modality in ("visual", "audio"):
+        encoders.add_argument(f"--{modality}-weights", metavar="FILE", help=f"weights of the {modality} encoder")
+        text = f"name of the {modality} encoder, where the model does not record it"
+        encoders.add_argument(f"--{modality}-encoder", metavar="NAME", help=text)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    parser.set_defaults(handler=_predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from cpsp_dist.distributed.launchers import require_one_process
+
+    require_one_process("predict")
+    from cpsp_dist.inference.model import load_model
+    from cpsp_dist.inference.predict import PredictOptions, predict
+    from cpsp_dist.inference.prediction import FORMATS
+    from cpsp_dist.utils import files
+
+    suffix = args.out.suffix[1:] if args.out else ""
+    form = args.format or (suffix if suffix in FORMATS else "table")
+    options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
+    lines = FORMATS[form](predict(load_model(args.model), args.inputs, options))
+    if args.out is None:
+        for line in lines:
+            echo(line)
+        return
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        files.write_text(args.out, text)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    echo(f"{args.out}: written")

@@ -1,0 +1,141 @@
+"""Predictions of a trained model for videos, files of features and folders of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpsp_dist.data.batch import Batch
+from cpsp_dist.data.cache import Cache
+from cpsp_dist.data.encoders import require_same
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.reader import EvalStream
+from cpsp_dist.errors import UserError
+from cpsp_dist.inference.inputs import FeatureFiles, resolve
+from cpsp_dist.inference.model import TrainedModel
+from cpsp_dist.inference.prediction import Prediction, Scores, Truth, make_prediction
+from cpsp_dist.inference.videos import VideoReader
+from cpsp_dist.inference.windows import score
+from cpsp_dist.utils.text import one_line
+
+#: Videos of shards that are computed together.
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """
+    Attributes:
+        split: of shards.
+        window, hop: segments of a window over longer videos (None: as many as the model was trained on), and from one
+            window to the next (None: half a window).
+        visual_encoder, audio_encoder: names, for videos, where the model does not record its encoders.
+        visual_weights, audio_weights: files of their weights; None: those in the cache.
+        device: that computes, as "cuda"; None: a GPU where there is one.
+    """
+
+    split: str = "test"
+    window: int | None = None
+    hop: int | None = None
+    visual_encoder: str | None = None
+    audio_encoder: str | None = None
+    visual_weights: str | None = None
+    audio_weights: str | None = None
+    device: str | None = None
+
+
+def predict(
+    model: TrainedModel,
+    inputs: Iterable[str],
+    options: PredictOptions = PredictOptions(),  # frozen
+) -> Iterator[Prediction]:
+    """A prediction for each video of each input, in order.
+
+    For shards the numbers are those of an evaluation on them.
+
+    Raises:
+        UserError: an input that cannot be read, features of other encoders or sizes, an option that cannot be.
+    """
+    yield from _Predictor(model, options).run(inputs)
+
+
+class _Predictor:
+    def __init__(self, model: TrainedModel, options: PredictOptions):
+        self.window = model.segments if options.window is None else options.window
+        self.hop = max(1, self.window // 2) if options.hop is None else options.hop
+        if self.window < 1:
+            raise UserError(f"--window {self.window}: has to be 1 or more")
+        if not 1 <= self.hop <= self.window:
+            raise UserError(f"--hop {self.hop}: has to be from 1 to the window, {self.window}, or seconds are left out")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = options.device or default
+        try:
+            self.model = model.to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {self.device}: cannot be used ({one_line(error)[:150]})") from None
+        self.options, self.name = options, f"the model of {model.place}"
+        self._reader: VideoReader | None = None
+
+    def run(self, inputs: Iterable[str]) -> Iterator[Prediction]:
+        found = [(given, resolved) for given in inputs for resolved in resolve(given)]  # mistakes first
+        for given, (kind, what) in found:
+            if kind == "shards":
+                yield from self._of_shards(given)
+            elif isinstance(what, FeatureFiles):
+                yield self._of_features(given, what)
+            else:
+                yield self._of_video(str(what))
+
+    def _of_shards(self, given: str) -> Iterator[Prediction]:
+        manifest = Manifest.load(given, Cache())
+        require_same(self.model.encoders, manifest.encoders, self.name, manifest.place)
+        if manifest.categories != self.model.categories:
+            raise UserError(f"{manifest.place}: its categories are not those of {self.name}")
+        seconds = manifest.encoders.segment_seconds
+        with EvalStream(manifest, self.options.split, batch=BATCH) as stream:
+            for batch in stream:
+                scores = self._score(batch.visual, batch.audio, manifest.place)
+                for slot in np.flatnonzero(batch.valid.numpy()).tolist():
+                    key = manifest.samples[int(batch.index[slot])]["key"].decode()
+                    truth = _truth(batch, slot, manifest.categories)
+                    yield make_prediction(scores[slot], manifest.categories, (given, key), seconds, truth)
+
+    def _of_features(self, given: str, files: FeatureFiles) -> Prediction:
+        encoders = files.encoders
+        require_same(self.model.encoders, encoders, self.name, str(files.visual))
+        visual, audio = (torch.from_numpy(array)[None] for array in files.load())
+        scores = self._score(visual, audio, str(files.visual))[0]
+        return make_prediction(scores, self.model.categories, (given, files.video), encoders.segment_seconds, None)
+
+    def _of_video(self, path: str) -> Prediction:
+        if self._reader is None:
+            self._reader = self._make_reader()
+        visual, audio = (torch.from_numpy(array)[None] for array in self._reader.read(path, self.model.segments))
+        scores = self._score(visual, audio, path)[0]
+        return make_prediction(scores, self.model.categories, (path, Path(path).stem), self._reader.seconds, None)
+
+    def _make_reader(self) -> VideoReader:
+        options = self.options
+        names = {"visual": options.visual_encoder, "audio": options.audio_encoder}
+        weights = {"visual": options.visual_weights, "audio": options.audio_weights}
+        return VideoReader(self.model.encoders, self.model.place, names, weights, self.device)
+
+    def _score(self, visual: Tensor, audio: Tensor, place: str) -> list[Scores]:
+        try:
+            visual, audio = visual.to(self.device, torch.float32), audio.to(self.device)
+            return score(self.model, visual, audio, self.window, self.hop)
+        except RuntimeError as error:
+            raise UserError(
+                f"{place}: features of [{visual.shape[-1]}] visual and [{audio.shape[-1]}] audio channels do not fit "
+                f"{self.name}: {one_line(error)[:150]}"
+            ) from None
+
+
+def _truth(batch: Batch, slot: int, categories: list[str]) -> Truth:
+    category = int(batch.category[slot])
+    return Truth(categories[category] if category >= 0 else None, batch.event[slot].int().tolist())
