@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
+
+if TYPE_CHECKING:
+    from cpsp_dist.inference.prediction import Prediction
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +30,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by --out's suffix, else table)")
     parser.add_argument("--out", type=local_path, metavar="FILE", help="file to write (default: print)")
+    parser.add_argument("--plot", type=local_path, metavar="DIR", help="draw VIDEO.png of each into this folder")
     parser.add_argument("--split", default="test", help="of shards (default: %(default)s)")
     windows = parser.add_argument_group("videos that are longer than those of the training")
     windows.add_argument(
@@ -51,11 +58,15 @@ def _predict(args: argparse.Namespace) -> None:
     from cpsp_dist.inference.predict import PredictOptions, predict
     from cpsp_dist.inference.prediction import FORMATS
     from cpsp_dist.utils import files
+    from cpsp_dist.utils.extras import require
 
     suffix = args.out.suffix[1:] if args.out else ""
     form = args.format or (suffix if suffix in FORMATS else "table")
     options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
-    lines = FORMATS[form](predict(load_model(args.model), args.inputs, options))
+    if args.plot is not None:
+        require("matplotlib", "report", "--plot")
+    found = predict(load_model(args.model), args.inputs, options)
+    lines = FORMATS[form](found if args.plot is None else _drawn(found, args.plot))
     if args.out is None:
         for line in lines:
             echo(line)
@@ -66,3 +77,11 @@ def _predict(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
     echo(f"{args.out}: written")
+
+
+def _drawn(found: Iterator[Prediction], folder: Path) -> Iterator[Prediction]:
+    from cpsp_dist.inference.plot import draw
+
+    for each in found:
+        draw(each, folder)
+        yield each

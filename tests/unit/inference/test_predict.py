@@ -216,7 +216,9 @@ def test_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     clip = make_video(tmp_path / "clip.mp4", Spec(fps=10, frames=100))
     long = make_video(tmp_path / "long.mp4", Spec(fps=10, frames=170))
     make_video(tmp_path / "silent.mp4", Spec(fps=10, frames=100, audio_codec=None))
-    first, second = predicted(capsys, folder / "model", clip, long)
+    first, second = predicted(capsys, folder / "model", clip, long, "--plot", tmp_path / "plots")
+    for name in ("clip", "long"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     form = clip_form(made["wall"], made["bands"])  # type: ignore[arg-type]
     features = clip_features(read_clip(clip, form), made["wall"], made["bands"])  # type: ignore[arg-type]
     with torch.no_grad():
