@@ -101,6 +101,8 @@ WRITTEN = [
     "configs --copy",
     "slurm --copy",
     "export a --out",
+    "predict a b --out",
+    "predict a b --plot",
     "import-checkpoint a --model psp --config psp --out",
     "bench peers --envs",
     "demo --output",
@@ -131,7 +133,7 @@ def test_every_path_is_checked_for_urls():
 
     flags = [*walk(build_parser(), "")]
     assert not [name for name, action in flags if action.type is Path]
-    outputs = {"--out", "--output", "--copy", "--png", "--envs"}
+    outputs = {"--out", "--output", "--copy", "--png", "--plot", "--envs"}
     found = {(name, flag) for name, action in flags for flag in outputs.intersection(action.option_strings)}
     assert found == {(_command(line), line.split()[-1]) for line in WRITTEN if "--" in line}
 
