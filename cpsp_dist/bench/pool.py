@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from cpsp_dist.bench.batches import AUDIO, CATEGORIES, SEGMENTS, VISUAL, WIDTH, random_batch
+from cpsp_dist.bench.large_pools import measure_parts, measure_tiles
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
@@ -34,8 +36,6 @@ from cpsp_dist.losses.psa_v import psa_v
 from cpsp_dist.models import Output, build_model
 from cpsp_dist.training.engine import build_engine, tune_cpu
 
-#: The published sizes.
-SEGMENTS, VISUAL, AUDIO, CATEGORIES, WIDTH = 10, 512, 128, 28, 256
 #: The pool whose share of a training step is reported.
 SHARE_OF = 4096
 #: N × N matrices beyond this many rows do not fit a laptop.
@@ -57,13 +57,16 @@ def bench_pool(
         embeddings, one way), `bytes` and `collectives` of a step (forward and backward), `wire_bytes` that a process
         really wrote (None where the system does not report it), `gather_ms` waited, `step_ms` and `step_cpu_ms` (of one
         rank) with the pool off, local, gathered. pools: for each size CPU `ms` of mining, loss and backward, `floor_ms`
-        of the bare product of anchors and pool, and `saved_bytes` for the backward pass. share: what mining, loss and
+        of the bare product of anchors and pool, and `saved_bytes` for the backward pass. tiles, parts: see
+        `large_pools`. share: what mining, loss and
         backward over a pool of 4,096 are of a training step's CPU time (`least` and `most` over the rounds), and
         `floor_share`, what the bare product is. With one rank among `ranks` only.
     """
     found: dict[str, Any] = {"batch": batch, "width": WIDTH, "rounds": rounds, "ranks": {}}
     found["ranks"] = {world: launch(_steps, world, batch, rounds) for world in ranks}
     found["pools"] = launch(_simulate, 1, batch, rounds, list(pools))
+    found["tiles"] = launch(measure_tiles, 1, batch, list(pools))
+    found["parts"] = launch(measure_parts, 1, batch, rounds)
     if 1 in found["ranks"]:
         found["share"] = found["ranks"][1].pop("share")
     return found
@@ -100,28 +103,13 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     dist.destroy_process_group()
 
 
-def _random_batch(size: int, rank: int) -> Batch:
-    g = torch.Generator().manual_seed(rank)
-    event = torch.rand(size, SEGMENTS, generator=g) < 0.7
-    event[:, 0] = True
-    return Batch(
-        visual=torch.rand(size, SEGMENTS, 7, 7, VISUAL, generator=g),
-        audio=torch.randn(size, SEGMENTS, AUDIO, generator=g),
-        event=event,
-        category=torch.randint(0, CATEGORIES, (size,), generator=g),
-        valid=torch.ones(size, dtype=torch.bool),
-        video=rank * size + torch.arange(size),
-        index=torch.arange(size),
-    )
-
-
 def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
     """Complete training steps, and what the gathered pool sends."""
     model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)
     train = {"global_batch": size * ranks.world, "optimizer": "sgd"}
     described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
     engine = build_engine(model, Config.model_validate(described), ranks)
-    batch = _random_batch(size, ranks.rank)
+    batch = random_batch(size, ranks.rank)
     kinds = {
         "off": Objectives(ObjectiveSettings(psa_v=0.0), pool="gather"),
         "local": Objectives(ObjectiveSettings(), pool="local"),

@@ -193,6 +193,13 @@ def _describe_pool(result: dict[str, Any], batch: int) -> str:
         table(steps),
         "Pools (simulated): CPU time of mining, loss and backward; of the bare product; bytes kept for backward",
         table(sizes),
+        "Pools in tiles (simulated): CPU ms of values and gradient; MB beside the pool's rows and their gradient",
+        table(_tiles(result["tiles"])),
+        *(
+            f"4 parts of {batch} videos, {'one pool over all' if over == 'parts' else 'a pool for each'}: "
+            f"{row['pool']:.0f} videos in the pool, {row['ms']:.0f} ms CPU, {row['peak_bytes'] / 1e6:.0f} MB at most"
+            for over, row in result["parts"].items()
+        ),
     ]
     if "share" in result:
         share = result["share"]
@@ -202,6 +209,15 @@ def _describe_pool(result: dict[str, Any], batch: int) -> str:
             f"{share['floor_share']:.2%}"
         )
     return "\n".join(lines)
+
+
+def _tiles(result: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, str]]:
+    return [
+        {"pool": count}
+        | {f"{way} ms": f"{cost['ms']:.0f}" for way, cost in row.items()}
+        | {f"{way} MB": f"{cost['peak_bytes'] / 1e6:.1f}" for way, cost in row.items()}
+        for count, row in result.items()
+    ]
 
 
 def _step(args: argparse.Namespace) -> None:

@@ -71,6 +71,11 @@ class PoolSettings(Section):
     """The pool of videos that PSA_V mines from (and SSPSP's segments)."""
 
     scope: Literal["gather", "local"] = Field("gather", description="videos of all ranks, or each rank's own")
+    over: Literal["part", "parts"] = Field(
+        "part",
+        description="the videos of one part of a global batch (train.accumulation), or of all its parts, for a second "
+        "forward pass: GradCache",
+    )
     bank: int = Field(
         0,
         ge=0,
@@ -90,7 +95,7 @@ class TrainSettings(Section):
 
     seed: int = Field(1, ge=0, lt=2**31, description="of the first weights, the order of samples and dropout")
     global_batch: int = Field(64, ge=1, description="samples of an optimizer step, over all ranks")
-    accumulation: int = Field(1, ge=1, description="parts of a global batch, one after the other; pools do not grow")
+    accumulation: int = Field(1, ge=1, description="parts of a global batch, one after the other; see pool.over")
     epochs: int = Field(45, ge=1, description="passes over the training split")
     steps: int | None = Field(None, ge=1, description="stop after so many steps, before `epochs` are over")
     optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd is without momentum")

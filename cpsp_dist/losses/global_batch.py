@@ -49,6 +49,7 @@ class GlobalBatch:
     has_event: Tensor  # bool: has an event segment
     rank: int
     ranks: int
+    parts: int = 1  # that a rank's slots are of, one after the other: W ranks · A parts · slots of a part
     _known: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -61,6 +62,12 @@ class GlobalBatch:
     def has_class(self) -> Tensor:
         """[W·b] bool: slots with a real video of known class; the others are no part of the pool."""
         return self.valid & (self.category >= 0)
+
+    def in_sample_order(self, kept: Tensor) -> Tensor:
+        """kept [W·b] bool -> [N] int64: the kept slots' places among themselves, in the order of the samples: part by
+        part, and in each part rank by rank, so that it does not depend on the number of ranks."""
+        places = torch.where(kept, kept.cumsum(0) - 1, -1).view(self.ranks, self.parts, -1).transpose(0, 1).flatten()
+        return places[places >= 0]
 
     def local_positions(self, kept: Tensor) -> Tensor:
         """kept [W·b] bool -> where the kept slots of this rank are among all kept slots."""
@@ -123,7 +130,7 @@ class GlobalBatch:
 
 
 def gather_labels(
-    valid: Tensor, category: Tensor, video: Tensor, event: Tensor, stats: CommStats | None = None
+    valid: Tensor, category: Tensor, video: Tensor, event: Tensor, stats: CommStats | None = None, *, parts: int = 1
 ) -> GlobalBatch:
     """The labels of every rank's [b] slots (the same b on every rank): one collective of small integers.
 
@@ -139,7 +146,7 @@ def gather_labels(
         with stats.waiting(own.device):
             dist.all_gather_into_tensor(gathered, own)
     gathered = gathered.cpu()
-    return GlobalBatch(gathered[:, 0].bool(), gathered[:, 1], gathered[:, 2], gathered[:, 3].bool(), rank, ranks)
+    return GlobalBatch(gathered[:, 0].bool(), gathered[:, 1], gathered[:, 2], gathered[:, 3].bool(), rank, ranks, parts)
 
 
 def indices(mask: Tensor) -> Tensor:

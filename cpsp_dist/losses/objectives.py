@@ -58,10 +58,12 @@ class Objectives:
         pool: Literal["gather", "local"],
         bank: int = 0,
         supervision: Literal["full", "weak"] = "full",
+        parts: int = 1,
     ) -> None:
-        """pool: what PSA_V and SSPSP compare with; bank: rows of earlier steps that PSA_V's gathered pool also has."""
+        """pool: what PSA_V and SSPSP compare with; bank: rows of earlier steps that PSA_V's gathered pool also has;
+        parts: how many parts of a global batch come in one call, one after the other on each rank."""
         self.settings = settings
-        self.pool = pool
+        self.pool, self.parts = pool, parts
         self.weak = supervision == "weak"
         context = Context(supervision, pool, bank)
         self.terms = {
@@ -141,7 +143,7 @@ class Objectives:
             if (features := term.pooled_features(output)) is not None
         }
         if labels is None:
-            labels = gather_labels(batch.valid, category, batch.video, has_event, self.traffic)
+            labels = gather_labels(batch.valid, category, batch.video, has_event, self.traffic, parts=self.parts)
         (rows,) = to_device([indices(labels.valid[labels.local])], self._device)
         event, category = take(batch.event, rows), take(category, rows)
         return {

@@ -102,7 +102,7 @@ class PSAV(Objective):
         own, pool, remembered = members.own, Rows(step.pooled.of(members), members.category, members.video), None
         if self.bank is not None:
             remembered = self.bank.excluding(batch, like=pool.rows)
-            self.bank.put(Rows(pool.rows, batch.category[batch.has_class], batch.video[batch.has_class]))
+            self.bank.put(_in_sample_order(pool.rows, batch))
             pool = _joined(pool, remembered)
         anchors, mined = take(step.pooled.slots, members.slots), None
         if settings.mining == "supcon":
@@ -144,6 +144,17 @@ class PSAV(Objective):
             return found
 
         self._diagnose = diagnose
+
+
+def _in_sample_order(rows: Tensor, batch: GlobalBatch) -> Rows:
+    """The pool's rows [N, D] with their labels on the CPU, in an order that no number of ranks changes."""
+    kept, detached = batch.has_class, rows.detach()
+    new = Rows(detached, batch.category[kept], batch.video[kept])
+    if batch.parts == 1:
+        return new
+    order = batch.in_sample_order(kept)
+    (places,) = to_device([order], rows.device)
+    return Rows(detached[places], new.category[order], new.video[order])
 
 
 def _joined(pool: Rows, remembered: Rows) -> Rows:

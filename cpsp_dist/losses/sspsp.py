@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cpsp_dist.losses.global_batch import take
 from cpsp_dist.losses.objective import Context, Objective, Step
-from cpsp_dist.models.layers import Output, l2_normalize
+from cpsp_dist.losses.tiles import contrast
+from cpsp_dist.models.layers import Output
 from cpsp_dist.utils.registry import setting
 
 
@@ -21,10 +21,13 @@ def sspsp(audio: Tensor, own: Tensor, visual: Tensor, temperature: float) -> Ten
     own [B], the videos' indices in the pool; visual [N, T, D], the pool -> [B].
     """
     videos, segments, width = audio.shape
-    sounds, images = l2_normalize(audio).reshape(-1, width), l2_normalize(visual).reshape(-1, width)
-    scaled = sounds @ images.t() / temperature  # [B·T, N·T]
-    target = own.unsqueeze(1) * segments + torch.arange(segments, device=own.device)
-    return F.cross_entropy(scaled, target.flatten(), reduction="none").view(videos, segments).mean(1)
+    target = (own.unsqueeze(1) * segments + torch.arange(segments, device=own.device)).reshape(-1, 1)
+
+    def masks(first: int, end: int) -> tuple[None, Tensor]:
+        return None, target == torch.arange(first, end, device=own.device)
+
+    values = contrast(audio.reshape(-1, width), visual.reshape(-1, width), masks, temperature)
+    return values.view(videos, segments).mean(1)
 
 
 @dataclass(frozen=True)

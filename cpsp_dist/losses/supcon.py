@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cpsp_dist.models.layers import l2_normalize
+from cpsp_dist.losses.tiles import contrast
 
 
 def supcon(anchors: Tensor, own: Tensor, rows: Tensor, category: Tensor, video: Tensor, temperature: float) -> Tensor:
@@ -16,12 +14,10 @@ def supcon(anchors: Tensor, own: Tensor, rows: Tensor, category: Tensor, video: 
     without the anchor and other rows of its video (SupCon, Khosla et al. 2020, L_out). 0 for an anchor without
     positive. anchors [A, D]; own [A], their indices in the pool; rows [N, D], category [N], video [N]: the pool -> [A].
     """
-    scaled = l2_normalize(anchors) @ l2_normalize(rows).t() / temperature
-    other = video[own].unsqueeze(1) != video
-    positive = other & (category[own].unsqueeze(1) == category)
-    # The zero column keeps an empty pool, and an anchor that is alone, from having no largest value.
-    lowest = torch.finfo(scaled.dtype).min / 4
-    padded = F.pad(torch.where(other, scaled, lowest), (0, 1), value=lowest)
-    log_share = scaled - padded.logsumexp(1, keepdim=True)
-    found = positive.sum(1)
-    return -torch.where(positive, log_share, 0.0).sum(1) / found.clamp(min=1)
+    anchor_video, anchor_category = video[own].unsqueeze(1), category[own].unsqueeze(1)
+
+    def masks(first: int, end: int) -> tuple[Tensor, Tensor]:
+        other = anchor_video != video[first:end]
+        return other, other & (anchor_category == category[first:end])
+
+    return contrast(anchors, rows, masks, temperature)

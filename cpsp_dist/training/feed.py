@@ -23,8 +23,9 @@ class MicroBatch:
     Attributes:
         batch: on the device.
         rows: [B] int64 on the CPU, rows of the sample table; -1 for an empty slot.
-        labels: of the global batch, prepared for the objectives; None where they have to be gathered, because any rank
-            may have skipped a damaged sample.
+        labels: of what the objectives see at once (the micro-batches of all ranks, with `pool.over=parts` all those
+            of a step), prepared for them; None where they have to be gathered, because any rank may have skipped a
+            damaged sample.
     """
 
     batch: Batch
@@ -46,7 +47,9 @@ class BatchFeed:
         self._batches = stream.batches(position)
         self._position = position
         self._thread = ThreadPoolExecutor(1, "labels")
-        self._labels = self._plan_labels()
+        self._parts, self._taken = objectives.parts, 0
+        self._labels: GlobalBatch | None = None
+        self._planned = self._plan_labels()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: tuple[Batch, Tensor, torch.cuda.Event] | BaseException | None = None
 
@@ -60,9 +63,11 @@ class BatchFeed:
             batch, rows = self._read()
         else:
             batch, rows = self._take_copied()
-        labels = None if self._labels is None else self._labels.result()
-        self._labels = self._plan_labels()
-        return MicroBatch(batch, rows, labels)
+        if self._taken % self._parts == 0:
+            self._labels = None if self._planned is None else self._planned.result()
+            self._planned = self._plan_labels()
+        self._taken += 1
+        return MicroBatch(batch, rows, self._labels)
 
     def prefetch(self) -> None:
         """Read the next micro-batch and start its copy to the GPU; nothing on a CPU."""
@@ -97,17 +102,19 @@ class BatchFeed:
         return batch.to(self._device), rows
 
     def _plan_labels(self) -> Future[GlobalBatch] | None:
-        """Start to work out the labels of the micro-batch after those that were asked for."""
+        """Start to work out the labels of what comes after that which was asked for."""
         if not self._stream.planned or self._stream.world != rank_and_world()[1]:
             return None
-        position, self._position = self._position, self._position + self._stream.schedule.micro
-        return self._thread.submit(lambda: self._objectives.prepare(planned_labels(self._stream, position)))
+        parts, position = self._parts, self._position
+        self._position += parts * self._stream.schedule.micro
+        return self._thread.submit(lambda: self._objectives.prepare(planned_labels(self._stream, position, parts)))
 
 
-def planned_labels(stream: TrainStream, position: int) -> GlobalBatch:
-    """The labels of all ranks' slots of the micro-batch at `position`, from the sample table: as they come in batches
-    where no sample is skipped."""
-    rows = stream.rows_of_all_ranks(position).ravel()
+def planned_labels(stream: TrainStream, position: int, parts: int = 1) -> GlobalBatch:
+    """The labels of all ranks' slots of the `parts` micro-batches from `position` on, from the sample table: as they
+    come in batches where no sample is skipped."""
+    positions = range(position, position + parts * stream.schedule.micro, stream.schedule.micro)
+    rows = np.stack([stream.rows_of_all_ranks(each) for each in positions], axis=1).ravel()  # [W, parts, b]
     table, valid = np.asarray(stream.manifest.samples).take(rows), rows >= 0
 
     def column(name: str, absent: int) -> Tensor:
@@ -115,5 +122,11 @@ def planned_labels(stream: TrainStream, position: int) -> GlobalBatch:
 
     has_event = column("events", 0) > 0
     return GlobalBatch(
-        torch.from_numpy(valid), column("category", -1), column("video", -1), has_event, stream.rank, stream.world
+        torch.from_numpy(valid),
+        column("category", -1),
+        column("video", -1),
+        has_event,
+        stream.rank,
+        stream.world,
+        parts,
     )

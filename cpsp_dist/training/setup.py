@@ -136,7 +136,11 @@ def _scale(x: torch.Tensor) -> tuple[float, bool]:
 def build_objectives(config: Config, state: TrainingState | None = None) -> Objectives:
     """The weighted sum of loss terms; with the memory bank of `state`, where given."""
     objectives = Objectives(
-        config.objectives, pool=config.pool.scope, bank=config.pool.bank, supervision=config.model.supervision
+        config.objectives,
+        pool=config.pool.scope,
+        bank=config.pool.bank,
+        supervision=config.model.supervision,
+        parts=config.train.accumulation if config.pool.over == "parts" else 1,
     )
     if state is not None:
         objectives.load(state.objectives)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.training.engine import Engine
 from cpsp_dist.training.feed import BatchFeed
+from cpsp_dist.training.grad_cache import CachedOutputs, joined, kept
 from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
 
@@ -61,6 +62,8 @@ class StepRunner:
         position: samples delivered before the step, over all ranks. measure: a context entered around the forward
         pass and the loss of each micro-batch.
         """
+        if self.objectives.parts > 1:
+            return self._run_parts(feed, step, learning_rate, measure)
         grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []
         weights = self.stream.schedule.weights(position, self.config.train.accumulation)
         for micro_batch, weight in enumerate(weights):
@@ -75,6 +78,34 @@ class StepRunner:
             grad_norm = self.engine.step(learning_rate)
             micro_losses.append({name: weight * value for name, value in terms.items()})
         return StepResult(learning_rate, grad_norm, micro_losses, diagnostics)
+
+    def _run_parts(
+        self, feed: BatchFeed, step: int, learning_rate: float, measure: Callable[[], AbstractContextManager[object]]
+    ) -> StepResult:
+        """The same with one pool, and one loss, over all parts of the global batch: see `grad_cache`."""
+        parts, grad_norm, diagnostics = self.objectives.parts, math.nan, NonFiniteDiagnostics()
+        taken, outputs = [], []
+        for part in range(parts):
+            micro_batch = feed.take()
+            taken.append(replace(micro_batch, batch=kept(micro_batch.batch)))
+            torch.manual_seed(dropout_seed(self.config, step, part, self.ranks))
+            with torch.no_grad():
+                outputs.append(self.engine(taken[part].batch))
+            feed.prefetch()
+        cache = CachedOutputs(outputs)
+        with measure():
+            loss, terms = self.objectives(cache.output, joined([each.batch for each in taken]), taken[-1].labels)
+        loss.backward()
+        for part, micro_batch in enumerate(taken):
+            torch.manual_seed(dropout_seed(self.config, step, part, self.ranks))
+            with measure():
+                output = diagnostics.record_outputs(self.engine(micro_batch.batch), micro_batch.rows)
+                due = cache.surrogate(part, output)
+            diagnostics.record_losses(terms)
+            # The engine divides by the number of parts. A loss that is not finite has to reach every gradient.
+            self.engine.backward(parts * due + 0 * loss.detach())
+            grad_norm = self.engine.step(learning_rate)
+        return StepResult(learning_rate, grad_norm, [terms], diagnostics)
 
 
 def dropout_seed(config: Config, step: int, micro_batch: int, ranks: Ranks) -> int:

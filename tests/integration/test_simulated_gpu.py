@@ -34,6 +34,7 @@ VARIANTS = {
     "sspsp": ["objectives.sspsp=1"],
     "local pool": ["pool.scope=local"],
     "accumulation": ["train.accumulation=2"],
+    "one pool over parts": ["train.accumulation=2", "pool.over=parts", "pool.bank=24", "objectives.sspsp=1"],
     "pad": ["data.epoch_end=pad", "train.global_batch=20"],
     "uneven": ["train.global_batch=15"],
     "fp64": ["train.precision=fp64"],

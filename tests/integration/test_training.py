@@ -296,3 +296,22 @@ def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards
     assert Checkpoints(tmp_path / "run").steps()[-1] == 2, "a finished run stays finished"
     prefork.start([*base, "train.steps=3"], 1).finish()
     assert Checkpoints(tmp_path / "run").steps()[-1] == 3, "until it is to be longer"
+
+
+@pytest.mark.long
+def test_a_pool_over_parts_trains_as_one_part(ranks: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """Two ranks, a global batch in four parts, a bank, an epoch's padded end, and a resume halfway: losses and weights
+    of one rank with one part."""
+    pool = ["engine.kind=ddp", "engine.zero=0", "train.precision=fp64", "pool.bank=6", "data.epoch_end=pad"]
+    pool += ["train.global_batch=20", "train.optimizer=sgd", "objectives.sspsp=0.1", "tracking.every_steps=1"]
+    parts = [*pool, "pool.over=parts", "train.accumulation=4"]
+    ranks(train_each, 1, keypad_shards, tmp_path / "one", {"run": [*pool, "train.steps=6"]}, timeout=400)
+    for steps in (3, 6):
+        ranks(train_each, 2, keypad_shards, tmp_path / "two", {"run": [*parts, f"train.steps={steps}"]}, timeout=400)
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert len(loss_history(one)) == 6
+    for at_one, at_two in zip(loss_history(one), loss_history(two), strict=True):
+        assert at_two == pytest.approx(at_one, rel=1e-9, abs=1e-9)
+    weights = newest_weights(one), newest_weights(two)
+    for key in weights[0]:
+        torch.testing.assert_close(weights[1][key], weights[0][key], rtol=1e-9, atol=1e-9)

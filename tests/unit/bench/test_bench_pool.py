@@ -37,6 +37,13 @@ def test_command_measures_what_is_sent_and_kept(tmp_path: Path) -> None:
     assert small["saved_bytes"]["two_stage"] == large["saved_bytes"]["two_stage"] < 4 * 4 * (1 + 3) * 256 * 4
     assert large["saved_bytes"]["full_matrix"] > 10 * small["saved_bytes"]["full_matrix"]
     assert large["saved_bytes"]["replicated"] > 500 * large["saved_bytes"]["full_matrix"]
+    small, large = result["tiles"]["64"], result["tiles"]["4096"]
+    assert small.keys() == {"mining", "supcon", "sspsp"}
+    for way in ("mining", "supcon"):  # 4 anchors: a pool of 4096 is one tile, which a table of SSPSP's exceeds
+        assert small[way]["peak_bytes"] < large[way]["peak_bytes"] < 4096 * 256 * 4 * 8
+    parts = result["parts"]
+    assert (parts["part"]["pool"], parts["parts"]["pool"]) == (4, 16)
+    assert 0 < parts["part"]["ms"] < parts["parts"]["ms"]
     share = result["share"]
     assert share["pool"] == 4096
     assert 0 < share["floor_share"] < share["least"] <= share["share"] <= share["most"] < 1
