@@ -86,14 +86,14 @@ def test_mined_rows_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, k: i
     rows = torch.randint(0, 3, (60, 3), generator=g).double()
     _, category, video = pool(60)
     own = torch.randperm(60, generator=g)[:20]
-    whole = mine(rows[own], own, rows, category, video, k, semihard=semihard)
+    one_tile = mine(rows[own], own, rows, category, video, k, semihard=semihard)
     monkeypatch.setattr(tiles, "TILE", 1)
     for width in (1, 4, 7, 59):
         monkeypatch.setattr(tiles, "NARROWEST", width)
         parts = mine(rows[own], own, rows, category, video, k, semihard=semihard)
-        assert torch.equal(parts.positive, whole.positive)
-        assert torch.equal(parts.mask, whole.mask)
-        assert torch.equal(parts.negatives, whole.negatives)
+        assert torch.equal(parts.positive, one_tile.positive)
+        assert torch.equal(parts.mask, one_tile.mask)
+        assert torch.equal(parts.negatives, one_tile.negatives)
 
 
 @pytest.mark.parametrize("way", ["supcon", "sspsp", "mine"])
