@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -75,8 +74,6 @@ def bench_pool(
 
 def launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
     """What `function` gives on rank 0 of `world` new processes."""
-    for name, level in (("KINETO_LOG_LEVEL", "5"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):  # the profiler prints much
-        os.environ.setdefault(name, level)
     with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
         context = mp.start_processes(_rank, (world, folder, function, args), world, join=False, start_method="spawn")
         ends = time.monotonic() + LIMIT_SECONDS
