@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from cpsp_dist.data.urls import expanded, is_url, local_path
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
+from cpsp_dist.models import MODELS
+from cpsp_dist.models.layers import EXTRA_OUTPUTS
 from cpsp_dist.models.settings import ModelSettings
 from cpsp_dist.utils.sections import Section
 
@@ -201,7 +203,20 @@ class Config(Section):
         ]
         if self.model.supervision == "weak" and by_segment:
             raise ValueError(f"model.supervision=weak has no segment labels: set {', '.join(by_segment)} to 0")
+        self._require_outputs()
         return self
+
+    def _require_outputs(self) -> None:
+        """Each objective gets what it takes: some outputs are those of a few networks."""
+        full = self.model.supervision == "full"
+        given = set(MODELS[self.model.name].extra_outputs if full else ())
+        for name, objective in OBJECTIVES.items():
+            if getattr(self.objectives, name) and (lacking := EXTRA_OUTPUTS.intersection(objective.inputs) - given):
+                having = [model for model, network in MODELS.items() if lacking <= set(network.extra_outputs)]
+                raise ValueError(
+                    f"objectives.{name} needs a network that gives it '{', '.join(sorted(lacking))}': set it to 0, or "
+                    f"model.supervision=full and model.name to {' or '.join(having)}"
+                )
 
 
 def flat(config: Config | dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ from cpsp_dist import load_model
 model = load_model("this folder")  # needs torch and safetensors
 output = model(visual, audio)  # float32 {_shape(fields["visual"].shape)} and {_shape(fields["audio"].shape)}
 event = output.event_logits > 0  # [B, T]
-category = output.{"video" if config.model.supervision == "weak" else "category"}_logits.argmax(1)  # [B]
+category = output.category_logits.argmax(1)  # [B]
 names = [model.categories[c] for c in category]
 ```
 

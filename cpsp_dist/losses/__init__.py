@@ -29,5 +29,8 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
             "self-supervised: an audio segment against all visual segments of the pool; they are gathered only where "
             "this is more than 0 (T times the bytes of embeddings), and with pool.scope=gather",
         ),
+        "gate": ("gate:Gate", "CMBS, CACE: whether both modalities take a segment for an event"),
+        "modality": ("modality:Modality", "CMBS, CACE: the category as each modality finds it by itself"),
+        "contrast": ("contrast:Contrast", "CACE: event segments of a video, and their noisy copies, against the rest"),
     },
 )

@@ -30,6 +30,8 @@ MODELS: Registry[type[Network]] = Registry(
         "avel": ("avel:AVEL", "attention and two LSTMs (Tian et al., ECCV 2018)"),
         "avsdn": ("avsdn:AVSDN", "dual-modality sequence to sequence (Lin et al., ICASSP 2019)"),
         "cmran": ("cmran:CMRAN", "cross-modal relation-aware networks (Xu et al., ACM MM 2020)"),
+        "cmbs": ("cmbs:CMBS", "cross-modal background suppression (Xia and Zhao, CVPR 2022)"),
+        "cace": ("cace:CACE", "co-guidance attention and contrastive enhancement (CACE-Net, He et al., ACM MM 2024)"),
     },
 )
 

@@ -14,6 +14,25 @@ from cpsp_dist.models.layers import Classifier, DropoutSettings, Network, Output
 
 WIDTH = 256
 MAP = 512  # visual channels inside
+#: Names in the published code that networks of this family share: (pattern, replacement).
+PUBLISHED_RELATIONS = (
+    (r"^spatial_channel_att\.", "attention."),
+    (r"_encoder\.encoder\.layers\.(\d)\.", r"_encoder.layers.\1."),
+    (r"_decoder\.decoder\.layers\.0\.", "_decoder.layer."),
+    (r"\.(self_attn|multihead_attn)\.", ".attention."),
+    (r"\.out_proj\.", ".out."),
+    (r"^localize_module\.classifier\.", "classifier.event."),
+    (r"^localize_module\.event_classifier\.", "classifier.category."),
+)
+
+
+def split_attention(name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """Query, key and value of an attention are one matrix in the published code, and three layers here."""
+    packed = re.search(r"in_proj_(weight|bias)$", name)
+    if packed is None:
+        return [(name, value)]
+    parts = zip(("query", "key", "value"), value.chunk(3), strict=False)
+    return [(f"{name[: packed.start()]}{part}.{packed[1]}", rows) for part, rows in parts]
 
 
 class CMRAN(Network):
@@ -24,15 +43,9 @@ class CMRAN(Network):
 
     Settings = DropoutSettings
     published_names = (
-        (r"^spatial_channel_att\.", "attention."),
-        (r"_encoder\.encoder\.layers\.(\d)\.", r"_encoder.layers.\1."),
-        (r"_decoder\.decoder\.layers\.0\.", "_decoder.layer."),
-        (r"\.(self_attn|multihead_attn)\.", ".attention."),
+        *PUBLISHED_RELATIONS,
         (r"^AVInter\.video_multihead\.", "interaction.attention."),
         (r"^AVInter\.norm1\.", "interaction.norm."),
-        (r"\.out_proj\.", ".out."),
-        (r"^localize_module\.classifier\.", "classifier.event."),
-        (r"^localize_module\.event_classifier\.", "classifier.category."),
     )
     published_unused = r".*\.(affine_video_guided_\d|encoder_layer|decoder_layer|decoder\.layers\.0\.self_attn)\."
 
@@ -59,12 +72,7 @@ class CMRAN(Network):
 
     @classmethod
     def convert_published(cls, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """Query, key and value are one matrix there, and three layers here."""
-        packed = re.search(r"in_proj_(weight|bias)$", name)
-        if packed is None:
-            return [(name, value)]
-        parts = zip(("query", "key", "value"), value.chunk(3), strict=False)
-        return [(f"{name[: packed.start()]}{part}.{packed[1]}", rows) for part, rows in parts]
+        return split_attention(name, value)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
@@ -97,9 +105,12 @@ class SpatialChannelAttention(nn.Module):
         self.affine_audio_2 = nn.Linear(audio_channels, 256)
         self.affine_v_s_att = nn.Linear(256, 1)
 
-    def forward(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, visual: Tensor, audio: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """seen [B, T, P, 512]: what the channels are weighed by, where that is not `visual` itself."""
         # The audio's factor is the same at each position, so it can wait until after the mean over them.
-        query = F.relu(self.affine_video_1(visual)).mean(2) * F.relu(self.affine_audio_1(audio))
+        query = F.relu(self.affine_video_1(visual if seen is None else seen)).mean(2) * F.relu(
+            self.affine_audio_1(audio)
+        )
         channels = self.affine_v_c_att(F.relu(self.affine_bottleneck(query))).sigmoid()
         visual = visual * (channels + 1).to(visual.dtype).unsqueeze(2)
         query = F.relu(self.affine_video_2(visual)) * F.relu(self.affine_audio_2(audio)).unsqueeze(2)
@@ -140,11 +151,11 @@ class Attention(nn.Module):
 class Relation(nn.Module):
     """One layer: attention and a feed-forward network, each with a residual and a norm behind it."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, hidden: int) -> None:
         super().__init__()
         self.attention = Attention(4, dropout)
-        self.linear1 = nn.Linear(WIDTH, 2048)
-        self.linear2 = nn.Linear(2048, WIDTH)
+        self.linear1 = nn.Linear(WIDTH, hidden)
+        self.linear2 = nn.Linear(hidden, WIDTH)
         self.norm1 = nn.LayerNorm(WIDTH)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.dropout = nn.Dropout(dropout)
@@ -158,10 +169,10 @@ class Relation(nn.Module):
 class RelationEncoder(nn.Module):
     """Relations between the segments of one modality. [B, T, channels] -> [B, T, 256]."""
 
-    def __init__(self, channels: int, layers: int, dropout: float) -> None:
+    def __init__(self, channels: int, layers: int, dropout: float, hidden: int = 2048) -> None:
         super().__init__()
         self.affine_matrix = nn.Linear(channels, WIDTH)
-        self.layers = nn.ModuleList(Relation(dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Relation(dropout, hidden) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.affine_matrix(x)
@@ -173,10 +184,10 @@ class RelationEncoder(nn.Module):
 class Decoder(nn.Module):
     """Relations of one modality's segments to the encoded other, and to themselves. -> [B, T, 256]."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, hidden: int = 2048) -> None:
         super().__init__()
         self.affine_matrix = nn.Linear(channels, WIDTH)
-        self.layer = Relation(dropout)
+        self.layer = Relation(dropout, hidden)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         x = self.affine_matrix(x)
@@ -185,11 +196,14 @@ class Decoder(nn.Module):
 
 
 class Interaction(nn.Module):
-    """The product of the modalities looks again at both. audio, visual [B, T, 256] -> [B, T, 256]."""
+    """The product of the modalities looks again at both. audio, visual [B, T, 256] -> [B, T, 256].
 
-    def __init__(self, heads: int, dropout: float) -> None:
+    attention_dropout: of the attention's weights, where it is not `dropout`.
+    """
+
+    def __init__(self, heads: int, dropout: float, attention_dropout: float | None = None) -> None:
         super().__init__()
-        self.attention = Attention(heads, dropout)
+        self.attention = Attention(heads, dropout if attention_dropout is None else attention_dropout)
         self.norm = nn.LayerNorm(WIDTH)
         self.dropout = nn.Dropout(dropout)
 

@@ -34,6 +34,14 @@ class Output(NamedTuple):
     visual: Tensor  # [B, T, D]
     similarity: Tensor  # [B, T] cosine of `audio` and `visual`
     attention: Tensor | None  # [B, T, P] weights of the map's positions, where the network has them
+    # What some networks give besides: `Network.extra_outputs`.
+    gate: Tensor | None = None  # [B, T] how much both modalities take the segment for an event, 0 to 1
+    modality_logits: Tensor | None = None  # [B, K] the category as each modality finds it, the mean of the two
+    views: Tensor | None = None  # [B, 2, T, D] segment features of length 1 and, second, those of a noisy copy
+
+
+#: The fields that a network may leave out, or not: `Network.extra_outputs`.
+EXTRA_OUTPUTS = frozenset(Output._field_defaults)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -66,11 +74,13 @@ class Network(nn.Module):
         published_names: what to replace in a parameter's name of the published code: (pattern, replacement), in order.
         published_unused: matches published parameters that no output depends on. They have no counterpart here: DDP
             and ZeRO wait for the gradient of each parameter.
+        extra_outputs: the fields of `Output` with a default that it fills with full supervision, for objectives.
     """
 
     Settings: ClassVar[type] = NoSettings
     published_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     published_unused: ClassVar[str] = r"$"
+    extra_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, *, visual_channels: int, audio_channels: int, modality: Literal["both", "audio", "visual"] = "both"
@@ -102,6 +112,10 @@ class Network(nn.Module):
                 layer.weight /= max(rms, 1e-6)
                 nn.init.zeros_(layer.bias)
 
+    def start_step(self, progress: float) -> None:
+        """Called before each training step. progress: the share of the epochs that are done, 0 to 1."""
+        return
+
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         raise NotImplementedError
 
@@ -120,6 +134,12 @@ class Network(nn.Module):
             with autocast_disabled(audio):
                 audio = self.audio_in(audio)
         return visual, audio
+
+
+def start_step(module: nn.Module, progress: float) -> None:
+    """See `Network.start_step`; a module of another kind has no use for it."""
+    if isinstance(module, Network):
+        module.start_step(progress)
 
 
 def autocast_disabled(x: Tensor) -> torch.autocast:

@@ -23,6 +23,10 @@ class TrainingSchedule:
         """The epoch in which step `step` (from 0) begins; a batch may straddle two."""
         return step * self.settings.global_batch // self.length
 
+    def progress(self, step: int) -> float:
+        """The share of the epochs that are done when step `step` begins."""
+        return self.epoch(step) / self.settings.epochs
+
     @property
     def steps(self) -> int:
         steps = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)

@@ -14,9 +14,11 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.models.layers import start_step
 from cpsp_dist.training.engine import Engine
 from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.grad_cache import CachedOutputs, joined, kept
+from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import NonFiniteDiagnostics
 
 
@@ -62,6 +64,8 @@ class StepRunner:
         position: samples delivered before the step, over all ranks. measure: a context entered around the forward
         pass and the loss of each micro-batch.
         """
+        schedule = TrainingSchedule(self.config.train, self.stream.schedule.epoch_length)
+        start_step(self.engine.module, schedule.progress(step))
         if self.objectives.parts > 1:
             return self._run_parts(feed, step, learning_rate, measure)
         grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []

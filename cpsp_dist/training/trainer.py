@@ -20,6 +20,7 @@ from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import Output, model_for
+from cpsp_dist.models.layers import start_step
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training import gc_control
@@ -274,6 +275,7 @@ class Trainer:
         weights = self.engine.capture().weights
         model = model_for(config.model, self.manifest)
         network = PlainModel(model, weights, ranks.device, PRECISIONS[config.train.precision])
+        start_step(model, self.schedule.progress(step))
 
         def read(rows: Tensor) -> Batch:
             # Read again: the reader fills a batch's memory anew, and a GPU has no memory to spare for copies.

@@ -16,7 +16,7 @@ from tests.support.pool_cases import global_batch
 from tests.support.pool_cases import rank_share as share
 from tests.support.pool_cases import seeded_network as network
 
-MODELS = {"psp": "full", "avel": "weak", "avsdn": "full", "cmran": "weak"}
+MODELS = {"psp": "full", "avel": "weak", "avsdn": "full", "cmran": "weak", "cmbs": "weak", "cace": "full"}
 
 
 def train(kinds: list[tuple[str, int]]) -> dict[tuple[str, str, int], dict[str, Tensor]]:
@@ -27,6 +27,8 @@ def train(kinds: list[tuple[str, int]]) -> dict[tuple[str, str, int], dict[str, 
             objectives: dict[str, Any] = {"sspsp": 1.0, "psa_s": 1.0, "margin": 0.8}
             if supervision == "weak":
                 objectives |= {"event": 0.0, "avps": 0.0, "psa_s": 0.0}
+            if name == "cace":
+                objectives |= {"gate": 1.0, "modality": 1.0, "contrast": 1.0}
             config = Config.model_validate(
                 {
                     "data": {"shards": "-"},

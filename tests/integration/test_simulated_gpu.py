@@ -24,6 +24,9 @@ VARIANTS = {
     "avel": ["model.name=avel"],
     "avsdn": ["model.name=avsdn"],
     "cmran": ["model.name=cmran"],
+    "cmbs, weak": ["model.name=cmbs", *WEAK],
+    "cace": ["model.name=cace", "model.enhanced_from=0"]
+    + [f"objectives.{name}=1" for name in ("gate", "modality", "contrast")],
     "weak": WEAK,
     "weak, published": [*WEAK, "objectives.weak_category=published", "objectives.mining=supcon"],
     "bank": ["pool.bank=24"],

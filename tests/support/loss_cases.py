@@ -9,6 +9,7 @@ from cpsp_dist.config import ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import Output
+from cpsp_dist.models.layers import l2_normalize
 
 K = 4
 
@@ -19,7 +20,8 @@ T = 6
 D = 8
 
 
-ALL = ObjectiveSettings(psa_s=1.0, sspsp=0.5)
+ALL = ObjectiveSettings(psa_s=1.0, sspsp=0.5, gate=1.0, modality=1.0, contrast=0.5, contrast_temperature=0.5)
+WEAK = ALL.model_copy(update=dict.fromkeys(("event", "avps", "psa_s", "gate", "modality", "contrast"), 0.0))
 
 
 #: Every objective, in every form.
@@ -29,10 +31,11 @@ FORMS = {
     "semihard": ALL.model_copy(update={"mining": "semihard"}),
     "proportional": ALL.model_copy(update={"mining": "proportional", "negatives": 20}),
     "published": ALL.model_copy(
-        update={"psa_s_form": "published_rows", "background": "published", "few_negatives": "published"}
+        update=dict.fromkeys(("background", "few_negatives", "gate_form"), "published")
+        | {"psa_s_form": "published_rows"}
     ),
-    "weak": ALL.model_copy(update={"event": 0.0, "avps": 0.0, "psa_s": 0.0, "mining": "supcon"}),
-    "weak published": ALL.model_copy(update={"event": 0.0, "avps": 0.0, "psa_s": 0.0, "weak_category": "published"}),
+    "weak": WEAK.model_copy(update={"mining": "supcon"}),
+    "weak published": WEAK.model_copy(update={"weak_category": "published"}),
 }
 
 
@@ -77,6 +80,9 @@ def random_output(seed: int, size: int, dtype: torch.dtype = torch.float64) -> O
         visual=normal(size, T, D),
         similarity=(normal(size, T).detach() / 3).requires_grad_(),
         attention=None,
+        gate=normal(size, T).detach().sigmoid().requires_grad_(),
+        modality_logits=normal(size, K),
+        views=l2_normalize(normal(size, 2, T, 2).detach()).requires_grad_(),
     )
 
 

@@ -58,5 +58,5 @@ def rank_share(batch: Batch, rank: int, ranks: int) -> Batch:
 def seeded_network(name: str, supervision: Any) -> Network:
     torch.manual_seed(1)
     return build_model(
-        name, supervision=supervision, visual_channels=6, audio_channels=9, categories=K, dropout=0.0
+        name, supervision=supervision, visual_channels=6, audio_channels=9, categories=K, dropout=0.0, noise=0.0
     ).double()

@@ -14,6 +14,7 @@ from torch import Tensor
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.losses.contrast import contrast
 from cpsp_dist.losses.diagnostics import pair_diagnostics
 from cpsp_dist.losses.global_batch import Rows
 from cpsp_dist.losses.mining import mine
@@ -22,8 +23,11 @@ from cpsp_dist.losses.psa_s import psa_s
 from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.models import Output
+from cpsp_dist.models.layers import l2_normalize
+from tests.support.environment import REPO
 from tests.support.loss_cases import ALL, FORMS, D, K, T, form, make_batch, random_batch, random_output
 
+WEAKLY = ["objectives.event=0", "objectives.psa_v=0"]
 forms = st.sampled_from(list(FORMS))
 seeds = st.integers(0, 2**20)
 quick = settings(max_examples=60, deadline=None)
@@ -101,6 +105,23 @@ def slow_sspsp(audio: Tensor, visual: Tensor, temperature: float) -> list[float]
     return values
 
 
+def slow_gate(gate: Tensor, event: Tensor) -> float:
+    each = [-math.log(g if e else 1 - g) for g, e in zip(gate.tolist(), event.tolist(), strict=True)]
+    return sum(each) / len(each)
+
+
+def slow_contrast(views: Tensor, event: Tensor, temperature: float) -> float:
+    """views [2, T, D]: over all segments of both views."""
+    segments = [(view, t) for view in range(2) for t in range(len(event))]
+    values = []
+    for i in segments:
+        others = [j for j in segments if j != i]
+        alike = [j for j in others if (j[1] == i[1] and j[0] != i[0]) or (event[i[1]] and event[j[1]])]
+        near, whole = (sum(math.exp((views[i] @ views[j]).item() / temperature) for j in js) for js in (alike, others))
+        values.append(-math.log(near / len(alike) / whole))
+    return sum(values) / len(values)
+
+
 def slow_weak_category(logits: Tensor, category: int, published: bool) -> float:
     shares = logits.softmax(0).tolist()
     if not published:
@@ -143,6 +164,7 @@ def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -
                 d_p = max((rows[i] - rows[positive]).norm().item(), 1e-6)
                 d_n = sum((rows[i] - rows[j]).norm().item() for j in negatives) / len(negatives)
                 videowise.append(max(0.0, d_p - d_n + s.margin))
+    apart = [-output.modality_logits[b].log_softmax(0)[batch.category[b]].item() for b in classed]
     across = slow_sspsp(output.audio[valid].detach(), output.visual[valid].detach(), s.sspsp_temperature)
     values = {
         "event": event,
@@ -151,6 +173,9 @@ def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -
         "psa_s": segments,
         "psa_v": videowise,
         "sspsp": across,
+        "gate": [slow_gate(output.gate[b], batch.event[b]) for b in valid],
+        "modality": apart,
+        "contrast": [slow_contrast(output.views[b], batch.event[b], s.contrast_temperature) for b in valid],
     }
     return {name: sum(each) / max(len(each), 1) for name, each in values.items() if getattr(s, name)}
 
@@ -323,7 +348,7 @@ def test_finite_differences(name: str) -> None:
     batch, output = random_batch(11, 5), random_output(11, 5)
 
     def total(*tensors: Tensor) -> Tensor:
-        return form(name)(Output(*tensors, attention=None), batch)[0]
+        return form(name)(Output(*tensors[:7], None, *tensors[7:]), batch)[0]
 
     assert torch.autograd.gradcheck(total, leaves(output), eps=1e-7, atol=1e-6, rtol=1e-5)
 
@@ -333,7 +358,7 @@ def test_videos_without_event_have_no_class() -> None:
     event = torch.zeros(3, T, dtype=torch.bool)
     event[:2, :3] = True
     batch, output = make_batch(event, torch.tensor([0, 1, 2])), random_output(3, 3)
-    only = {"event": 0.0, "avps": 0.0, "sspsp": 0.0}
+    only = {"event": 0.0, "avps": 0.0, "sspsp": 0.0, "gate": 0.0, "contrast": 0.0}
     total, terms = objectives(ALL.model_copy(update=only))(output, batch)
     without = make_batch(event[:2], torch.tensor([0, 1]))
     fewer = Output(*(None if x is None else x[:2] for x in output))
@@ -475,3 +500,26 @@ def test_weak_supervision_refuses_objectives_of_segments(tmp_path: Path) -> None
     (tmp_path / "weak.yaml").write_text("data: {shards: x}\nmodel: {supervision: weak}\nobjectives: {avps: 0}\n")
     with pytest.raises(ConfigError, match=r"no segment labels: set objectives\.event, objectives\.psa_s to 0"):
         load_config(tmp_path / "weak.yaml")
+
+
+def test_contrast_at_the_published_temperature_is_finite_in_float32() -> None:
+    """exp(1 / 0.01), as published, is infinite in float32."""
+    views = l2_normalize(torch.randn(3, 2, T, D, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    event = torch.tensor([[True] * T, [False] * T, [True] + [False] * (T - 1)])
+    values = contrast(views, event, 0.01)
+    slow = [slow_contrast(v, e, 0.01) for v, e in zip(views.detach().double(), event, strict=True)]
+    assert values.tolist() == pytest.approx(slow, rel=1e-5)
+    values.sum().backward()
+    assert views.grad.isfinite().all()
+
+
+def test_an_objective_without_its_output_is_refused() -> None:
+    """Before anything is read: the network of the configuration gives no gates, or none with weak supervision."""
+    for chosen, having in (
+        (["objectives.gate=1"], "cmbs or cace"),
+        (["model.name=cmbs", "objectives.contrast=1"], "cace"),
+        (["model.name=cmbs", "model.supervision=weak", "objectives.modality=1", *WEAKLY], "cmbs or cace"),
+    ):
+        with pytest.raises(ConfigError, match=f"needs a network that gives it .*model.name to {having}"):
+            load_config(REPO / "configs" / "baseline.yaml", chosen)
+    load_config(REPO / "configs" / "baseline.yaml", ["model.name=cace", "objectives.gate=1", "objectives.contrast=1"])

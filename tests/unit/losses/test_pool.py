@@ -88,6 +88,7 @@ RUNS = {
     ),
 }
 OBJECTIVES = ("event", "category", "avps", "psa_s", "psa_v", "sspsp")
+OF_SOME = ("gate", "modality", "contrast")  # of networks that give what they take
 
 
 def only(name: str) -> ObjectiveSettings:
@@ -99,6 +100,10 @@ def only(name: str) -> ObjectiveSettings:
 RUNS |= {
     f"{name} alone": Run("psp", "full", only(name), [("even",), ("empty rank" if name == "avps" else "uneven",)])
     for name in OBJECTIVES
+}
+RUNS |= {
+    f"{name} alone": Run("cace", "full", only("").model_copy(update={name: 1.0}), [("even",), ("uneven",)])
+    for name in OF_SOME
 }
 UNDER_ZERO = {
     **{name: RUNS[name]._replace(steps=[("uneven",), ("background rank",)]) for name in ("published mining", "bank")},

@@ -16,6 +16,7 @@ from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.errors import EXIT_USER_ERROR
+from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.objectives import TERMS_OF, Objectives
 from cpsp_dist.models import Output
 from cpsp_dist.training.checkpoint import Checkpoints
@@ -221,13 +222,14 @@ def test_the_cause_is_named_alone() -> None:
 
 @pytest.mark.parametrize("supervision", ["full", "weak"])
 def test_each_term_comes_back_to_the_outputs_it_is_declared_to_take(supervision: str) -> None:
-    terms = ["event", "category", "avps", "psa_s", "psa_v", "sspsp"]
+    terms = [*OBJECTIVES]
     torch.manual_seed(0)
     event = torch.rand(4, 10) < 0.5
     numbers = torch.arange(4)
     batch = Batch(event, event, event, torch.tensor([0, 0, 1, 1]), numbers >= 0, numbers, numbers)
     shapes = {"event_logits": (4, 10), "category_logits": (4, 5), "similarity": (4, 10)}
     shapes |= {name: (4, 10, 8) for name in ("fusion", "audio", "visual")}
+    shapes |= {"gate": (4, 10), "modality_logits": (4, 5), "views": (4, 2, 10, 8)}
     if supervision == "weak":
         shapes["video_logits"] = (4, 5)
     for term in terms:
