@@ -15,8 +15,8 @@ from cpsp_dist.models.cmran import (
     PUBLISHED_RELATIONS,
     WIDTH,
     Decoder,
-    Encoder,
     Interaction,
+    RelationEncoder,
     SpatialChannelAttention,
     split_attention,
 )
@@ -82,8 +82,8 @@ class Suppression(Network):
         if not self.weak:
             audio_width = 2 * self.audio_channels
             self.lstm_audio, self.lstm_video = BiLSTM(self.audio_channels, audio_width // 2), BiLSTM(MAP, MAP // 2)
-        self.video_encoder = Encoder(MAP, layers=2, dropout=dropout, hidden=hidden[0])
-        self.audio_encoder = Encoder(audio_width, layers=2, dropout=dropout, hidden=hidden[0])
+        self.video_encoder = RelationEncoder(MAP, layers=2, dropout=dropout, hidden=hidden[0])
+        self.audio_encoder = RelationEncoder(audio_width, layers=2, dropout=dropout, hidden=hidden[0])
         self.video_decoder = Decoder(MAP, dropout=dropout, hidden=hidden[1])
         self.audio_decoder = Decoder(audio_width, dropout=dropout, hidden=hidden[1])
         heads = 2 if self.weak else 4
