@@ -117,8 +117,8 @@ def slow_contrast(views: Tensor, event: Tensor, temperature: float) -> float:
     for i in segments:
         others = [j for j in segments if j != i]
         alike = [j for j in others if (j[1] == i[1] and j[0] != i[0]) or (event[i[1]] and event[j[1]])]
-        near, whole = (sum(math.exp((views[i] @ views[j]).item() / temperature) for j in js) for js in (alike, others))
-        values.append(-math.log(near / len(alike) / whole))
+        near, total = (sum(math.exp((views[i] @ views[j]).item() / temperature) for j in js) for js in (alike, others))
+        values.append(-math.log(near / len(alike) / total))
     return sum(values) / len(values)
 
 
