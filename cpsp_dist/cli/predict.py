@@ -31,6 +31,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by --out's suffix, else table)")
     parser.add_argument("--out", type=local_path, metavar="FILE", help="file to write (default: print)")
     parser.add_argument("--plot", type=local_path, metavar="DIR", help="draw VIDEO.png of each into this folder")
+    parser.add_argument(
+        "--overlay", type=local_path, metavar="DIR", help="write VIDEO.mp4 of each, events drawn in, into this folder"
+    )
     parser.add_argument("--split", default="test", help="of shards (default: %(default)s)")
     windows = parser.add_argument_group("videos that are longer than those of the training")
     windows.add_argument(
@@ -65,8 +68,10 @@ def _predict(args: argparse.Namespace) -> None:
     options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
     if args.plot is not None:
         require("matplotlib", "report", "--plot")
+    if args.overlay is not None:
+        require("PIL", "report", "--overlay")
     found = predict(load_model(args.model), args.inputs, options)
-    lines = FORMATS[form](found if args.plot is None else _drawn(found, args.plot))
+    lines = FORMATS[form](_drawn(found, args.plot, args.overlay))
     if args.out is None:
         for line in lines:
             echo(line)
@@ -79,9 +84,15 @@ def _predict(args: argparse.Namespace) -> None:
     echo(f"{args.out}: written")
 
 
-def _drawn(found: Iterator[Prediction], folder: Path) -> Iterator[Prediction]:
-    from cpsp_dist.inference.plot import draw
-
+def _drawn(found: Iterator[Prediction], plots: Path | None, overlays: Path | None) -> Iterator[Prediction]:
+    """The predictions, each after its picture and its video are written into these folders."""
     for each in found:
-        draw(each, folder)
+        if plots is not None:
+            from cpsp_dist.inference.plot import draw
+
+            draw(each, plots)
+        if overlays is not None:
+            from cpsp_dist.inference.overlay import overlay
+
+            overlay(each, overlays)
         yield each

@@ -103,6 +103,7 @@ WRITTEN = [
     "export a --out",
     "predict a b --out",
     "predict a b --plot",
+    "predict a b --overlay",
     "import-checkpoint a --model psp --config psp --out",
     "bench peers --envs",
     "demo --output",
@@ -133,7 +134,7 @@ def test_every_path_is_checked_for_urls():
 
     flags = [*walk(build_parser(), "")]
     assert not [name for name, action in flags if action.type is Path]
-    outputs = {"--out", "--output", "--copy", "--png", "--plot", "--envs"}
+    outputs = {"--out", "--output", "--copy", "--png", "--plot", "--overlay", "--envs"}
     found = {(name, flag) for name, action in flags for flag in outputs.intersection(action.option_strings)}
     assert found == {(_command(line), line.split()[-1]) for line in WRITTEN if "--" in line}
 

@@ -182,6 +182,18 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         assert expected_text in line
 
 
+def test_without_pyav_it_is_one_line(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    from cpsp_dist.utils import extras
+
+    found = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "av" else found(name))
+    (tmp_path / "clip.mp4").touch()
+    assert main(["predict", str(folder / "model"), str(tmp_path / "clip.mp4")]) == 2
+    expected = "error: predicting for videos needs av, which the extra 'video' brings: pip install 'cpsp-dist[video]'\n"
+    assert capsys.readouterr().err == expected
+    assert len(predicted(capsys, folder / "model", folder / "shards")) == 16, "shards need no PyAV"
+
+
 def test_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """Encoded as the model's features were, in clips of ten seconds; one without sound is refused."""
     from cpsp_dist.extraction.encoders import build_encoder
@@ -216,9 +228,12 @@ def test_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     clip = make_video(tmp_path / "clip.mp4", Spec(fps=10, frames=100))
     long = make_video(tmp_path / "long.mp4", Spec(fps=10, frames=170))
     make_video(tmp_path / "silent.mp4", Spec(fps=10, frames=100, audio_codec=None))
-    first, second = predicted(capsys, folder / "model", clip, long, "--plot", tmp_path / "plots")
+    first, second = predicted(
+        capsys, folder / "model", clip, long, "--plot", tmp_path / "plots", "--overlay", tmp_path / "overlays"
+    )
     for name in ("clip", "long"):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / "overlays" / f"{name}.mp4").is_file()
     form = clip_form(made["wall"], made["bands"])  # type: ignore[arg-type]
     features = clip_features(read_clip(clip, form), made["wall"], made["bands"])  # type: ignore[arg-type]
     with torch.no_grad():
