@@ -20,6 +20,7 @@ from cpsp_dist.cli import (
     doctor,
     evaluate,
     export,
+    extract,
     gpu_check,
     import_checkpoint,
     launch,
@@ -34,6 +35,7 @@ from cpsp_dist.utils.redact import learn
 #: In the order of --help.
 COMMANDS = (
     shards,
+    extract,
     configs,
     train,
     launch,

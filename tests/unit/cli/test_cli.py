@@ -100,6 +100,7 @@ WRITTEN = [
     "shards keypad --out",
     "configs --copy",
     "slurm --copy",
+    "extract --out",
     "export a --out",
     "predict a b --out",
     "predict a b --plot",

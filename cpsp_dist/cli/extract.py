@@ -1,0 +1,81 @@
+"""`cpsp-dist extract`: features of a folder of videos."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+
+from cpsp_dist.cli.paths import local_path
+from cpsp_dist.errors import UserError
+from cpsp_dist.utils.console import echo
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "extract",
+        help="features of videos, for shards pack",
+        description="Decode videos and run the encoders over them. The folder that it fills goes to `cpsp-dist shards "
+        "pack --layout npy --source OUT`. The same command again resumes: videos that are complete are kept.",
+    )
+    parser.add_argument(
+        "--videos", type=local_path, metavar="DIR", required=True, help="folder of ID.mp4, .mkv, .webm or ID_START.mp4"
+    )
+    parser.add_argument(
+        "--csv", type=local_path, metavar="FILE", required=True, help="category,video_id,split[,start], or VGGSound's"
+    )
+    for modality, example in (("visual", "efficientnet-lite0"), ("audio", "logmel")):
+        parser.add_argument(f"--{modality}", metavar="ENCODER", required=True, help=f"{modality} encoder, as {example}")
+        parser.add_argument(f"--{modality}-weights", type=local_path, metavar="FILE", help="its weights")
+    parser.add_argument("--out", type=local_path, metavar="DIR", required=True, help="folder to fill")
+    parser.add_argument("--labels", type=local_path, metavar="JSON", help='{"ID": {"label": [0, 1, …]}}')
+    parser.add_argument(
+        "--categories", type=local_path, metavar="FILE", help="class names (default: as listed, sorted)"
+    )
+    parser.add_argument("--segments", type=int, default=10, metavar="N", help="of a clip (default: %(default)s)")
+    parser.add_argument("--segment-seconds", type=float, default=1.0, metavar="S", help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    parser.add_argument(
+        "--precision", choices=("float32", "float16"), default="float32", help="of the encoders (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one a core)")
+    parser.add_argument(
+        "--deadline", type=float, default=300.0, metavar="S", help="seconds to decode a clip in (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="videos that cannot be extracted: stop, or leave them out (listed in report.jsonl)",
+    )
+    parser.add_argument(
+        "--portion",
+        metavar="I/N",
+        help="only the I-th of N portions of the videos (from 0), for an array of N jobs; the same command without "
+        "--portion then finishes",
+    )
+    parser.set_defaults(handler=_extract)
+
+
+def _extract(args: argparse.Namespace) -> None:
+    if args.segments < 1:
+        raise UserError(f"--segments {args.segments}: has to be 1 or more")
+    if not 0.01 <= args.segment_seconds <= 3600:
+        raise UserError(f"--segment-seconds {args.segment_seconds:g}: has to be from 0.01 to 3600")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: has to be 1 or more")
+    if not (args.deadline > 0 and math.isfinite(args.deadline)):
+        raise UserError(f"--deadline {args.deadline:g}: has to be more than 0")
+    number, _, portions = (args.portion or "").partition("/")
+    if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
+        raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
+    from cpsp_dist.distributed.launchers import require_one_process
+
+    require_one_process("extract")
+    from cpsp_dist.extraction.extract import ExtractOptions, extract
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ExtractOptions)}
+    given["portion"] = (int(number), int(portions)) if args.portion else None
+    found = extract(ExtractOptions(**given))
+    unfinished = f"; portion {args.portion}, not finished yet" if args.portion else ""
+    echo(f"{args.out}: {found.text()}{unfinished}")
