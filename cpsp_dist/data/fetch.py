@@ -58,10 +58,10 @@ def read_part(url: str, start: int, end: int, size: int) -> bytes:
     return _retry(url, lambda _: _read_range(filesystem, path, start, end, size), threading.Event())
 
 
-def file_size(url: str, cancelled: threading.Event) -> int:
-    """Bytes. Raises DataError, Cancelled."""
+def file_size(url: str, cancelled: threading.Event, attempts: int | None = None) -> int:
+    """Bytes. Raises DataError after so many failures in a row (`ATTEMPTS`), Cancelled."""
     filesystem, path = _filesystem(url)
-    size = _retry(url, lambda _: filesystem.size(path), cancelled)
+    size = _retry(url, lambda _: filesystem.size(path), cancelled, attempts)
     if size is None:
         raise DataError(f"{without_secrets(url)}: the server reports no length for it")
     return int(size)
@@ -153,21 +153,22 @@ def _read_range(filesystem: Any, path: str, start: int | None = None, end: int |
     return data
 
 
-def _retry(url: str, call: Callable[[int], T], cancelled: threading.Event) -> T:
+def _retry(url: str, call: Callable[[int], T], cancelled: threading.Event, attempts: int | None = None) -> T:
     """`call(attempt)`, repeated while it fails in a way that may pass. Raises DataError, Cancelled."""
-    for attempt in range(ATTEMPTS):
+    attempts = attempts or ATTEMPTS
+    for attempt in range(attempts):
         try:
             return call(attempt)
         except Exception as error:  # each file system raises its own
             reason, final = _reason(error), _is_final(error)
         if final:
             raise DataError(f"{without_secrets(url)}: {reason}; check the URL and your permission to read it")
-        if attempt < ATTEMPTS - 1:
+        if attempt < attempts - 1:
             # Spread, so that the ranks of a large job do not all retry at the same time.
             wait = random.uniform(0.75, 1.25) * min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
             if cancelled.wait(wait):
                 raise Cancelled
-    raise DataError(f"{without_secrets(url)}: {reason}, {ATTEMPTS} times in a row; check its server, then start again")
+    raise DataError(f"{without_secrets(url)}: {reason}, {attempts} times in a row; check its server, then start again")
 
 
 def _status(error: Exception) -> int | None:

@@ -9,7 +9,7 @@ description begins with the modality. `cpsp-dist extract --visual` (or `--audio`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.registry import Registry
@@ -22,6 +22,12 @@ __all__ = ["ENCODERS", "build_encoder", "encoders_of"]
 ENCODERS: Registry[type[Encoder]] = Registry(
     "cpsp_dist.extraction.encoders",
     {
+        "vgg19": ("vgg19:VGG19", "visual: VGG-19, block5_pool, 7x7x512 (the published features)"),
+        "efficientnet-lite0": ("efficientnet_lite0:EfficientNetLite0", "visual: EfficientNet-Lite0, block 11, 7x7x192"),
+        "resnet": ("resnet:ResNet", "visual: ResNet-50, -101 or -152, stage 3, 7x7x1024"),
+        "clip": ("clip:Clip", "visual: an image tower of CLIP, a vector; extra 'encoders'"),
+        "vggish": ("vggish:VGGish", "audio: VGGish, 128 values (the published features)"),
+        "clap": ("clap:Clap", "audio: an audio tower of CLAP, a vector; extra 'encoders'"),
         "logmel": ("logmel:LogMel", "audio: log-mel energies of each second, 512 values; no weights"),
     },
 )
@@ -50,4 +56,6 @@ def build_encoder(
     """
     if name not in ENCODERS:
         raise UserError(f"no encoder named '{name}'; there are {', '.join(ENCODERS)}")
-    return ENCODERS[name](None if weights is None else Path(weights), device, precision)
+    encoder: Any = ENCODERS[name]
+    built: Encoder = encoder(None if weights is None else Path(weights), device, precision)
+    return built

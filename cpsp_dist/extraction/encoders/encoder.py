@@ -18,13 +18,17 @@ from cpsp_dist.extraction.clip import frame_indices
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+Precision = Literal["float32", "float16"]
 
 
 class Encoder(ABC):
     """One network or function that turns inputs of one modality into features.
 
-    A subclass sets `name` (as in the table) and `preprocessing`, and loads its weights in `__init__`, from `weights` or
-    from the cache, leaving their hash in `weights_sha256`.
+    A subclass has the `name` of the table and sets `preprocessing`. One with weights loads them in its `__init__` and
+    sets `weights_sha256` (see `cpsp_dist/extraction/weights.py`).
+
+    Args:
+        weights: the file that the user gave.
 
     Attributes:
         preprocessing: everything beside the weights that changes its numbers, as JSON.
@@ -35,7 +39,7 @@ class Encoder(ABC):
     modality: ClassVar[Literal["visual", "audio"]]
     preprocessing: dict[str, Any]
 
-    def __init__(self, weights: Path | None, device: str, precision: Literal["float32", "float16"] = "float32") -> None:
+    def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
         self.device, self.precision = torch.device(device), precision
         self.weights_sha256: str | None = None
         if precision == "float16" and self.device.type != "cuda":
@@ -57,11 +61,17 @@ class VisualEncoder(Encoder):
     Attributes:
         frames_per_segment: 1: the frame in the middle; more: spread evenly from the segment's first frame on.
         size: height and width in pixels that the frames must have.
+        crop: whether they are scaled from the largest square in the middle of the picture, or from all of it.
     """
 
     modality = "visual"
     frames_per_segment: ClassVar[int] = 16
-    size: ClassVar[tuple[int, int]] = (224, 224)
+    size: tuple[int, int] = (224, 224)
+    crop: ClassVar[bool] = False
+
+    def sampling(self) -> dict[str, Any]:
+        """What `preprocessing` records of the choice of frames and how they are scaled."""
+        return {"frames_per_segment": self.frames_per_segment, "size": [*self.size], "crop": self.crop}
 
     def frame_indices(self, frames: int, segments: int) -> list[list[int]]:
         """Which of a clip's frames to encode, [segments][frames_per_segment]: see `extraction.clip`.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders import mel
-from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats
+from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, Precision
 
 #: Parts of a second, each of 12 windows, over which the energies are averaged.
 PARTS = 8
@@ -15,7 +18,12 @@ class LogMel(AudioEncoder):
     """The mean log-mel spectrum of each eighth of a second: 8 · 64 = 512 values (time, then band)."""
 
     name = "logmel"
-    preprocessing = mel.PREPROCESSING | {"parts": PARTS}
+
+    def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
+        super().__init__(device, precision)
+        if weights is not None:
+            raise UserError(f"{weights}: the encoder logmel has no weights; leave them out")
+        self.preprocessing = mel.PREPROCESSING | {"parts": PARTS}
 
     def __call__(self, waveform: Floats) -> Floats:
         seconds = self.seconds(waveform)

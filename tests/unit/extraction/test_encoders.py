@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -39,12 +40,13 @@ class Middle(Sixteen):
 @pytest.mark.parametrize("frames", [160, 250, 299, 300, 601])
 def test_the_published_frame_indices(frames: int) -> None:
     n = frames // 10
-    assert Sixteen(None, "cpu").frame_indices(frames, 10) == [
+    assert Sixteen("cpu").frame_indices(frames, 10) == [
         [int(second * n + i / 16 * n) for i in range(16)] for second in range(10)
     ]
-    assert Middle(None, "cpu").frame_indices(frames, 10) == [[second * n + n // 2] for second in range(10)]
+    middles = [int((second + Fraction(1, 2)) * Fraction(frames, 10)) for second in range(10)]
+    assert Middle("cpu").frame_indices(frames, 10) == [[middle] for middle in middles]
     with pytest.raises(ValueError, match="9 frames are fewer than 10 segments"):
-        Middle(None, "cpu").frame_indices(9, 10)
+        Middle("cpu").frame_indices(9, 10)
 
 
 def test_log_mel_is_that_of_the_published_code() -> None:

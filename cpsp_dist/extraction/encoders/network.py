@@ -1,0 +1,81 @@
+"""Running a network over inputs so that each result depends on its input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cpsp_dist.errors import UserError
+from cpsp_dist.extraction.encoders.encoder import Precision
+
+Prepare = Callable[[Tensor], Tensor]
+#: torchvision's normalisation.
+TORCHVISION: dict[str, Any] = {
+    "bgr": False,
+    "scale": 255.0,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
+
+
+class Runner:
+    """A network on a device, run over batches of one fixed size.
+
+    Sums in a convolution may be ordered by the size of its batch, so a rest is filled up with zeros: an input gives the
+    same bytes whatever it is batched with. On a CPU, where batches gain nothing for images, the size is 1.
+
+    Args:
+        prepare: makes the network's input of a batch of raw inputs, on the device, in float32.
+        batch: inputs of one pass on a GPU.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        prepare: Prepare,
+        device: torch.device,
+        precision: Precision = "float32",
+        batch: int = 32,
+    ) -> None:
+        self.dtype = torch.float16 if precision == "float16" else torch.float32
+        network = network.eval().requires_grad_(False)
+        self.network = network.to(device=device, dtype=self.dtype, memory_format=torch.channels_last)
+        self.prepare, self.device, self.batch = prepare, device, 1 if device.type == "cpu" else batch
+
+    @torch.inference_mode()
+    def __call__(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """float32 [N, …], channels last, of [N, …]. Raises UserError: float16 is too small for a value."""
+        found: list[Tensor] = []
+        with _repeatable():
+            for start in range(0, len(inputs), self.batch):
+                part = torch.from_numpy(np.ascontiguousarray(inputs[start : start + self.batch]))
+                count = len(part)
+                if count < self.batch:
+                    part = torch.cat([part, part.new_zeros(self.batch - count, *part.shape[1:])])
+                out = self.network(self.prepare(part.to(self.device)).to(self.dtype))[:count].float()
+                found.append(out.permute(0, 2, 3, 1) if out.ndim == 4 else out)
+            result = torch.cat(found).cpu().contiguous()
+        if self.dtype == torch.float16 and not result.isfinite().all():
+            raise UserError("a feature is too large for float16; compute in float32")
+        return result.numpy()
+
+
+def _repeatable() -> Any:
+    """cuDNN without its choice of the moment's fastest algorithm, and without TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def normalize(mean: Sequence[float], std: Sequence[float], scale: float = 1.0, bgr: bool = False) -> Prepare:
+    """`prepare` of RGB frames uint8 [B, H, W, 3]: (x / scale - mean) / std, of BGR if `bgr`, as [B, 3, H, W]."""
+
+    def prepare(frames: Tensor) -> Tensor:
+        x = frames.float() / scale
+        x = x.flip(-1) if bgr else x
+        return ((x - x.new_tensor(mean)) / x.new_tensor(std)).permute(0, 3, 1, 2)
+
+    return prepare
