@@ -18,8 +18,9 @@ class ClipForm:
     Attributes:
         segments, segment_seconds: that the clip has.
         frames_per_segment: 1: that in its middle; more: evenly spread, see `frame_indices`.
-        size: height and width of the frames, scaled without a crop.
+        size: height and width of the frames.
         sample_rate: of the sound, in Hz.
+        crop: whether a frame is the middle of its picture, or all of it, squeezed.
     """
 
     segments: int = 10
@@ -27,6 +28,7 @@ class ClipForm:
     frames_per_segment: int = 16
     size: tuple[int, int] = (224, 224)
     sample_rate: int = 16000
+    crop: bool = False
 
     @property
     def seconds(self) -> float:
@@ -60,8 +62,8 @@ class Clip:
 def frame_indices(frames: int, segments: int, per_segment: int) -> list[list[int]]:
     """[segments][per_segment] numbers of frames, as the published features chose theirs.
 
-    With n = frames // segments, frame i of segment l is int(l·n + i/per_segment·n); with one frame a segment it is the
-    one in the middle, int(l·n + n/2).
+    With n = frames // segments, frame i of segment l is int(l·n + i/per_segment·n). One frame a segment is that in its
+    middle, int((l + 0.5) · frames / segments).
 
     Args:
         frames: decoded frames of the stretch that the segments cover.
@@ -71,6 +73,7 @@ def frame_indices(frames: int, segments: int, per_segment: int) -> list[list[int
     """
     if frames < segments:
         raise ValueError(f"{frames} frames are fewer than {segments} segments")
+    if per_segment == 1:
+        return [[(2 * segment + 1) * frames // (2 * segments)] for segment in range(segments)]
     n = frames // segments
-    offsets = [0.5] if per_segment == 1 else [i / per_segment for i in range(per_segment)]
-    return [[int(segment * n + offset * n) for offset in offsets] for segment in range(segments)]
+    return [[int(segment * n + i / per_segment * n) for i in range(per_segment)] for segment in range(segments)]

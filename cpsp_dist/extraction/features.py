@@ -10,7 +10,8 @@ from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, VisualEn
 
 def clip_form(visual: VisualEncoder, audio: AudioEncoder, segments: int = 10, segment_seconds: float = 1.0) -> ClipForm:
     """What two encoders need of a clip."""
-    return ClipForm(segments, segment_seconds, visual.frames_per_segment, visual.size, audio.sample_rate)
+    frames = visual.frames_per_segment
+    return ClipForm(segments, segment_seconds, frames, visual.size, audio.sample_rate, visual.crop)
 
 
 def clip_features(clip: Clip, visual: VisualEncoder, audio: AudioEncoder) -> tuple[Floats, Floats]:

@@ -124,7 +124,7 @@ class _Decoding:
         self._rate = 0
         self._seen = 0  # frames up to `_last`
         self._slack = form.slack if begin is None else 0.0
-        self._convert = Converter(form.size)
+        self._convert = Converter(form.size, crop=form.crop)
         wanted = frame_indices(expected, form.segments, form.frames_per_segment) if expected >= form.segments else []
         self._wanted = set(itertools.chain.from_iterable(wanted))
         self.has_pictures = False

@@ -24,7 +24,7 @@ class Clap(AudioEncoder):
     sample_rate = 48000
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         found = load_pretrained(weights, "ClapAudioModelWithProjection", "clap", "laion/clap-htsat-unfused")
         if found.model.config.enable_fusion:
             raise UserError(f"{found.folder}: a fused CLAP draws parts of the sound by chance; use an unfused one")

@@ -29,7 +29,7 @@ class Clip(VisualEncoder):
     crop = True
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         found = load_pretrained(weights, "CLIPVisionModelWithProjection", "clip", "openai/clip-vit-base-patch32")
         self.weights_sha256 = found.sha256
         size = found.model.config.image_size

@@ -33,7 +33,7 @@ class EfficientNetLite0(VisualEncoder):
     crop = True
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         path = _in_package() if weights is None else weights
         open_input(path).close()
         self.weights_sha256 = file_sha256(path)

@@ -20,7 +20,7 @@ class LogMel(AudioEncoder):
     name = "logmel"
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         if weights is not None:
             raise UserError(f"{weights}: the encoder logmel has no weights; leave them out")
         self.preprocessing = mel.PREPROCESSING | {"parts": PARTS}

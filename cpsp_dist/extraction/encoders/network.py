@@ -44,7 +44,7 @@ class Runner:
     ) -> None:
         self.dtype = torch.float16 if precision == "float16" else torch.float32
         network = network.eval().requires_grad_(False)
-        self.network = network.to(device=device, dtype=self.dtype, memory_format=torch.channels_last)
+        self.network = network.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.prepare, self.device, self.batch = prepare, device, 1 if device.type == "cpu" else batch
 
     @torch.inference_mode()

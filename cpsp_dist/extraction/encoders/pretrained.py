@@ -40,6 +40,8 @@ def load_pretrained(folder: Path | None, kind: str, encoder: str, example: str) 
         open_input(path).close()
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         model, report = getattr(transformers, kind).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -30,7 +30,7 @@ class ResNet(VisualEncoder):
     published = PUBLISHED
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         path, self.weights_sha256 = obtain(weights, self.published)
         tensors = read_tensors(path)
         depth, blocks = _depth(tensors, path)

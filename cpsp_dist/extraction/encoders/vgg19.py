@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from cpsp_dist.extraction.encoders.encoder import Floats, Pixels, VisualEncoder
-from cpsp_dist.extraction.encoders.network import TORCHVISION, Precision, Runner, normalize
+from cpsp_dist.extraction.encoders.encoder import Floats, Pixels, Precision, VisualEncoder
+from cpsp_dist.extraction.encoders.network import TORCHVISION, Runner, normalize
 from cpsp_dist.extraction.tensors import load_into, read_tensors
 from cpsp_dist.extraction.weights import PublishedWeights, obtain
 
@@ -35,7 +35,7 @@ class VGG19(VisualEncoder):
     published = KERAS
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         path, self.weights_sha256 = obtain(weights, self.published)
         tensors = read_tensors(path)
         keras = any(name.startswith("block1_conv1/") for name in tensors)

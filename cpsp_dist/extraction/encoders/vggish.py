@@ -26,7 +26,7 @@ class VGGish(AudioEncoder):
     published = PUBLISHED
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        super().__init__(device, precision)
+        super().__init__(weights, device, precision)
         path, self.weights_sha256 = obtain(weights, self.published)
         network = _Network()
         load_into(network, read_tensors(path), path, "VGGish")

@@ -40,13 +40,13 @@ class Middle(Sixteen):
 @pytest.mark.parametrize("frames", [160, 250, 299, 300, 601])
 def test_the_published_frame_indices(frames: int) -> None:
     n = frames // 10
-    assert Sixteen("cpu").frame_indices(frames, 10) == [
+    assert Sixteen(None, "cpu").frame_indices(frames, 10) == [
         [int(second * n + i / 16 * n) for i in range(16)] for second in range(10)
     ]
     middles = [int((second + Fraction(1, 2)) * Fraction(frames, 10)) for second in range(10)]
-    assert Middle("cpu").frame_indices(frames, 10) == [[middle] for middle in middles]
+    assert Middle(None, "cpu").frame_indices(frames, 10) == [[middle] for middle in middles]
     with pytest.raises(ValueError, match="9 frames are fewer than 10 segments"):
-        Middle("cpu").frame_indices(9, 10)
+        Middle(None, "cpu").frame_indices(9, 10)
 
 
 def test_log_mel_is_that_of_the_published_code() -> None:

@@ -16,7 +16,7 @@ from tests.support import encoder_reference as reference
 
 
 def write_keras(path: Path, weights: dict[str, np.ndarray]) -> None:
-    """As `Model.save_weights` of Keras 1 and 2 writes an .h5 file: a group for each layer, also those without weights."""
+    """As `save_weights` of Keras 1 and 2 writes an .h5 file: a group for each layer, also those without weights."""
     layers = ["input_1", *dict.fromkeys(name.split("/")[0] for name in weights), "block5_pool"]
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]

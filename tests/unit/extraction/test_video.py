@@ -171,3 +171,14 @@ def test_channels_are_mixed_without_clipping() -> None:
     assert np.allclose(mix(center, names) / mix(left, names), math.sqrt(2))
     assert np.allclose(mix(np.array([[-32768, 16384], [0, 16384]], np.int16), ["FL", "FR"]), [-0.5, 0.5])
     assert np.allclose(mix(np.array([[0, 128, 192]], np.uint8), ["FC"]), [-1, 0, 0.5])
+
+
+def test_the_middle_of_the_picture(tmp_path: Path) -> None:
+    """The largest part of the size's proportions; a turned file's middle is the same."""
+    path = make_video(tmp_path / "v.mp4", Spec(size=(48, 80)))
+    whole = read_clip(path, ClipForm(10, 0.2, 1, (48, 80))).frames
+    square = ClipForm(10, 0.2, 1, (48, 48), crop=True)
+    middle = read_clip(path, square).frames
+    assert np.array_equal(middle, whole[:, :, 16:64])
+    turn(path, 90)
+    assert np.array_equal(read_clip(path, square).frames, np.rot90(middle, -1, (1, 2)))

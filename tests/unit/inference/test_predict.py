@@ -205,7 +205,7 @@ def test_videos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     class Tiny:
         """64 channels a position, of its pixels."""
 
-        name, modality, size, frames_per_segment = "wall", "visual", (56, 56), 1
+        name, modality, size, frames_per_segment, crop = "wall", "visual", (56, 56), 1, False
 
         def identity(self) -> dict[str, Any]:
             return named("wall")
