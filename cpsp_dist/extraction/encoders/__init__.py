@@ -25,9 +25,9 @@ ENCODERS: Registry[type[Encoder]] = Registry(
         "vgg19": ("vgg19:VGG19", "visual: VGG-19, block5_pool, 7x7x512 (the published features)"),
         "efficientnet-lite0": ("efficientnet_lite0:EfficientNetLite0", "visual: EfficientNet-Lite0, block 11, 7x7x192"),
         "resnet": ("resnet:ResNet", "visual: ResNet-50, -101 or -152, stage 3, 7x7x1024"),
-        "clip": ("clip:Clip", "visual: an image tower of CLIP, a vector; extra 'encoders'"),
+        "clip": ("clip:ClipImages", "visual: an image tower of CLIP, a vector; extra 'encoders'"),
         "vggish": ("vggish:VGGish", "audio: VGGish, 128 values (the published features)"),
-        "clap": ("clap:Clap", "audio: an audio tower of CLAP, a vector; extra 'encoders'"),
+        "clap": ("clap:ClapSound", "audio: an audio tower of CLAP, a vector; extra 'encoders'"),
         "logmel": ("logmel:LogMel", "audio: log-mel energies of each second, 512 values; no weights"),
     },
 )

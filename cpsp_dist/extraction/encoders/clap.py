@@ -13,7 +13,7 @@ from cpsp_dist.extraction.encoders.network import Runner
 from cpsp_dist.extraction.encoders.pretrained import load_pretrained
 
 
-class Clap(AudioEncoder):
+class ClapSound(AudioEncoder):
     """The projected embedding of a segment's sound, [N, C], as the text is compared with it.
 
     Its weights are a folder as the Hugging Face hub has it, e.g. laion/clap-htsat-unfused (C = 512). The sound is
@@ -33,7 +33,7 @@ class Clap(AudioEncoder):
         self._spectra = ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad")
         self.weights_sha256 = found.sha256
         self.preprocessing = {"sample_rate": self.sample_rate, "config": found.config_sha256, "padding": "repeatpad"}
-        self._run = Runner(_Tower(found.model), lambda spectra: spectra, self.device, precision)
+        self._run = Runner(_SoundTower(found.model), lambda spectra: spectra, self.device, precision)
 
     def __call__(self, waveform: Floats) -> Floats:
         if waveform.shape[1] > 10 * self.sample_rate:
@@ -42,7 +42,7 @@ class Clap(AudioEncoder):
         return self._run(np.asarray(spectra["input_features"], np.float32))
 
 
-class _Tower(nn.Module):
+class _SoundTower(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

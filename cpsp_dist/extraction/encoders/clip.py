@@ -18,7 +18,7 @@ NORMALISATION: dict[str, Any] = {
 }
 
 
-class Clip(VisualEncoder):
+class ClipImages(VisualEncoder):
     """The projected embedding of the image, [N, C], as the text is compared with it; of the frame in the middle.
 
     Its weights are a folder as the Hugging Face hub has it, e.g. openai/clip-vit-base-patch32 (C = 512).
@@ -35,13 +35,13 @@ class Clip(VisualEncoder):
         size = found.model.config.image_size
         self.size = (size, size)
         self.preprocessing = self.sampling() | {"config": found.config_sha256} | NORMALISATION
-        self._run = Runner(_Tower(found.model), normalize(**NORMALISATION), self.device, precision)
+        self._run = Runner(_ImageTower(found.model), normalize(**NORMALISATION), self.device, precision)
 
     def __call__(self, frames: Pixels) -> Floats:
         return self._run(frames)
 
 
-class _Tower(nn.Module):
+class _ImageTower(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

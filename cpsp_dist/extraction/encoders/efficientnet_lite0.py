@@ -37,7 +37,7 @@ class EfficientNetLite0(VisualEncoder):
         path = _in_package() if weights is None else weights
         open_input(path).close()
         self.weights_sha256 = file_sha256(path)
-        network = _Network()
+        network = _LiteBlocks()
         load_into(network, read_tensors(path), path, "EfficientNet-Lite0")
         self.preprocessing = self.sampling() | {"layer": "block 11"} | NORMALISATION
         self._run = Runner(network, normalize(**NORMALISATION), self.device, precision)
@@ -93,7 +93,7 @@ class _Block(nn.Module):
         return x + kept if self._skips else x
 
 
-class _Network(nn.Module):
+class _LiteBlocks(nn.Module):
     """With the names of parameters of the published file."""
 
     def __init__(self) -> None:

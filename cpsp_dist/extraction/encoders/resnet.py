@@ -34,7 +34,7 @@ class ResNet(VisualEncoder):
         path, self.weights_sha256 = obtain(weights, self.published)
         tensors = read_tensors(path)
         depth, blocks = _depth(tensors, path)
-        network = _Network(blocks)
+        network = _ResNetStages(blocks)
         load_into(network, tensors, path, f"ResNet-{depth}")
         self.preprocessing = self.sampling() | {"depth": depth, "layer": "layer3", "pool": [7, 7]} | TORCHVISION
         self._run = Runner(network, normalize(**TORCHVISION), self.device, precision)
@@ -50,7 +50,7 @@ def _depth(tensors: Mapping[str, Tensor], path: Path) -> tuple[int, tuple[int, i
     return DEPTHS[count]
 
 
-class _Network(nn.Module):
+class _ResNetStages(nn.Module):
     def __init__(self, blocks: tuple[int, int, int]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)

@@ -39,7 +39,7 @@ class VGG19(VisualEncoder):
         path, self.weights_sha256 = obtain(weights, self.published)
         tensors = read_tensors(path)
         keras = any(name.startswith("block1_conv1/") for name in tensors)
-        network = _Network()
+        network = _VGG19Layers()
         load_into(network, _from_keras(tensors) if keras else tensors, path, "VGG-19")
         normalisation: dict[str, Any] = CAFFE if keras else TORCHVISION
         self.preprocessing = self.sampling() | {"layer": "block5_pool"} | normalisation
@@ -49,7 +49,7 @@ class VGG19(VisualEncoder):
         return self._run(frames)
 
 
-class _Network(nn.Module):
+class _VGG19Layers(nn.Module):
     """torchvision's `features`, with its names of parameters."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ class VGGish(AudioEncoder):
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
         super().__init__(weights, device, precision)
         path, self.weights_sha256 = obtain(weights, self.published)
-        network = _Network()
+        network = _VGGishLayers()
         load_into(network, read_tensors(path), path, "VGGish")
         self.preprocessing = mel.PREPROCESSING | {"layer": "last ReLU"}
         self._run = Runner(network, lambda spectra: spectra[:, None], self.device, precision)
@@ -40,7 +40,7 @@ class VGGish(AudioEncoder):
         return np.asarray(features.mean(1, dtype=np.float32))
 
 
-class _Network(nn.Module):
+class _VGGishLayers(nn.Module):
     """With the names of parameters of the published file."""
 
     def __init__(self) -> None:
