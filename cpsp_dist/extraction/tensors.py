@@ -1,4 +1,4 @@
-"""Tensors from weight files of others: PyTorch's .pth, Keras' .h5 and .safetensors, told apart by their content.
+"""Tensors from weight files of others: PyTorch's .pth, Keras' .h5 and .safetensors, recognised by their content.
 
 They are read as data: unpickling is restricted to tensors, and no link out of an HDF5 file is followed.
 """

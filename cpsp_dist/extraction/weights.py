@@ -85,7 +85,7 @@ class PublishedWeights:
                     f"{self.url}: not the published file ({format_bytes(length)}, its hash differs); start again, or"
                     f" fetch it elsewhere and put it there: {path}"
                 )
-            os.fsync(part)
+            files.sync(part_path)
             files.rename(part_path, path)
         finally:
             os.close(part)
