@@ -176,9 +176,9 @@ def test_channels_are_mixed_without_clipping() -> None:
 def test_the_middle_of_the_picture(tmp_path: Path) -> None:
     """The largest part of the size's proportions; a turned file's middle is the same."""
     path = make_video(tmp_path / "v.mp4", Spec(size=(48, 80)))
-    whole = read_clip(path, ClipForm(10, 0.2, 1, (48, 80))).frames
+    complete = read_clip(path, ClipForm(10, 0.2, 1, (48, 80))).frames
     square = ClipForm(10, 0.2, 1, (48, 48), crop=True)
     middle = read_clip(path, square).frames
-    assert np.array_equal(middle, whole[:, :, 16:64])
+    assert np.array_equal(middle, complete[:, :, 16:64])
     turn(path, 90)
     assert np.array_equal(read_clip(path, square).frames, np.rot90(middle, -1, (1, 2)))
