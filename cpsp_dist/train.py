@@ -20,6 +20,7 @@ from cpsp_dist.training.idle_starts import note_start
 from cpsp_dist.utils.command import run_command
 from cpsp_dist.utils.logs import run_log
 from cpsp_dist.utils.redact import learn
+from cpsp_dist.utils.streams import Parser
 
 if TYPE_CHECKING:
     from cpsp_dist.api import TrainResult
@@ -37,7 +38,7 @@ def epilog(program: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=epilog(PROGRAM))
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=epilog(PROGRAM))
     add_arguments(parser)
     return parser
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     learn(sys.argv if argv is None else argv)
-    return run(build_parser().parse_intermixed_args(argv))
+    return run_command(lambda: run(build_parser().parse_intermixed_args(argv)), stdout=True, doing="training")
 
 
 def run(args: argparse.Namespace) -> int:

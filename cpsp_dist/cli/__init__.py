@@ -31,6 +31,7 @@ from cpsp_dist.cli import (
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.command import run_command
 from cpsp_dist.utils.redact import learn
+from cpsp_dist.utils.streams import Parser
 
 #: In the order of --help.
 COMMANDS = (
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _build() -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser, and the names of its commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cpsp-dist",
         description="Train audio-visual event localization (CPSP) at scale: pack features, train, compare runs.",
         epilog="Under a launcher: torchrun ... -m cpsp_dist.train --config CONFIG [key=value ...]",
@@ -86,16 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     learn(arguments)
     parser, names = _build()
+    doing = next((text for text in arguments if text in names), "cpsp-dist")
+    return run_command(lambda: _run(parser, names, arguments), debug="--debug" in arguments, doing=doing)
+
+
+def _run(parser: argparse.ArgumentParser, names: list[str], arguments: list[str]) -> int | None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        return run_command(lambda: _unknown(arguments[0], names))
+        _unknown(arguments[0], names)
     args, rest = parser.parse_known_args(_with_ids(arguments))
     # argparse takes `key=value` of a subcommand in one place only; people also give them behind flags.
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    doing = next((text for text in arguments if text in names), "cpsp-dist")
-    return run_command(lambda: args.handler(args), debug=getattr(args, "debug", False), doing=doing)
+    code: int | None = args.handler(args)
+    return code
 
 
 def _with_ids(arguments: list[str]) -> list[str]:

@@ -35,7 +35,7 @@ def rebuild(folder: Path, categories: list[str] | None = None, encoders: Encoder
     Raises:
         DataError: naming tar, byte and sample for whatever is damaged, incomplete, interleaved or of other types.
     """
-    if not os.path.isdir(folder):
+    if not folder.is_dir():  # raises where it may not be entered
         raise UserError(f"{folder}: no such folder")
     paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar"))
     if not paths:

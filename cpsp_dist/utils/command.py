@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ from cpsp_dist.errors import (
     UserError,
     of_file,
 )
+from cpsp_dist.utils import streams
 from cpsp_dist.utils.logs import console
 from cpsp_dist.utils.text import one_line
 
@@ -54,11 +53,13 @@ def should_print(error: BaseException, env: Mapping[str, str] | None = None) -> 
     """Whether it is for this process, of all ranks that meet `error`, to print it.
 
     What every rank meets is printed once per machine (local rank 0, which before the ranks are connected only the
-    launcher's own variables name). What one rank alone may have met is printed by that rank. A lost rank is reported
-    once per machine, and in any case by the lowest rank that is left.
+    launcher's own variables name; they may be left over from another command). What one rank alone may have met is
+    printed by that rank. A lost rank is reported once per machine, and in any case by the lowest rank that is left.
     """
-    known, env = _local_rank if env is None else None, os.environ if env is None else env
-    alone = all((env.get(name) or "1") in ("0", "1") for name in WORLD_SIZES)  # whatever its local rank is said to be
+    known = _local_rank if env is None else None
+    alone = env is None and known is None and not _has_siblings()
+    env = os.environ if env is None else env
+    alone |= all((env.get(name) or "1") in ("0", "1") for name in WORLD_SIZES)  # whatever its local rank is said to be
     local = str(known) if known is not None else next(filter(None, map(env.get, LOCAL_RANKS)), "0")
     local_first = alone or local == "0"
     rank, world = (int(text) if (text := env.get(name) or "").isdecimal() else 0 for name in ("RANK", "WORLD_SIZE"))
@@ -72,6 +73,25 @@ def should_print(error: BaseException, env: Mapping[str, str] | None = None) -> 
         case LostRank():
             return local_first or rank == min({*range(max(world, 1))} - {*error.ranks}, default=0)
     return local_first
+
+
+def _has_siblings() -> bool:
+    """Whether a launcher runs, or ran, other processes like this one here; True where the system does not show that."""
+    if {"SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"} & {*os.environ}:
+        return True
+    try:
+        children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+    except OSError:
+        return True
+    own = _arguments(os.getpid())
+    return sum(_arguments(int(pid)) in (own, b"") for pid in children) > 1  # an ended one has none
+
+
+def _arguments(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def report(error: BaseException) -> None:
@@ -121,13 +141,12 @@ def run_command(
     The exceptions of errors.py become one line on stderr and their code, Ctrl-C 130, a reader of the output that has
     ended 141, as in a shell, what is about a file 2, and all others EXIT_UNEXPECTED. `doing` is named for these.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # no name, and no terminal's encoding, ends a command
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     with console(stdout=stdout, debug=debug), _threads_in_one_line(doing):
         try:
             code = main() or 0
-            sys.stdout.flush()
+            if not stdout:  # a training that has ended well has; that its lines are lost was printed
+                streams.flush()
             return code
         except UserError as error:
             report(error)
@@ -142,25 +161,15 @@ def run_command(
             logger.warning("interrupted", exc_info=interrupt, extra={"prefix": ""})
             return 130
         except BrokenPipeError:  # `| head` has read enough
-            _drop_stdout()
             return 128 + signal.SIGPIPE
         except OSError as error:
             if (mistake := of_file(error)) is None:
                 logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
                 return EXIT_UNEXPECTED
-            try:
-                sys.stdout.flush()
-            except OSError:  # it is the output itself that cannot be written
-                _drop_stdout()
-                mistake = UserError(f"the output cannot be written: {error.strerror}")
             report(mistake)
             return EXIT_USER_ERROR
         except Exception as error:
             logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
             return EXIT_UNEXPECTED
-
-
-def _drop_stdout() -> None:
-    """Python would write the rest again at its end."""
-    with contextlib.suppress(OSError, ValueError):  # no file at all, in a test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        finally:
+            streams.drop_unwritten()

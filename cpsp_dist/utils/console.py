@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from cpsp_dist.utils import streams
 from cpsp_dist.utils.logs import printable
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def echo(*lines: str, end: str = "\n") -> None:
-    """A command's result, on stdout at once. Raises OSError: it cannot be written."""
-    sys.stdout.write(printable("\n".join(lines)) + end)
-    sys.stdout.flush()
+    """A command's result, on stdout at once. Raises as `streams.write`."""
+    streams.write(printable("\n".join(lines)) + end)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

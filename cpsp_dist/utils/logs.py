@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from cpsp_dist import __version__
 from cpsp_dist.errors import Stopped
@@ -62,6 +63,7 @@ class ConsoleHandler(logging.Handler):
     def __init__(self, stdout: bool, debug: bool):
         super().__init__(logging.DEBUG if debug else logging.INFO)
         self.stdout, self.debug = stdout, debug
+        self._lost = False
 
     def emit(self, record: logging.LogRecord) -> None:
         rank = environment_rank()
@@ -73,8 +75,17 @@ class ConsoleHandler(logging.Handler):
             stream.flush()
         except BrokenPipeError:
             raise
-        except (OSError, ValueError):  # a full disk, or closed at the end of the process: no reason to end a run
-            pass
+        except (OSError, ValueError) as error:  # a full disk, or closed at the end of the process
+            self._lose(stream, error)
+
+    def _lose(self, stream: TextIO, error: Exception) -> None:
+        """No reason to end a run, but it is said once."""
+        if stream is not sys.stderr and not self._lost:
+            self._lost = True
+            with contextlib.suppress(OSError, ValueError):
+                reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+                sys.stderr.write(f"warning: lines are lost, for the output cannot be written: {reason}\n")
+                sys.stderr.flush()
 
     def _text(self, record: logging.LogRecord, rank: int) -> str:
         default = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}

@@ -7,6 +7,7 @@ output, signals and exit code.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -228,5 +230,21 @@ def _reap(pid: int, timeout: float, codes: dict[int, int]) -> int | str:
     return codes[pid]
 
 
+def _end(code: int) -> None:
+    """As `sys.exit`, but that modules are not taken apart: 0.5 s of CPU time, for pages shared with the server."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # closed by a test
+        code = code or 120  # Python's own code for it
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(serve())
+    try:
+        ended = serve()
+    except SystemExit as exit:
+        ended = exit.code if isinstance(exit.code, int) else exit.code is not None
+    _end(ended)

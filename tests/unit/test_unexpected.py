@@ -99,9 +99,8 @@ def test_a_planted_exception_is_one_line_of_every_command(
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_the_exit_code_follows_from_the_kind(
-    error: BaseException, code: int, text: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cpsp_dist.utils.command._drop_stdout", lambda: None)
     assert run_command(raising(error), doing="there") == code
     printed = capfd.readouterr().err
     assert text in printed

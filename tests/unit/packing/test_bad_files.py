@@ -95,39 +95,7 @@ def test_no_plain_file_is_waited_for(tmp_path: Path, fails: Fails, monkeypatch: 
         assert f"{video_id(1)}.{name}" in line
 
 
-# --- not permitted ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", ["stat", "open", "listdir", "scandir", "mkdir"])
-def test_a_refusal_of_any_call_is_one_line(
-    tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """As another user's private folder (mode 0700) answers; root would be let in."""
-    private = tmp_path / "private"
-    write_ave(private / "s", 4)
-    write_shards(private / "shards", {"train": [2]}, segments=2, channels=1)
-    real = getattr(os, call)
-
-    def refused(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(path, (str, os.PathLike)) and str(private) in os.fspath(path):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return real(path, *args, **kwargs)
-
-    before = files_under(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, refused)
-        patch.setattr("io.open", open)
-        for command in (
-            pack(private, out=tmp_path / "elsewhere"),
-            ["shards", "info", private / "shards"],
-            ["shards", "verify", private / "shards"],
-            ["shards", "index", private / "shards"],
-            pack(tmp_path, source=private / "s", out=private / "new"),
-        ):
-            code = main([str(a) for a in command])
-            assert code in (0, 2)  # 0: it makes no such call
-    for name, content in files_under(private).items():
-        assert before.get(f"private/{name}", content) == content
+# --- a full disk, names ----------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_while_packing(tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
