@@ -34,7 +34,7 @@ _WORDS: dict[str, bool | None] = {
     "FALSE": False,
 }
 _WORDS |= dict.fromkeys(("", "~", "null", "Null", "NULL"))
-_YES_OR_NO = ("yes", "no", "on", "off", "y", "n")
+_YES_OR_NO = ("yes", "no", "on", "off")  # y and n are texts for all parsers
 
 
 class Mistake(ValueError):

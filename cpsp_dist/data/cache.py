@@ -7,8 +7,7 @@ A file is kept under the sha256 of its content, so two data sets never mix and n
 - A process that fetches a file holds an exclusive lock (flock) on it, one that reads it a shared lock; the kernel drops
   both when a process ends, however it ends. So processes of one machine share a cache and each file is fetched once.
 - Space is freed by deleting the least recently used files that are not locked.
-
-Every change of a name happens under the lock of the folder, which is held for moments only.
+- Every change of a name happens under the lock of the folder, which is held for moments only.
 """
 
 from __future__ import annotations
@@ -91,6 +90,14 @@ class Remote:
         return self.cache.open(url, sha256, size, required=required, cancelled=cancelled)
 
 
+def _user_folder() -> Path:
+    """Of this user's caches. Raises DataError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise DataError("the home folder (HOME) is not known; set data.cache or CPSP_CACHE to a folder") from None
+
+
 class Cache:
     """The folder of fetched files. Threads and processes may share it; it is created with the first file.
 
@@ -101,8 +108,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None = None, gigabytes: float | None = None) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        place = folder or os.environ.get("CPSP_CACHE") or Path(home) / "cpsp-dist"
+        place = folder or os.environ.get("CPSP_CACHE") or _user_folder() / "cpsp-dist"
         if is_url(place):
             raise DataError(f"CPSP_CACHE={without_secrets(str(place))} is a URL; give a folder of a local disk")
         self.folder = Path(place).absolute()

@@ -51,15 +51,15 @@ def run(
     env: of the process, over the tests' own without a launcher's variables. how: `stdout`, a file to write to, "a pipe"
     without a reader, or None for a closed one; `encoding` of the streams; `bound`: permissions hold for root, too.
     """
-    told = folder / "told.json"
+    given = folder / "how.json"
     files = {name: folder / f".{name}" for name in ("out", "err")}
     for file in files.values():
         file.write_bytes(b"")
     how = {"stdout": str(files["out"]), **how}
-    told.write_text(json.dumps({"env": dict(env or {}), "err": str(files["err"]), "cwd": str(folder), **how}))
+    given.write_text(json.dumps({"env": dict(env or {}), "err": str(files["err"]), "cwd": str(folder), **how}))
     began = time.monotonic()
     launch = prefork.start(
-        [str(a) for a in argv], 1, command=command, patch=f"{__name__}:prepare", patch_args=[str(told)]
+        [str(a) for a in argv], 1, command=command, patch=f"{__name__}:prepare", patch_args=[str(given)]
     )
     (code,) = launch.wait(timeout)
     seconds = time.monotonic() - began
@@ -68,9 +68,9 @@ def run(
     return Ended(code, out, err + launch.ranks[0].output, seconds)
 
 
-def prepare(rank: int, told: str) -> None:
+def prepare(rank: int, given: str) -> None:
     """In the child, before the command."""
-    how = json.loads(Path(told).read_text())
+    how = json.loads(Path(given).read_text())
     for name in [name for name in os.environ if name.startswith(LAUNCHER)]:
         del os.environ[name]
     os.environ.update(how["env"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from cpsp_dist.errors import (
     UserError,
 )
 from cpsp_dist.utils.command import LOCAL_RANKS, run_command, should_print
+from tests.support.environment import environment
 
 NO_DRIVER = Path("no driver here")
 GPU = torch.device("cuda", 1)
@@ -73,6 +76,18 @@ def test_deepspeed_gets_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
     assert not should_print(UserError("of all ranks"))
     assert should_print(DeviceLost("of this one"))
+
+
+def test_a_lone_process_prints_its_error_whatever_variables_are_left_over(tmp_path: Path) -> None:
+    """Of an ended mpirun, as in a container's environment; a launcher's second process leaves it to the first."""
+    left_over = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    command = [sys.executable, "-m", "cpsp_dist.train", "--config", "keypad"]
+    for more, printed in (({}, True), ({"SLURM_STEP_ID": "0"}, False)):
+        env = environment(**left_over, **more)
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == EXIT_USER_ERROR
+        assert done.stderr.startswith("error: 2 ranks by mpirun (Open MPI)") == printed
+        assert done.stderr.count("\n") == printed
 
 
 @pytest.mark.parametrize(

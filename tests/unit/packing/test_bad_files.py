@@ -19,7 +19,7 @@ from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.text import read_categories, read_csv, read_label_file
 from cpsp_dist.utils.strict_json import load_json
-from tests.support.packing_sources import WRITERS, files_under, video_id, write_ave, write_avel
+from tests.support.packing_sources import WRITERS, video_id, write_ave, write_avel
 from tests.support.tiny_shards import write_shards
 
 Fails = Callable[..., str]
