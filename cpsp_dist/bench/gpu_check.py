@@ -103,9 +103,8 @@ def _speed(folder: Path) -> None:
     from cpsp_dist.bench.step import bench_step
 
     for tf32 in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
         for channels in (512, 1024):
-            found = bench_step(channels=channels, rounds=10, samples=0, ways=("ours fp32", "ours bf16"))
+            found = bench_step(channels=channels, rounds=10, samples=0, ways=("ours fp32", "ours bf16"), tf32=tf32)
             rates = ", ".join(f"{name} {row['samples_per_second']:,.0f}" for name, row in found["ways"].items())
             _say(
                 "speed",

@@ -23,6 +23,7 @@ from torch import nn
 from cpsp_dist.bench.loader import noise_shards
 from cpsp_dist.bench.published import published_forward, published_loss
 from cpsp_dist.config import Config
+from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
@@ -30,7 +31,7 @@ from cpsp_dist.losses.global_batch import GlobalBatch
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import build_model
 from cpsp_dist.models.psp import PSP
-from cpsp_dist.training.engine import build_engine, tune_cpu
+from cpsp_dist.training.engine import build_engine, set_numerics
 from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.setup import open_train_stream
 from cpsp_dist.training.step import StepRunner
@@ -48,7 +49,13 @@ WAYS = {
 
 
 def bench_step(
-    *, batch: int = 64, channels: int = 512, rounds: int = 5, samples: int = 256, ways: tuple[str, ...] = tuple(WAYS)
+    *,
+    batch: int = 64,
+    channels: int = 512,
+    rounds: int = 5,
+    samples: int = 256,
+    ways: tuple[str, ...] = tuple(WAYS),
+    tf32: bool = False,
 ) -> dict[str, Any]:
     """Measure PSP with `batch` videos and `channels` visual channels, and a loop over `samples` packed videos.
 
@@ -60,8 +67,7 @@ def bench_step(
         of a loop that reads shards; on a GPU also `h2d_ms` and `busy_share` of ours fp32.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        tune_cpu()
+    set_numerics(TrainSettings(tf32=tf32), device)
     load = os.getloadavg()[0]
     steps = {name: make_step(*WAYS[name], batch, channels, device) for name in ways}
     peak = _warm_up(steps, device)

@@ -18,7 +18,7 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.metrics import METRICS, reported
 from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, require_encoders
-from cpsp_dist.training.engine import Forward, PlainModel
+from cpsp_dist.training.engine import Forward, PlainModel, set_numerics
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
 from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.text import one_line
@@ -116,6 +116,7 @@ def evaluate_run(output: str, split: str, shards: str | None = None) -> dict[str
     manifest = open_manifest(run.config, shards)
     manifest.rows(split)
     require_encoders(run.progress, manifest, f"the model of {output}")
+    set_numerics(run.config.train, discover().device)
     try:
         model = PlainModel(model_for(run.config.model, manifest), run.state.weights, discover().device)
     except RuntimeError as error:

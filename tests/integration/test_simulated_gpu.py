@@ -44,8 +44,18 @@ VARIANTS = {
     "sgd": ["train.optimizer=sgd", "train.grad_clip_norm=null"],
     "published forms": PUBLISHED,
     "listed samples": ["data.log_samples=true"],
+    "bf16": ["train.precision=bf16"],
+    "ZeRO 0": ["engine.zero=0"],
+    "ZeRO 0, accumulation": ["engine.zero=0", "train.accumulation=2"],
 }
-SHORT = ("psp", "bank, accumulation")
+SHORT = ("psp", "bank, accumulation", "ZeRO 0")
+#: DeepSpeed's own: an overflow check and its norm, a number copied to the device, and the norm read by this program.
+ZERO_BUDGET = BUDGET + 3
+#: Of the gradients, of the pool (two) and of the flag; those of DDP's own reducer, in C++, are counted elsewhere.
+COLLECTIVES = {
+    "ZeRO 0": {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
+    "psp": {"all_reduce": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
+}
 
 
 def check(run: SimulatedRun, budget: int = BUDGET) -> None:
@@ -63,6 +73,19 @@ def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tm
     run = simulate_training(keypad_shards, tmp_path, *VARIANTS[name], evaluation=name == "psp")
     assert len(run.steps) == 3
     check(run)
+    assert run.step.collectives == COLLECTIVES.get(name, run.step.collectives)
+    assert bool(run.step.record.bf16_products) == ("bf16" in name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_waits_for_what_deepspeed_waits_for(stage: int, keypad_shards: Path, tmp_path: Path) -> None:
+    """Stage 3 is not simulated: its parameters change their size under the tensor that the simulation holds."""
+    run = simulate_training(keypad_shards, tmp_path, f"engine.zero={stage}")
+    assert len(run.steps) == 3
+    assert run.syncs_per_micro_batch <= ZERO_BUDGET, run.report()
+    assert not [sync for sync in run.step.record.syncs if "/losses/" in sync.where or "/models/" in sync.where]
+    assert sum(run.step.collectives.values()) <= 6, run.step.collectives
 
 
 @pytest.mark.long

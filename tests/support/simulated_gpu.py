@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -32,6 +34,7 @@ NO_KERNEL = {f"aten.{name}" for name in _VIEWS.split()} | {"prim.device"}
 _SIZED_BY_VALUES = """nonzero masked_select unique_dim _unique2 unique_consecutive unique_dim_consecutive bincount equal
 is_nonzero repeat_interleave"""
 VALUE_DEPENDENT = {f"aten.{name}" for name in _SIZED_BY_VALUES.split()}
+MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 
 
@@ -54,6 +57,7 @@ class Record:
     kernels: collections.Counter[str] = field(default_factory=collections.Counter)
     syncs: list[Sync] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    bf16_products: int = 0  # of the forward pass
 
 
 def where() -> str:
@@ -235,7 +239,47 @@ def _lstm(x: Any, state: Any, weights: Any, has_biases: bool, layers: int, *rest
     if not isinstance(x, GpuTensor):
         return _REAL_LSTM(x, state, weights, has_biases, layers, *rest)
     assert {type(t) for t in (x, *state, *weights)} <= {GpuTensor, torch.nn.Parameter}
+    if torch.is_autocast_enabled("cuda"):
+        x, *rest = (part.to(torch.bfloat16) for part in (x, *state, *weights))
+        state, weights = rest[:2], rest[2:]
     return _Lstm.apply(x, *state, *weights)
+
+
+class _Calls(TorchFunctionMode):
+    """What torch does before the dispatcher by means that simulated tensors do not have: `torch.autocast` looks at
+    their keys, and a device without an index asks CUDA for the current one."""
+
+    PRODUCTS: ClassVar = {functional.linear, functional.scaled_dot_product_attention, torch.bmm, torch.matmul}
+    PRODUCTS |= {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm, torch.mm, torch.einsum}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_with_index, (args, kwargs or {}))
+        if func in self.PRODUCTS and torch.is_autocast_enabled("cuda"):
+            args, kwargs = tree_map(_in_bf16, (args, kwargs))
+            SimulatedGpu.current.record.bf16_products += 1  # type: ignore[union-attr]
+        return func(*args, **kwargs)
+
+
+def _with_index(x: Any) -> Any:
+    return CUDA if isinstance(x, str | torch.device) and str(x) == "cuda" else x
+
+
+def _in_bf16(x: Any) -> Any:
+    floats = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return x.to(torch.bfloat16) if floats else x
+
+
+_REAL_TO = torch.nn.Module.to
+
+
+def _module_to(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Parameters that are where they should be stay the same objects, as on a GPU, where they are not made anew."""
+    _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    parameters = [*module.parameters()]
+    there = all(isinstance(p.data, GpuTensor) for p in parameters) and all(dtype in (None, p.dtype) for p in parameters)
+    return module if parameters and there else _REAL_TO(module, *args, **kwargs)
 
 
 class _Stream:
@@ -296,8 +340,18 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         "torch.cuda.Stream": _Stream,
         "torch.cuda.stream": lambda stream: stream,
         "torch.cuda.current_stream": lambda *_: stream,
+        "torch.cuda.default_stream": lambda *_: stream,
+        "torch.cuda.synchronize": lambda *_: machine.sync("synchronize"),
+        "torch.cuda.get_device_capability": lambda *_: (9, 0),
+        "torch.cuda.mem_get_info": lambda *_: (1 << 34, 1 << 34),
+        "torch.cuda.reset_peak_memory_stats": lambda *_: None,
+        "torch.cuda.empty_cache": lambda: None,
+        **{f"torch.cuda.{name}": lambda *_: 0 for name in MEMORY},
+        "torch.cuda.nvtx.range_push": lambda *_: 0,
+        "torch.cuda.nvtx.range_pop": lambda *_: 0,
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+        "torch.nn.Module.to": _module_to,
         "torch._VF.lstm": _lstm,
         "torch.nn.modules.rnn._VF.lstm": _lstm,
     }
@@ -309,6 +363,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", [*supported, GpuTensor]))
         machine = SimulatedGpu.current = SimulatedGpu()
         stack.enter_context(machine)
+        stack.enter_context(_Calls())
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)
         try:

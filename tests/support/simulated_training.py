@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpsp_dist.config import load_config
 from cpsp_dist.data.reader import ring
@@ -73,32 +75,35 @@ class _Collectives:
         SimulatedGpu.current.kernel(f"nccl.{name}")
         return _Work() if asynchronous else None
 
-    def all_gather_into_tensor(self, out: Any, own: Any, group: Any = None, async_op: bool = False) -> Any:
-        parts = [_held(own).clone() for _ in range(WORLD)]
-        if own.dtype == torch.int64 and own.dim() == 2:  # labels: the other rank has other videos
+    def all_gather_into_tensor(
+        self, output_tensor: Any, input_tensor: Any, group: Any = None, async_op: bool = False
+    ) -> Any:
+        parts = [_held(input_tensor).clone() for _ in range(WORLD)]
+        if input_tensor.dtype == torch.int64 and input_tensor.dim() == 2:  # labels: the other rank has other videos
             parts[1][:, 2] += 1_000_000
-        _held(out).copy_(torch.cat(parts).view(out.shape))
+        _held(output_tensor).copy_(torch.cat(parts).view(output_tensor.shape))
         return self._done("all_gather_into_tensor", async_op)
 
     def reduce_scatter_tensor(
-        self, out: Any, parts: Any, op: Any = None, group: Any = None, async_op: bool = False
+        self, output: Any, input: Any, op: Any = None, group: Any = None, async_op: bool = False
     ) -> Any:
-        assert parts.shape[0] == WORLD * out.shape[0]
-        _held(out).copy_(_held(parts).reshape(WORLD, *out.shape).sum(0))
+        assert input.numel() == WORLD * output.numel()
+        _held(output).copy_(_held(input).reshape(WORLD, *output.shape).sum(0))
         return self._done("reduce_scatter_tensor", async_op)
 
-    def all_reduce(self, x: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    def all_reduce(self, tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if op == dist.ReduceOp.SUM:
-            _held(x).mul_(WORLD)
+            _held(tensor).mul_(WORLD)
         return self._done("all_reduce", async_op)
+
+    def broadcast(self, tensor: Any, src: Any = None, group: Any = None, async_op: bool = False, **_: Any) -> Any:
+        return self._done("broadcast", async_op)
 
     def replaced(self) -> dict[str, Any]:
         return {
-            "is_initialized": lambda: True,
-            "get_world_size": lambda *_: WORLD,
-            "get_rank": lambda *_: 0,
-            "get_backend": lambda *_: "nccl",
+            "get_backend": lambda *_, **__: "nccl",
             "barrier": lambda *_, **__: None,
+            "broadcast": self.broadcast,
             "all_gather_object": lambda values, value: values.__setitem__(slice(None), [value] * WORLD),
             "all_gather_into_tensor": self.all_gather_into_tensor,
             "reduce_scatter_tensor": self.reduce_scatter_tensor,
@@ -120,6 +125,16 @@ class _Wrapper(torch.nn.Module):
         return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _group() -> Iterator[None]:
+    """Torch's own stand-in for a group of ranks, which DeepSpeed can make further groups of."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> Any:
     """The ranks agree on a checkpoint through pickled objects, which is not of interest here."""
     state, progress = trainer_find(config, manifest, replace(ranks, world=1), *more)
@@ -135,8 +150,9 @@ def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bo
     Raises:
         RuntimeError: an operand on another device.
     """
-    small = ["engine.kind=ddp", "tracking.enabled=false", "train.steps=3", "train.global_batch=16"]
+    small = ["tracking.enabled=false", "train.steps=3", "train.global_batch=16"]
     small += ["tracking.every_steps=100", "data.reader_threads=1"]
+    small += [] if any(setting.startswith("engine.zero") for setting in settings) else ["engine.kind=ddp"]
     config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])
     collectives, steps = _Collectives(), list[SimulatedStep]()
     run = SimulatedRun(steps, config.train.accumulation)
@@ -151,6 +167,8 @@ def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bo
         collectives.counts.clear()
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_group())
+        stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD)))
         for name, value in collectives.replaced().items():
             stack.enter_context(mock.patch.object(dist, name, value))
         stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))

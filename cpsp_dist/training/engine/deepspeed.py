@@ -23,7 +23,7 @@ from cpsp_dist.training.engine.deepspeed_file import read_deepspeed_file
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's own engine; it owns accumulation, clipping and the reduction of gradients."""
+    """DeepSpeed's own engine; it owns accumulation, the reduction of gradients and, but for stage 0, clipping."""
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None):
         deepspeed = deepspeed_compat.import_deepspeed(ranks.device)
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self.engine.is_gradient_accumulation_boundary()
-        norm = self._plain_norm() if last else None
+        norm = self._clip_plain() if last else None
         if norm is None or math.isfinite(norm):
             self.engine.step()
         else:
@@ -67,11 +67,14 @@ class DeepSpeedEngine:
         self.updates += math.isfinite(grad_norm)
         return grad_norm
 
-    def _plain_norm(self) -> float | None:
-        """Stage 0 in fp32 keeps no norm of its own; there the averaged gradients are complete on every rank."""
-        if self.engine.zero_optimization() or self.config.train.precision == "bf16":
+    def _clip_plain(self) -> float | None:
+        """The gradients' norm, after which they are clipped, where DeepSpeed does not: see `clips_itself`."""
+        if not clips_itself(self.config):
             return None
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.train.grad_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.train.grad_clip_norm, norm)
         return float(norm)  # read once: the host waits for the GPU here
 
     def capture(self) -> TrainingState:
@@ -90,13 +93,19 @@ class DeepSpeedEngine:
         deepspeed_compat.release_module(self.module, self.linear)
 
 
+def clips_itself(config: Config) -> bool:
+    """Whether this program clips, not DeepSpeed: at stage 0 in fp32, where the averaged gradients are complete on every
+    rank. DeepSpeed keeps no norm there, and would compute it once more, with two further waits for a GPU."""
+    return config.engine.zero == 0 and config.train.precision == "fp32"
+
+
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     """The settings for DeepSpeed: the user's file, and on top what follows from the configuration."""
     micro = -(-config.train.global_batch // (config.train.accumulation * world))
     owned: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.train.grad_clip_norm or 0.0,
+        "gradient_clipping": 0.0 if clips_itself(config) else config.train.grad_clip_norm or 0.0,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.training import evaluate
 from cpsp_dist.training.engine import describe_numerics, import_deepspeed, set_numerics
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -53,6 +55,26 @@ def test_a_workspace_that_does_not_repeat_itself_is_refused(monkeypatch: pytest.
     with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, not ':0:0'"):
         set_numerics(TrainSettings(), CUDA)
     set_numerics(TrainSettings(deterministic=False), CUDA)
+
+
+def test_an_evaluation_computes_as_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cpsp-dist evaluate` of a run that was trained with TF32."""
+    run = SimpleNamespace(config=SimpleNamespace(train=TrainSettings(tf32=True), model=None), progress=None)
+    monkeypatch.setattr(evaluate, "load_run", lambda _: run)
+    monkeypatch.setattr(evaluate, "require_encoders", lambda *_: None)
+    monkeypatch.setattr(evaluate, "open_manifest", lambda *_: SimpleNamespace(rows=lambda _: None))
+    monkeypatch.setattr(evaluate, "discover", lambda: SimpleNamespace(device=CUDA))
+
+    class Built(Exception):
+        pass
+
+    def built(*_: object) -> None:
+        raise Built
+
+    monkeypatch.setattr(evaluate, "model_for", built)
+    with pytest.raises(Built):
+        evaluate.evaluate_run("run", "test")
+    assert switches() == (True, True, True, False)
 
 
 def test_the_header_has_both() -> None:
