@@ -159,7 +159,8 @@ def _retry(url: str, call: Callable[[int], T], cancelled: threading.Event, attem
     for attempt in range(attempts):
         try:
             return call(attempt)
-        except Exception as error:  # each file system raises its own
+        except Exception as raised:  # each file system raises its own
+            error = _behind(raised)
             reason, final = _reason(error), _is_final(error)
         if final:
             raise DataError(f"{without_secrets(url)}: {reason}; check the URL and your permission to read it")
@@ -169,6 +170,13 @@ def _retry(url: str, call: Callable[[int], T], cancelled: threading.Event, attem
             if cancelled.wait(wait):
                 raise Cancelled
     raise DataError(f"{without_secrets(url)}: {reason}, {attempts} times in a row; check its server, then start again")
+
+
+def _behind(error: Exception) -> Exception:
+    """The failed connection that fsspec reports as a missing file where it asks for a size; else the error itself."""
+    cause = error.__cause__
+    lost = isinstance(error, FileNotFoundError) and isinstance(cause, OSError) and _status(cause) is None
+    return cause if lost and isinstance(cause, Exception) else error
 
 
 def _status(error: Exception) -> int | None:
