@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ TORCHVISION: dict[str, Any] = {
 
 
 class Runner:
-    """A network on a device, run over batches of one fixed size.
+    """A network on a device, run so that an input gives the same bytes whatever it is encoded with.
 
-    Sums in a convolution may be ordered by the size of its batch, so a rest is filled up with zeros: an input gives the
-    same bytes whatever it is batched with. On a CPU, where batches gain nothing for images, the size is 1.
+    The order of a convolution's sums depends on the size of its batch and on the number of threads. So on a CPU each
+    input is computed alone and by one thread, as many inputs at once as there are threads; on a GPU batches have one
+    size, a rest being filled up with zeros.
 
     Args:
         prepare: makes the network's input of a batch of raw inputs, on the device, in float32.
@@ -47,22 +50,39 @@ class Runner:
         self.network = network.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.prepare, self.device, self.batch = prepare, device, 1 if device.type == "cpu" else batch
 
-    @torch.inference_mode()
     def __call__(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """float32 [N, …], channels last, of [N, …]. Raises UserError: float16 is too small for a value."""
-        found: list[Tensor] = []
-        with _repeatable():
-            for start in range(0, len(inputs), self.batch):
-                part = torch.from_numpy(np.ascontiguousarray(inputs[start : start + self.batch]))
-                count = len(part)
-                if count < self.batch:
-                    part = torch.cat([part, part.new_zeros(self.batch - count, *part.shape[1:])])
-                out = self.network(self.prepare(part.to(self.device)).to(self.dtype))[:count].float()
-                found.append(out.permute(0, 2, 3, 1) if out.ndim == 4 else out)
-            result = torch.cat(found).cpu().contiguous()
+        parts = [inputs[start : start + self.batch] for start in range(0, len(inputs), self.batch)]
+        if self.device.type == "cpu":
+            with _one_thread() as threads, ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
+                found = [*pool.map(self._encode, parts)]
+        else:
+            with _repeatable():
+                found = [self._encode(part) for part in parts]
+        result = torch.cat(found).cpu().contiguous()
         if self.dtype == torch.float16 and not result.isfinite().all():
             raise UserError("a feature is too large for float16; compute in float32")
         return result.numpy()
+
+    @torch.inference_mode()
+    def _encode(self, inputs: npt.NDArray[Any]) -> Tensor:
+        part = torch.from_numpy(np.ascontiguousarray(inputs))
+        count = len(part)
+        if count < self.batch:
+            part = torch.cat([part, part.new_zeros(self.batch - count, *part.shape[1:])])
+        out: Tensor = self.network(self.prepare(part.to(self.device)).to(self.dtype))[:count].float()
+        return out.permute(0, 2, 3, 1) if out.ndim == 4 else out
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[int]:
+    """torch's operations use one thread meanwhile; gives how many they used before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def _repeatable() -> Any:

@@ -166,6 +166,22 @@ def bottleneck(state: dict[str, torch.Tensor], name: str, x: torch.Tensor, strid
     return (x + kept).relu()
 
 
+def test_neither_the_batch_nor_threads_change_a_byte() -> None:
+    """Computed by two threads as one batch, this network's sums differ."""
+    encoder = build_encoder("efficientnet-lite0")
+    frames = reference.images()
+    before = torch.get_num_threads()
+    found = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found[threads] = encoder(frames)
+        assert torch.get_num_threads() == threads
+        assert (encoder(frames[1:]) == found[threads][1]).all()
+    torch.set_num_threads(before)
+    assert (found[1] == found[2]).all()
+    assert (found[1] == found[3]).all()
+
+
 def test_an_optional_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpsp_dist.utils.extras.find_spec", lambda name: None)
     for name in ("clip", "clap"):
