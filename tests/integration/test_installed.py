@@ -151,7 +151,7 @@ def test_metadata(wheel):
     card = Parser().parsestr(held["METADATA"].decode())
     assert (card["Name"], card["License-Expression"], card["License-File"]) == ("cpsp-dist", "MIT", "LICENSE")
     assert held["LICENSE"] == (REPO / "LICENSE").read_bytes()
-    assert {"demo", "dev", "report", "s3", "ui", "video"} == set(card.get_all("Provides-Extra"))
+    assert {"demo", "dev", "encoders", "report", "s3", "ui", "video"} == set(card.get_all("Provides-Extra"))
     required = [text for text in card.get_all("Requires-Dist") if "extra ==" not in text]
     assert any(text.startswith("deepspeed") and "<0.20" in text for text in required)
     assert not [text for text in required if text.startswith(("scikit-learn", "matplotlib", "s3fs", "pytest"))]
