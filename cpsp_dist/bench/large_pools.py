@@ -84,6 +84,8 @@ class _Feed:
 class _EvenSchedule:
     """Of a stream: every part counts alike."""
 
+    epoch_length = 1000  # videos
+
     @property
     def schedule(self) -> _EvenSchedule:
         return self

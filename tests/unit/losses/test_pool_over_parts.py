@@ -96,7 +96,7 @@ def gradients(runs: dict[str, Run], precision: str = "fp64", kind: str = "ddp", 
         objectives = Objectives(
             run.objectives, pool="gather", bank=run.bank, supervision=run.supervision, parts=config.train.accumulation
         )
-        schedule: Any = SimpleNamespace(schedule=SimpleNamespace(weights=None))
+        schedule: Any = SimpleNamespace(schedule=SimpleNamespace(epoch_length=SLOTS))
         runner = StepRunner(config, ranks, schedule, ReadBeforeUpdate(engine, config), objectives)  # type: ignore[arg-type]
         for number, cases in enumerate(run.steps):
             shares = [rank_share(part_of(run, number, part), ranks.rank, ranks.world) for part in range(len(cases))]
