@@ -109,7 +109,12 @@ def _client(uri: str) -> Any:
     for name in ("mlflow", "alembic"):  # migrations of a new SQLite file are no news
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it prints a traceback of what it raises
     file = sqlite_file(uri)
+    if uri.startswith("sqlite:") and (file is None or file.name in ("", ":memory:")):
+        raise StoreError(
+            f"{without_secrets(uri)}: a database without a file holds no runs; give sqlite:///PATH/mlflow.db"
+        )
     if file is None:
         return mlflow.MlflowClient(tracking_uri=uri)
     _make_store(file)

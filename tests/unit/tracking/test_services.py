@@ -273,3 +273,12 @@ def test_a_port_where_nobody_listens(
         shown = capfd.readouterr().err
         assert shown.count("\n") == 2, shown
         assert "s3cretpw" not in shown
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_a_database_without_a_file_is_refused(uri: str) -> None:
+    """In memory it is another one for each connection: runs would be lost, and mlflow prints a traceback."""
+    with pytest.raises(
+        stores.StoreError, match=r"^sqlite:.*: a database without a file holds no runs; give sqlite:///PATH/"
+    ):
+        stores.Store(uri)
