@@ -16,6 +16,7 @@ from cpsp_dist.bench.batches import AUDIO, CATEGORIES, SEGMENTS, VISUAL, WIDTH, 
 from cpsp_dist.bench.memory import peak_bytes
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
@@ -81,19 +82,6 @@ class _Feed:
         return
 
 
-class _EvenSchedule:
-    """Of a stream: every part counts alike."""
-
-    epoch_length = 1000  # videos
-
-    @property
-    def schedule(self) -> _EvenSchedule:
-        return self
-
-    def weights(self, position: int, accumulation: int) -> list[float]:
-        return [1.0] * accumulation
-
-
 def measure_parts(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
     """A step of PSP at the published sizes over 4 parts of `size` videos, with a pool for each part and one for all:
     CPU `ms`, in turn, medians; `peak_bytes` of a step; `pool`, rows that an anchor is compared with."""
@@ -107,7 +95,8 @@ def measure_parts(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
         model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)
         objectives = Objectives(config.objectives, pool="gather", parts=PARTS if over == "parts" else 1)
         engine = build_engine(model, config, ranks)
-        runner = StepRunner(config, ranks, _EvenSchedule(), engine, objectives)  # type: ignore[arg-type]
+        schedule = ReadSchedule([size * PARTS], global_batch=size * PARTS, seed=1, accumulation=PARTS)
+        runner = StepRunner(config, ranks, schedule, engine, objectives)
         feed: Any = _Feed(batches)
         steps[over] = partial(runner.run_micro_batches, feed, 0, 0, 0.0)
         steps[over]()

@@ -230,7 +230,7 @@ def end_to_end(batch: int, samples: int, steps: int, device: torch.device) -> di
         engine.module.train()
         with open_train_stream(config, manifest, ranks) as stream:
             runner, feed = (
-                StepRunner(config, ranks, stream, engine, objectives),
+                StepRunner(config, ranks, stream.schedule, engine, objectives),
                 BatchFeed(stream, device, objectives),
             )
 

@@ -28,9 +28,14 @@ Masks = Callable[[int, int], tuple[Tensor | None, Tensor]]
 
 def columns(anchors: int, count: int) -> Iterator[tuple[int, int]]:
     """The tiles of a table with `count` columns: (first column, last + 1)."""
-    width = max(NARROWEST, TILE // max(1, anchors))
+    width = tile_width(anchors)
     for first in range(0, count, width):
         yield first, min(first + width, count)
+
+
+def tile_width(anchors: int) -> int:
+    """Columns of a tile at most."""
+    return max(NARROWEST, TILE // max(1, anchors))
 
 
 def contrast(anchors: Tensor, rows: Tensor, masks: Masks, temperature: float) -> Tensor:

@@ -21,6 +21,7 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.losses.tiles import tile_width
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_settings, deepspeed_settings, set_numerics
@@ -36,7 +37,7 @@ from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.text import format_bytes
 
 _size = partial(format_bytes, digits=2)
-#: Tables of an anchor's distances to the pool that mining has at a time (distances, keys, masks).
+#: Tables of an anchor's distances to a tile of the pool that mining has at a time (distances, keys, masks).
 TABLES = 4
 
 
@@ -117,7 +118,7 @@ def first_step(
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    steps = StepRunner(config, ranks, stream, engine, objectives)
+    steps = StepRunner(config, ranks, stream.schedule, engine, objectives)
     result = steps.run_micro_batches(
         BatchFeed(stream, ranks.device, objectives), 0, 0, schedule.learning_rate(0), measure
     )
@@ -173,7 +174,9 @@ def memory_of_a_rank(
         weight = state  # bf16 by autocast: the weights stay float32
     share = {at: 1 / world if stage >= at else 1 for at in (1, 2, 3)}
     slots = samples_of_a_rank(config, world)
-    pool = slots * (world if config.pool.scope == "gather" else 1) + config.pool.bank
+    parts = config.train.accumulation if config.pool.over == "parts" else 1
+    anchors = parts * slots
+    pool = anchors * (world if config.pool.scope == "gather" else 1) + config.pool.bank
     ddp_buckets = config.engine.kind == "ddp" and world > 1
     batch = slots * sum(manifest.fields[name].nbytes for name in ARRAY_FIELDS)
     memory = {
@@ -184,8 +187,10 @@ def memory_of_a_rank(
         "reader": (config.data.prefetch_batches + 1) * batch,
         "activations": activations,
     }
+    if parts > 1:
+        memory["parts"] = parts * batch
     if config.objectives.psa_v:
-        memory["pool"] = pool * width * 4 + TABLES * slots * pool * 4
+        memory["pool"] = pool * width * 4 + TABLES * anchors * min(pool, tile_width(anchors)) * 4
     return memory
 
 
@@ -229,6 +234,7 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
         "Adam": "two moments of each weight",
         "reader": f"data.prefetch_batches + 1 = {config.data.prefetch_batches + 1} batches (not on a GPU)",
         "activations": "measured: kept for the backward pass of a micro-batch",
+        "parts": "features of all parts of a global batch, for their second pass",
         "pool": "gathered rows and distances" if config.pool.scope == "gather" else "distances",
     }
     if config.engine.kind == "deepspeed" and config.engine.zero:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpsp_dist.config import Config
-from cpsp_dist.data.reader import TrainStream
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models.layers import start_step
@@ -47,7 +47,7 @@ class StepRunner:
 
     config: Config
     ranks: Ranks
-    stream: TrainStream
+    schedule: ReadSchedule
     engine: Engine
     objectives: Objectives
 
@@ -64,12 +64,12 @@ class StepRunner:
         position: samples delivered before the step, over all ranks. measure: a context entered around the forward
         pass and the loss of each micro-batch.
         """
-        schedule = TrainingSchedule(self.config.train, self.stream.schedule.epoch_length)
+        schedule = TrainingSchedule(self.config.train, self.schedule.epoch_length)
         start_step(self.engine.module, schedule.progress(step))
         if self.objectives.parts > 1:
             return self._run_parts(feed, step, learning_rate, measure)
         grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []
-        weights = self.stream.schedule.weights(position, self.config.train.accumulation)
+        weights = self.schedule.weights(position, self.config.train.accumulation)
         for micro_batch, weight in enumerate(weights):
             taken = feed.take()
             torch.manual_seed(dropout_seed(self.config, step, micro_batch, self.ranks))

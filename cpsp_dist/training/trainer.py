@@ -140,7 +140,7 @@ class Trainer:
         self.engine, self.objectives, self.tracker, self.signals = engine, objectives, tracker, signals
         self.checkpoints = Checkpoints(config.output)
         self.schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
-        self.steps = StepRunner(config, ranks, stream, engine, objectives)
+        self.steps = StepRunner(config, ranks, stream.schedule, engine, objectives)
 
     def train(self, progress: TrainingProgress) -> TrainingProgress:
         """Train from `progress` to the end.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.distributed import process_group
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.training import grad_cache, step
@@ -96,7 +97,8 @@ def gradients(runs: dict[str, Run], precision: str = "fp64", kind: str = "ddp", 
         objectives = Objectives(
             run.objectives, pool="gather", bank=run.bank, supervision=run.supervision, parts=config.train.accumulation
         )
-        schedule: Any = SimpleNamespace(schedule=SimpleNamespace(epoch_length=SLOTS))
+        parts = config.train.accumulation
+        schedule = ReadSchedule([SLOTS * parts], global_batch=SLOTS * parts, seed=1, accumulation=parts)
         runner = StepRunner(config, ranks, schedule, ReadBeforeUpdate(engine, config), objectives)  # type: ignore[arg-type]
         for number, cases in enumerate(run.steps):
             shares = [rank_share(part_of(run, number, part), ranks.rank, ranks.world) for part in range(len(cases))]

@@ -78,6 +78,24 @@ def test_memory_is_that_of_the_zero_paper(keypad_shards: Path, stage: int, each:
     assert found == 1000 * (each[0] + each[1] / 8)
 
 
+def test_memory_of_a_pool_over_parts(keypad_shards: Path) -> None:
+    """The rows of all parts and their features; beyond a tile the distances do not grow with the pool."""
+    manifest = Manifest.load(keypad_shards)
+
+    def memory(*more: str) -> dict[str, float]:
+        config = load_config(KEYPAD, ["engine.kind=ddp", "engine.zero=0", "train.accumulation=4", *more])
+        return memory_of_a_rank(1000, config, manifest, 2, 0, 256)
+
+    one, all_parts = memory("train.global_batch=64"), memory("train.global_batch=64", "pool.over=parts")
+    sample = sum(manifest.fields[name].nbytes for name in ("visual", "audio", "label"))
+    assert "parts" not in one
+    assert all_parts["parts"] == 4 * 8 * sample
+    assert one["pool"] == 2 * 8 * 256 * 4 + 4 * 8 * 16 * 4
+    assert all_parts["pool"] == 2 * 32 * 256 * 4 + 4 * 32 * 64 * 4
+    large = [memory("train.global_batch=64", f"pool.bank={bank}")["pool"] for bank in (200_000, 300_000)]
+    assert large[1] - large[0] == 100_000 * 256 * 4
+
+
 def test_activations_are_counted_once_and_without_parameters() -> None:
     layer = torch.nn.Linear(16, 32)
     x = torch.randn(8, 16, requires_grad=True)
