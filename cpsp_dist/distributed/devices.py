@@ -121,3 +121,20 @@ def reason_of(error: BaseException) -> str:
 def _where(device: torch.device) -> str:
     rank = os.environ.get("RANK", "0")
     return f"rank {rank} on {socket.gethostname().split('.')[0]}" + (f" ({device})" if device.type == "cuda" else "")
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device that `--device` names; without a name a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise UserError(f"--device {wanted}: cannot be used ({one_line(error)[:150]})") from None
+    if device.type == "meta":
+        raise UserError(f"--device {wanted}: it computes nothing; use cpu or cuda")
+    return device

@@ -12,24 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-
 from cpsp_dist.data.encoders import ENCODERS_NAME, MODALITIES, Encoders
+from cpsp_dist.distributed.devices import named_device
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.extraction.clip import ClipForm
 from cpsp_dist.extraction.decoders import DEADLINE, ClipJob, Decoded, Decoders
 from cpsp_dist.extraction.encoders import build_encoder
 from cpsp_dist.extraction.encoders.encoder import AudioEncoder, VisualEncoder
 from cpsp_dist.extraction.features import clip_features, clip_form
-from cpsp_dist.extraction.store import Done, ExtractionStore, Floats
+from cpsp_dist.extraction.store import Done, ExtractionStore
 from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder, read_list
 from cpsp_dist.packing.text import COLUMNS, read_categories, read_label_file
 from cpsp_dist.utils import files
 from cpsp_dist.utils.console import Progress
+from cpsp_dist.utils.cores import usable_cores
 from cpsp_dist.utils.extras import require
 
 LIST_NAME, LABELS_NAME, CATEGORIES_NAME, REPORT_NAME = "videos.csv", "labels.json", "categories.txt", "report.jsonl"
-GRID = 7
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _run(
     form: ClipForm,
     encoders: tuple[VisualEncoder, AudioEncoder],
 ) -> Extracted:
-    workers = max(1, min(options.workers or _cores(), len(jobs)))
+    workers = max(1, min(options.workers or usable_cores(), len(jobs)))
     found = Extracted(workers=workers)
     began = time.monotonic()
     with Progress(len(jobs), "videos", "extract") as shown, Decoders(form, workers, options.deadline) as decoders:
@@ -159,15 +158,8 @@ def _encode(
     began = time.monotonic()
     visual, audio = clip_features(clip, *encoders)
     found.encoding += time.monotonic() - began
-    store.add(job.name, as_maps(visual), audio, Done(_source(job), [*clip.notes]))
+    store.add(job.name, visual, audio, Done(_source(job), [*clip.notes]))
     found.made += 1
-
-
-def as_maps(visual: Floats) -> Floats:
-    """[T, 7, 7, C] of [T, C] too: every position of a picture that was encoded as one vector has the same."""
-    if visual.ndim == 2:
-        return np.broadcast_to(visual[:, None, None], (len(visual), GRID, GRID, visual.shape[1]))
-    return visual
 
 
 def _source(job: ClipJob) -> list[Any]:
@@ -191,7 +183,7 @@ def _jobs(
     options: ExtractOptions, listed: list[ListedVideo], categories: list[str], labels: dict[str, Any] | None
 ) -> tuple[list[ClipJob], dict[str, str]]:
     """(what to decode, a problem of each other video by its id), of this portion."""
-    folder = VideoFolder(options.videos)
+    folder = VideoFolder(options.videos, {video.video_id for video in listed})
     number, portions = options.portion or (0, 1)
     jobs, problems = [], {}
     for video in listed[number::portions]:
@@ -225,7 +217,7 @@ def _labels(options: ExtractOptions) -> dict[str, Any] | None:
 
 
 def _encoders(options: ExtractOptions) -> tuple[VisualEncoder, AudioEncoder]:
-    device = options.device or _default_device()
+    device = str(named_device(options.device))
     built = []
     for modality in MODALITIES:
         name, weights = getattr(options, modality), getattr(options, f"{modality}_weights")
@@ -234,12 +226,6 @@ def _encoders(options: ExtractOptions) -> tuple[VisualEncoder, AudioEncoder]:
             raise UserError(f"--{modality} {name}: it is an encoder of {encoder.modality} input")
         built.append(encoder)
     return cast(VisualEncoder, built[0]), cast(AudioEncoder, built[1])
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _finish(
@@ -273,7 +259,3 @@ def _finish(
         elif notes[video.video_id]:
             lines.append(about | {"notes": notes[video.video_id]})
     files.write_text(options.out / REPORT_NAME, "".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,14 @@ def _second(text: str, where: str) -> float:
 class VideoFolder:
     """The video files of a folder: `ID.mp4|mkv|webm`, or `ID_START.ext`, as VGGSound's tools name cut clips.
 
+    listed: all video ids of the list. A file that bears one of them complete (`abc_12.mp4` of `abc_12`) is that video's
+    alone, and no cut of `abc` from second 12 on.
+
     Raises:
         UserError: no such folder, or nothing in it has one of the suffixes.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, listed: Collection[str] = ()):
         self.folder = folder
         self._files: dict[str, list[str]] = defaultdict(list)  # by the name without suffix
         self._starts: dict[str, list[tuple[float, str]]] = defaultdict(list)  # by the id: (start, name)
@@ -114,7 +117,7 @@ class VideoFolder:
                 continue
             self._files[stem].append(name)
             video_id, _, start = stem.rpartition("_")
-            if video_id and start.isascii() and start.replace(".", "", 1).isdigit():
+            if video_id and stem not in listed and start.isascii() and start.replace(".", "", 1).isdigit():
                 self._starts[video_id].append((float(start), stem))
         if not self._files:
             raise UserError(f"--videos {folder}: no {', '.join(SUFFIXES)} files in it")

@@ -15,6 +15,7 @@ from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.encoders import require_same
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
+from cpsp_dist.distributed.devices import named_device
 from cpsp_dist.errors import UserError
 from cpsp_dist.inference.inputs import FeatureFiles, resolve
 from cpsp_dist.inference.model import TrainedModel
@@ -72,12 +73,8 @@ class _Predictor:
             raise UserError(f"--window {self.window}: has to be 1 or more")
         if not 1 <= self.hop <= self.window:
             raise UserError(f"--hop {self.hop}: has to be from 1 to the window, {self.window}, or seconds are left out")
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = options.device or default
-        try:
-            self.model = model.to(self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {self.device}: cannot be used ({one_line(error)[:150]})") from None
+        self.device = str(named_device(options.device))
+        self.model = model.to(self.device)
         self.options, self.name = options, f"the model of {model.place}"
         self._reader: VideoReader | None = None
 

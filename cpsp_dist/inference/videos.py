@@ -56,9 +56,7 @@ class VideoReader:
             start = None if count <= segments else first * self.seconds
             parts.append(clip_features(read_clip(path, form, start), self.visual, self.audio))
         visual, audio = (np.concatenate(each) for each in zip(*parts, strict=True))
-        if visual.ndim == 2:  # an encoder of complete pictures: every position has the same
-            visual = np.broadcast_to(visual[:, None, None], (len(visual), 7, 7, visual.shape[1]))
-        return np.ascontiguousarray(visual), audio
+        return visual, audio
 
 
 def video_seconds(path: str) -> float:

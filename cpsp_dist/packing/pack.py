@@ -31,6 +31,7 @@ from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared
 from cpsp_dist.packing.write import write_shard
 from cpsp_dist.utils import files
 from cpsp_dist.utils.console import Progress
+from cpsp_dist.utils.cores import usable_cores
 from cpsp_dist.utils.hashing import text_sha256
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _make(job: PackJob, plans: list[ShardPlan], workers: int | None) -> dict[str
     size = sample_bytes(job.fields) * videos
     check_space(job.part, size - sum(p.stat().st_size for p in (job.part / q.name for q in plans) if p.is_file()))
     if workers is None:
-        workers = min(_cores(), 1 + int(size / 1e9))
+        workers = min(usable_cores(), 1 + int(size / 1e9))
     outcomes: dict[str, Outcome] = {}
     problems = list(job.source.problems)
     with (
@@ -149,11 +150,6 @@ def _make(job: PackJob, plans: list[ShardPlan], workers: int | None) -> dict[str
             if job.on_error == "raise" and len(problems) >= MAX_PROBLEMS:
                 raise report(problems, stopped=len(outcomes) < len(plans))
     return outcomes
-
-
-def _cores() -> int:
-    """That this process may use: under Slurm often fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(job: PackJob, plans: list[ShardPlan], workers: int, done: Callable[[int], None]) -> Generator[Outcome]:

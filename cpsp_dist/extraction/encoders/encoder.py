@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from cpsp_dist.distributed.devices import named_device
 from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import frame_indices
 
@@ -40,7 +40,7 @@ class Encoder(ABC):
     preprocessing: dict[str, Any]
 
     def __init__(self, weights: Path | None, device: str, precision: Precision = "float32") -> None:
-        self.device, self.precision = torch.device(device), precision
+        self.device, self.precision = named_device(device), precision
         self.weights_sha256: str | None = None
         if precision == "float16" and self.device.type != "cuda":
             raise UserError(f"encoder {self.name}: float16 needs a GPU; use float32 on {device}")

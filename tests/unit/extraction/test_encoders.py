@@ -82,3 +82,10 @@ def test_identities_are_json() -> None:
     assert identity == json.loads(json.dumps(identity))
     assert (identity["name"], identity["weights_sha256"]) == ("logmel", None)
     assert identity["preprocessing"]["mel_hz"] == [125.0, 7500.0]
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:x", "meta"])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    """The tests see no GPU."""
+    with pytest.raises(UserError, match=f"^--device {device}: .*"):
+        build_encoder("logmel", None, device)
