@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 import stat
 import tempfile
@@ -106,15 +107,12 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
 
-    for name in ("mlflow", "alembic"):  # migrations of a new SQLite file are no news
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # migrations of a new file, a line for each retry
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it prints a traceback of what it raises
     file = sqlite_file(uri)
-    if uri.startswith("sqlite:") and (file is None or file.name in ("", ":memory:")):
-        raise StoreError(
-            f"{without_secrets(uri)}: a database without a file holds no runs; give sqlite:///PATH/mlflow.db"
-        )
+    if re.fullmatch(r"sqlite(\+\w+)?:/{0,3}(:memory:)?(\?.*)?", uri):
+        raise StoreError(f"{without_secrets(uri)}: a database in memory keeps no runs; give sqlite:///PATH/mlflow.db")
     if file is None:
         return mlflow.MlflowClient(tracking_uri=uri)
     _make_store(file)

@@ -275,10 +275,10 @@ def test_a_port_where_nobody_listens(
         assert "s3cretpw" not in shown
 
 
-@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
-def test_a_database_without_a_file_is_refused(uri: str) -> None:
+@pytest.mark.parametrize(
+    "uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://", "sqlite://?timeout=3"]
+)
+def test_a_database_in_memory_is_refused(uri: str) -> None:
     """In memory it is another one for each connection: runs would be lost, and mlflow prints a traceback."""
-    with pytest.raises(
-        stores.StoreError, match=r"^sqlite:.*: a database without a file holds no runs; give sqlite:///PATH/"
-    ):
+    with pytest.raises(stores.StoreError, match=r"^sqlite.*: a database in memory keeps no runs; give sqlite:///PATH/"):
         stores.Store(uri)
