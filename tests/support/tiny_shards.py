@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import webdataset
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, Field, Manifest, Shard
+from cpsp_dist.data.reader import permutation
 
 
 @dataclass
@@ -112,3 +115,17 @@ def assert_as_written(batch: Batch, written: Written) -> None:
         assert np.array_equal(batch.event[slot].numpy(), arrays["label"] == 1)
         assert int(batch.category[slot]) == table[row]["category"]
         assert int(batch.video[slot]) == table[row]["video"]
+
+
+def endless(n: int, seed: int, first: int, count: int) -> list[int]:
+    """The oracle: rows at positions [first, first + count) of all epochs, one after the other."""
+    return endless_of(lambda epoch: permutation(n, seed, epoch)(np.arange(n)).tolist(), first, count)
+
+
+def endless_of(rows_of_epoch: Callable[[int], list[int]], first: int, count: int) -> list[int]:
+    rows: list[int] = []
+    for epoch in itertools.count():
+        if len(rows) >= first + count:
+            return rows[first : first + count]
+        rows += rows_of_epoch(epoch)
+    raise AssertionError

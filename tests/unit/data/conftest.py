@@ -1,9 +1,10 @@
-"""Servers of shards, and what they serve."""
+"""Small shards, and servers of shards."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,30 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def remote(front: AiohttpServer, tmp_path: Path) -> Manifest:
     return Manifest.load(f"{front.url}/tiny", Cache(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """Shards by their sizes, written once: `folders(train=[5, 7], val=[3])`."""
+    made: dict[str, Written] = {}
+
+    def get(**splits: list[int]) -> Written:
+        name = "-".join([split + "_".join(map(str, sizes)) for split, sizes in splits.items()])
+        if name not in made:
+            made[name] = write_shards(tmp_path_factory.mktemp("shards") / name, splits)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def written(folders: Callable[..., Written]) -> Written:
+    """22 samples for training, in four shards."""
+    return folders(train=[5, 7, 1, 9], val=[3, 4])
+
+
+@pytest.fixture
+def copied(written: Written, tmp_path: Path) -> Written:
+    """The same in a folder of its own, to be damaged."""
+    shutil.copytree(written.folder, tmp_path / "shards")
+    return replace(written, folder=tmp_path / "shards")
