@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cpsp_dist.config import ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.models import Network, build_model
 
-SLOTS = 12
-
-
-T = 3
-
-
-K = 4
+SLOTS, T, K = 12, 3, 4
+#: Weights that give each objective a like share of the gradient: one that is far larger would hide the others'
+#: mistakes behind its size.
+ALL = ObjectiveSettings(avps=0.01, psa_s=10.0, psa_v=3.0, margin=0.8, sspsp=1.0)
 
 
 CASES = ["even", "uneven", "empty rank", "background rank", "one class", "all background", "same clip twice"]
@@ -60,3 +59,8 @@ def seeded_network(name: str, supervision: Any) -> Network:
     return build_model(
         name, supervision=supervision, visual_channels=6, audio_channels=9, categories=K, dropout=0.0, noise=0.0
     ).double()
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    x, y = (torch.cat([d[name].flatten() for name in sorted(d)]) for d in (a, b))
+    return ((x - y).norm() / y.norm().clamp(min=1e-300)).item()

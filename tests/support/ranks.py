@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support.prefork import PreforkLauncher
@@ -22,6 +23,16 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
     torch.save({"module": function.__module__, "function": function.__name__, "args": args}, tmp_path / "call.pt")
     prefork_launcher().call(tmp_path, world).finish(timeout)
     return [torch.load(tmp_path / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def in_each_world(function: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
+    """World size -> what `function` gave on each rank; each world is started once, when first asked for."""
+
+    @functools.cache
+    def start(world: int) -> list[Any]:
+        return run_ranks(function, world, tmp_path_factory.mktemp(f"world{world}"), timeout=300)
+
+    return start
 
 
 @functools.cache

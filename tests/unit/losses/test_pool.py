@@ -5,11 +5,9 @@ Each world size is launched once (`worlds`), when first asked for, and does ever
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -32,10 +30,10 @@ from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.models import Output
 from cpsp_dist.training.engine import Engine, build_engine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
-from tests.support.pool_cases import CASES, SLOTS, K, T, global_batch
+from tests.support.pool_cases import ALL, CASES, SLOTS, K, T, global_batch, relative
 from tests.support.pool_cases import rank_share as share
 from tests.support.pool_cases import seeded_network as network
-from tests.support.ranks import run_ranks
+from tests.support.ranks import in_each_world
 
 
 class Run(NamedTuple):
@@ -49,9 +47,6 @@ class Run(NamedTuple):
     bank: int = 0
 
 
-#: Weights that give each objective a like share of the gradient: one that is far larger would hide the others'
-#: mistakes behind its size.
-ALL = ObjectiveSettings(avps=0.01, psa_s=10.0, psa_v=3.0, margin=0.8, sspsp=1.0)
 EACH = [(case,) for case in CASES]
 SOME = [("uneven",), ("empty rank",)]
 
@@ -179,11 +174,6 @@ def plain_gradients(
 def mean(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What tracking does with terms."""
     return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}  # type: ignore[misc]
-
-
-def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    x, y = (torch.cat([d[name].flatten() for name in sorted(d)]) for d in (a, b))
-    return ((x - y).norm() / y.norm().clamp(min=1e-300)).item()
 
 
 def require_exact(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -336,13 +326,7 @@ def everything() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """World size -> what `everything` gave on each rank."""
-
-    @functools.cache
-    def launch(world: int) -> list[dict[str, Any]]:
-        folder: Path = tmp_path_factory.mktemp(f"world{world}")
-        return run_ranks(everything, world, folder, timeout=300)
-
-    return launch
+    return in_each_world(everything, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

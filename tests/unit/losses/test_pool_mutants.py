@@ -14,6 +14,8 @@ from cpsp_dist.losses import gather
 from cpsp_dist.losses import objectives as losses
 from cpsp_dist.losses.gather import Gather, rank_and_world
 from cpsp_dist.losses.global_batch import GlobalBatch
+from tests.support.pool_cases import relative
+from tests.support.ranks import run_ranks
 from tests.unit.losses import test_pool
 
 #: One that is even, and two where ranks have different numbers of videos (in the last, one rank has none).
@@ -81,7 +83,7 @@ def planted() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("mutants")
-    return test_pool.run_ranks(planted, 2, folder, timeout=300)
+    return run_ranks(planted, 2, folder, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,6 @@ def test_mutant_is_caught(together: Any, alone: Any, mutant: str) -> None:
     with pytest.raises(AssertionError):
         test_pool.require_exact([rank[mutant] for rank in together], alone)
     # By far, and not by rounding.
-    errors = {step: test_pool.relative(together[0][mutant][step][1], alone[step][1]) for step in alone}
+    errors = {step: relative(together[0][mutant][step][1], alone[step][1]) for step in alone}
     print(mutant, errors)
     assert max(errors.values()) > 1e-3

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -23,11 +21,8 @@ from cpsp_dist.training.engine import build_engine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
 from cpsp_dist.training.feed import MicroBatch
 from cpsp_dist.training.step import StepRunner, dropout_seed
-from tests.support.pool_cases import SLOTS, global_batch, rank_share, seeded_network
-from tests.support.ranks import run_ranks
-
-#: Weights that give each objective a like share of the gradient.
-ALL = ObjectiveSettings(avps=0.01, psa_s=10.0, psa_v=3.0, margin=0.8, sspsp=1.0)
+from tests.support.pool_cases import ALL, SLOTS, global_batch, rank_share, relative, seeded_network
+from tests.support.ranks import in_each_world
 
 
 class Run(NamedTuple):
@@ -156,11 +151,6 @@ def alone(runs: dict[str, Run], dtype: torch.dtype = torch.float64) -> dict[str,
     return results
 
 
-def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    x, y = (torch.cat([d[name].flatten() for name in sorted(d)]) for d in (a, b))
-    return ((x - y).norm() / y.norm().clamp(min=1e-300)).item()
-
-
 def require_equal(together: list[dict[str, Any]], expected: dict[str, Any], bound: float) -> None:
     for key, (terms, grads) in expected.items():
         means = {name: sum(rank[key][0][name] for rank in together) / len(together) for name in terms}
@@ -241,12 +231,8 @@ def everything() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    @functools.cache
-    def launch(world: int) -> list[dict[str, Any]]:
-        folder: Path = tmp_path_factory.mktemp(f"world{world}")
-        return run_ranks(everything, world, folder, timeout=300)
-
-    return launch
+    """World size -> what `everything` gave on each rank."""
+    return in_each_world(everything, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
