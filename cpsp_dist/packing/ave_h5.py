@@ -14,18 +14,15 @@ The `*_noisy.h5` files (background-only clips that some weakly supervised work a
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from cpsp_dist.data.manifest import SPLITS
-from cpsp_dist.data.shard_index import MAX_NAME
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing import h5
+from cpsp_dist.packing.annotations import read_annotations, read_splits
 from cpsp_dist.packing.source import (
     Entry,
     Features,
@@ -34,8 +31,8 @@ from cpsp_dist.packing.source import (
     find_files,
     is_channels_first,
 )
-from cpsp_dist.packing.text import read_categories, read_lines
-from cpsp_dist.utils.text import is_plain, quoted
+from cpsp_dist.packing.text import read_categories
+from cpsp_dist.utils.text import quoted
 
 FILES = {
     "audio": ("audio_feature.h5", "audio_features.h5"),
@@ -44,7 +41,6 @@ FILES = {
     "annotations": ("Annotations.txt",),
     "categories": ("categories.txt",),
 }
-HEADER = "Category&VideoID&Quality&StartTime&EndTime"
 ARRAYS = ("avadataset", "dataset")
 CHUNK_BYTES = 4 * 2**20  # of labels, read at once
 
@@ -67,7 +63,7 @@ class AveH5:
         self._open_visual(visual)
         self._events, of_events, bad_rows = _read_labels(label_data)
         videos, classes = len(self._events), label_data.shape[2] - 1
-        annotations = _read_annotations(files["annotations"], videos)
+        annotations = _annotations(files["annotations"], videos)
         if annotations and len(annotations) < videos:
             self.notes.append(
                 f"{files['annotations']} names rows 0 to {len(annotations) - 1} of {videos}; no ids after"
@@ -77,7 +73,11 @@ class AveH5:
         bad_rows = _disagreements(self.categories, annotations, of_events) | bad_rows
         category = self._categories_by_row(files["mil"], annotations, of_events, classes)
         self.entries = []
-        for row, split in sorted(self._splits(options.source, annotations).items()):
+        splits = read_splits(options.source, annotations, self.ids)
+        self.problems += splits.problems
+        if unused := videos - len(splits.of_row):
+            self.notes.append(f"{unused} of {videos} videos are in no split and are not packed")
+        for row, split in sorted(splits.of_row.items()):
             entry = Entry(row, self.ids[row], split, category[row])
             if row in bad_rows:
                 self.problems.append(f"{entry.name}: {bad_rows[row]}")
@@ -125,52 +125,6 @@ class AveH5:
         named = [number.get(a[0], -1) for a in annotations] + [-1] * (len(known) - len(annotations))
         return [int(k) if k >= 0 else name for k, name in zip(known, named, strict=True)]
 
-    def _splits(self, folder: Path, annotations: list[list[str]]) -> dict[int, str]:
-        """{row: split}; rows out of range or listed twice become problems."""
-        orders = {split: folder / f"{split}_order.h5" for split in SPLITS}
-        texts = {split: folder / f"{split}Set.txt" for split in SPLITS}
-        rows: dict[str, list[int]] = {}
-        if any(os.path.lexists(path) for path in orders.values()):
-            for split, path in orders.items():
-                if os.path.lexists(path):
-                    rows[split] = _read_order(path)
-        elif any(os.path.lexists(path) for path in texts.values()):
-            if not annotations:
-                raise DataError(f"{folder}: the *Set.txt files need Annotations.txt, which gives the row numbers")
-            rows = self._rows_of_texts(texts, annotations)
-        else:
-            raise UserError(f"{folder}: no train_order.h5 (val, test) and no trainSet.txt (val, test): no splits")
-        split_of: dict[int, str] = {}
-        for split, numbers in rows.items():
-            for row in numbers:
-                if not 0 <= row < len(self.ids):
-                    self.problems.append(f"split {split}: row {row} is out of range, there are {len(self.ids)} videos")
-                elif row in split_of:
-                    name = Entry(row, self.ids[row], split, -1).name
-                    self.problems.append(f"{name}: listed in {split_of[row]} and again in {split}")
-                else:
-                    split_of[row] = split
-        if unused := len(self.ids) - len(split_of):
-            self.notes.append(f"{unused} of {len(self.ids)} videos are in no split and are not packed")
-        return split_of
-
-    def _rows_of_texts(self, texts: dict[str, Path], annotations: list[list[str]]) -> dict[str, list[int]]:
-        """Rows by split: those of equal lines of Annotations.txt in the order in which the lines come."""
-        rows_of: dict[tuple[str, ...], deque[int]] = defaultdict(deque)
-        for row, parts in enumerate(annotations):
-            rows_of[_line_key(parts)].append(row)
-        rows: dict[str, list[int]] = {}
-        for split, path in texts.items():
-            rows[split] = []
-            for number, line in read_lines(path) if os.path.lexists(path) else []:
-                if line == HEADER:
-                    continue
-                if found := rows_of.get(_line_key(_split_line(line))):
-                    rows[split].append(found.popleft() if len(found) > 1 else found[0])
-                else:
-                    self.problems.append(f"{path}: line {number}: {quoted(line)} is not in Annotations.txt")
-        return rows
-
     def _note_repeated_ids(self) -> None:
         # AVE cuts several rows from one video, some into different splits: its published splits, so no mistake here.
         splits_of = defaultdict(set)
@@ -190,13 +144,12 @@ def _open(path: Path | None, names: tuple[str, ...] = ARRAYS) -> h5py.Dataset:
     return h5.find_array(h5.open_file(path), names)
 
 
-def _read_order(path: Path) -> list[int]:
-    """The rows of a split, in order."""
-    values = h5.read(_open(path, ("order",)), ...).ravel()
-    wrong = ~np.isfinite(values) | (values != np.round(values)) | (np.abs(values) > 2**53)
-    if wrong.any():
-        raise DataError(f"{path}: {values[wrong][0]:g} is not a row number")
-    return [int(row) for row in values]
+def _annotations(path: Path | None, videos: int) -> list[list[str]]:
+    """[Category, VideoID, Quality, StartTime, EndTime] of row 0, 1, …"""
+    rows = read_annotations(path) if path is not None else []
+    if len(rows) > videos:
+        raise DataError(f"{path}: {len(rows)} rows, but the labels are of {videos} videos; not of one data set")
+    return rows
 
 
 def _read_labels(labels: h5py.Dataset) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -225,38 +178,6 @@ def _read_mil(mil: h5py.Dataset, videos: int, classes: int) -> np.ndarray:
     if not np.isfinite(values).all():
         raise DataError(f"{mil.file.filename}: holds values that are NaN or infinite")
     return np.where(values[:, :-1].any(axis=1), values[:, :-1].argmax(axis=1), -1)
-
-
-def _read_annotations(path: Path | None, videos: int) -> list[list[str]]:
-    """[Category, VideoID, Quality, StartTime, EndTime] of row 0, 1, …"""
-    if path is None:
-        return []
-    lines = read_lines(path)
-    if lines and lines[0][1].casefold() == HEADER.casefold():
-        lines = lines[1:]
-    rows = []
-    for number, line in lines:
-        parts = _split_line(line)
-        if len(parts) != 5 or not (_is_number(parts[3]) and _is_number(parts[4])):
-            raise DataError(f"{path}: line {number}: {quoted(line)} is not of the form {HEADER}")
-        if not is_plain(line) or len(line) > 3 * MAX_NAME:
-            raise DataError(f"{path}: line {number}: {quoted(line)} is too long, or holds control characters")
-        rows.append(parts)
-    if len(rows) > videos:
-        raise DataError(f"{path}: {len(rows)} rows, but the labels are of {videos} videos; not of one data set")
-    return rows
-
-
-def _split_line(line: str) -> list[str]:
-    return [part.strip() for part in line.split("&")]
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d*)?", text) is not None
-
-
-def _line_key(parts: list[str]) -> tuple[str, ...]:
-    return (parts[0], parts[1], *parts[3:]) if len(parts) == 5 else tuple(parts)
 
 
 def _class_names(path: Path | None, annotations: list[list[str]], of_events: np.ndarray, classes: int) -> list[str]:

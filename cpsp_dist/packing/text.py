@@ -19,6 +19,7 @@ MAX_BYTES = 256 * 2**20  # a list of a few million videos
 MAX_JSON_BYTES = 128 * 2**20
 MAX_CLASSES = 65_536
 COLUMNS = ("category", "video_id", "split")
+LABEL = "label"  # a column that may be there beside them
 
 
 def read_text(path: Path) -> str:
