@@ -20,6 +20,7 @@ which model they favour.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,18 @@ def generate(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
     if any(size < 1 for size in sizes.values()):
         raise UserError("keypad: --train, --val and --test each need at least one video")
     with workplace(folder) as part:
-        scans = _split_scans(seed)
-        splits = [_split(split, sizes[split], seed, number, scans[split]) for number, split in enumerate(SPLITS)]
-        videos = [video for split in splits for video in split]
+        videos = [_with_bands(video) for video in videos_of(sizes, seed)]
         # AVE's Annotations.txt can only tell a single run: those videos come first, so that its line n is row n.
         videos.sort(key=lambda v: (v["runs"] != 1, v["category"], v["id"]))
         _write(part, videos)
+
+
+def videos_of(sizes: dict[str, int], seed: int) -> Iterator[dict[str, Any]]:
+    """Every video of train, val and test: what it is, the wall of its seconds `visual` [10, 7, 7, 64], 0 to 1, and the
+    samples of their `sound` [10, RATE]."""
+    scans = _split_scans(seed)
+    for number, split in enumerate(SPLITS):
+        yield from _split(split, sizes[split], seed, number, scans[split])
 
 
 def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
@@ -88,9 +95,8 @@ def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
     return result
 
 
-def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarray]) -> list[dict[str, Any]]:
+def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarray]) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng([seed, 2, number])
-    videos = []
     for index in range(count):
         category = index % 10
         mask = _mask(rng)
@@ -106,21 +112,18 @@ def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarra
             tones.append(SILENCE if quiet else int(category if kind in ("event", "unseen") else other))
             seen.append([int(d) for d in wall])
             kinds.append(kind)
-        videos.append(
-            {
-                "id": f"keypad-{split}-{index:05d}",
-                "split": split,
-                "category": category,
-                "mask": mask,
-                "runs": int((np.diff(mask.astype(int), prepend=0) == 1).sum()),
-                "kinds": kinds,
-                "tones": tones,
-                "seen": seen,
-                "visual": np.stack([_wall(rng, digits, scans) for digits in seen]),
-                "audio": _hear(rng, tones),
-            }
-        )
-    return videos
+        yield {
+            "id": f"keypad-{split}-{index:05d}",
+            "split": split,
+            "category": category,
+            "mask": mask,
+            "runs": int((np.diff(mask.astype(int), prepend=0) == 1).sum()),
+            "kinds": kinds,
+            "tones": tones,
+            "seen": seen,
+            "visual": np.stack([_wall(rng, digits, scans) for digits in seen]),
+            "sound": _sound(rng, tones),
+        }
 
 
 def _mask(rng: np.random.Generator) -> np.ndarray:
@@ -152,8 +155,8 @@ def _wall(rng: np.random.Generator, digits: list[int], scans: list[np.ndarray]) 
     return wall.reshape(GRID, GRID, PIXELS)
 
 
-def _hear(rng: np.random.Generator, tones: list[int]) -> np.ndarray:
-    """[10, 128]: log power bands of ten seconds of noise, with each second's tone for a part of it."""
+def _sound(rng: np.random.Generator, tones: list[int]) -> np.ndarray:
+    """[10, RATE]: seconds of noise, with each second's tone for a part of it."""
     time = np.arange(RATE) / RATE
     sound = rng.standard_normal((len(tones), RATE)) * rng.uniform(0.5, 1.5, (len(tones), 1))
     for second, tone in enumerate(tones):
@@ -162,7 +165,17 @@ def _hear(rng: np.random.Generator, tones: list[int]) -> np.ndarray:
         if tone != SILENCE:
             pair = sum(np.sin(2 * np.pi * f * time + p) for f, p in zip(DTMF[tone], phase, strict=True))
             sound[second] += level * pair * ((time >= start) & (time < start + length))
-    frames = sound[:, : RATE // FRAME * FRAME].reshape(len(tones), -1, FRAME) * np.hanning(FRAME)
+    return sound
+
+
+def _with_bands(video: dict[str, Any]) -> dict[str, Any]:
+    """A video with the features of its sound instead of it."""
+    return {name: value for name, value in video.items() if name != "sound"} | {"audio": _bands(video["sound"])}
+
+
+def _bands(sound: np.ndarray) -> np.ndarray:
+    """[10, 128]: log power bands of seconds [10, RATE]."""
+    frames = sound[:, : RATE // FRAME * FRAME].reshape(len(sound), -1, FRAME) * np.hanning(FRAME)
     power = np.abs(np.fft.rfft(frames)[..., 1 : BANDS + 1]) ** 2  # without the constant
     bands: np.ndarray = np.log(power.mean(axis=1) / FRAME + 0.01).astype(np.float32)
     return bands
