@@ -14,21 +14,32 @@ from cpsp_dist.utils.console import echo
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "extract",
-        help="features of videos, for shards pack",
+        help="features of videos, for shards pack, or as shards",
         description="Decode videos and run the encoders over them. The folder that it fills goes to `cpsp-dist shards "
-        "pack --layout npy --source OUT`. The same command again resumes: videos that are complete are kept.",
+        "pack --layout npy --source OUT`; with --shards it is a folder of shards. The same command again resumes: "
+        "videos that are complete are kept.",
     )
     parser.add_argument(
         "--videos", type=local_path, metavar="DIR", required=True, help="folder of ID.mp4, .mkv, .webm or ID_START.mp4"
     )
     parser.add_argument(
-        "--csv", type=local_path, metavar="FILE", required=True, help="category,video_id,split[,start], or VGGSound's"
+        "--csv",
+        type=local_path,
+        metavar="FILE",
+        required=True,
+        help="category,video_id,split[,start][,label], "
+        "VGGSound's csv, or AVE's Annotations.txt beside the files of its splits",
     )
     for modality, example in (("visual", "efficientnet-lite0"), ("audio", "logmel")):
         parser.add_argument(f"--{modality}", metavar="ENCODER", required=True, help=f"{modality} encoder, as {example}")
         parser.add_argument(f"--{modality}-weights", type=local_path, metavar="FILE", help="its weights")
     parser.add_argument("--out", type=local_path, metavar="DIR", required=True, help="folder to fill")
-    parser.add_argument("--labels", type=local_path, metavar="JSON", help='{"ID": {"label": [0, 1, …]}}')
+    parser.add_argument(
+        "--labels",
+        type=local_path,
+        metavar="PATH",
+        help='a json file, {"ID": {"label": [0, 1, …]}}, or a folder of ID.zip or ID.npy',
+    )
     parser.add_argument(
         "--categories", type=local_path, metavar="FILE", help="class names (default: as listed, sorted)"
     )
@@ -54,6 +65,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="only the I-th of N portions of the videos (from 0), for an array of N jobs; the same command without "
         "--portion then finishes",
     )
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--shards", action="store_true", help="write shards, and no npy files")
+    shards.add_argument("--visual-dtype", choices=("float16", "float32"), help="of them (default: float16)")
+    shards.add_argument("--shard-mb", type=float, metavar="N", help="megabytes a shard, about (default: 130)")
     parser.set_defaults(handler=_extract)
 
 
@@ -66,6 +81,11 @@ def _extract(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers}: has to be 1 or more")
     if not (args.deadline > 0 and math.isfinite(args.deadline)):
         raise UserError(f"--deadline {args.deadline:g}: has to be more than 0")
+    for flag in ("visual_dtype", "shard_mb"):
+        if getattr(args, flag) is not None and not args.shards:
+            raise UserError(f"--{flag.replace('_', '-')} is of --shards; give that, too")
+    if args.shard_mb is not None and not 0 < args.shard_mb < math.inf:
+        raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
     number, _, portions = (args.portion or "").partition("/")
     if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
         raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
@@ -74,7 +94,8 @@ def _extract(args: argparse.Namespace) -> None:
     require_one_process("extract")
     from cpsp_dist.extraction.extract import ExtractOptions, extract
 
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ExtractOptions)}
+    names = [each.name for each in dataclasses.fields(ExtractOptions)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given["portion"] = (int(number), int(portions)) if args.portion else None
     found = extract(ExtractOptions(**given))
     unfinished = f"; portion {args.portion}, not finished yet" if args.portion else ""

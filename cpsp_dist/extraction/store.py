@@ -13,7 +13,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,12 @@ class ExtractionStore:
         line = json.dumps({"name": name, "source": done.source, "notes": done.notes}).encode() + b"\n"
         if os.write(self._journal, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete the features of videos; their lines in the journal stay, and count no more."""
+        for name in names:
+            for modality in MODALITIES:
+                (self.folder / modality / f"{name}.npy").unlink(missing_ok=True)
 
     def _lock(self, stack: contextlib.ExitStack, name: str, kind: int) -> None:
         lock = os.open(self.folder / JOURNAL / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

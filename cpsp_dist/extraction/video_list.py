@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.errors import DataError, UserError
+from cpsp_dist.packing.annotations import is_annotations, read_annotations, read_splits
 from cpsp_dist.packing.source import Entry
-from cpsp_dist.packing.text import COLUMNS, read_csv, read_text
+from cpsp_dist.packing.text import COLUMNS, LABEL, as_mask, read_csv, read_text
 from cpsp_dist.utils.text import quoted
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".mkv", ".webm")
 START_COLUMNS = ("start", "start_second", "start_seconds")
@@ -20,13 +26,19 @@ START_COLUMNS = ("start", "start_second", "start_seconds")
 
 @dataclass(frozen=True)
 class ListedVideo:
-    """A line of a list of videos. `start`: the clip's first second, where the list names it."""
+    """A line of a list of videos.
+
+    Attributes:
+        start: the clip's first second, where the list names it.
+        label: 0 or 1 a segment, where the list has it; several lines may then be of one video.
+    """
 
     line: int
     video_id: str
     category: str
     split: str
     start: float | None = None
+    label: tuple[int, ...] | None = None
 
     @property
     def problem(self) -> str | None:
@@ -38,32 +50,75 @@ class ListedVideo:
         return None if self.category else "no category"
 
 
-def read_list(path: Path) -> list[ListedVideo]:
-    """The videos of a csv with the header `category,video_id,split` (and perhaps `start`), or in VGGSound's own form.
+@dataclass(frozen=True)
+class VideoList:
+    """categories: in the order in which classes are numbered where no file gives it."""
 
-    That one has no header, and the columns `video_id,start second,category,split`.
+    videos: list[ListedVideo]
+    categories: list[str]
+
+
+def read_list(path: Path, segments: int = 10, segment_seconds: float = 1.0) -> VideoList:
+    """The videos of a list in one of three forms.
+
+    - A csv with the header `category,video_id,split`, and perhaps `start` and `label` (`"[0, 1, …]"`).
+    - VGGSound's own: no header, and the columns `video_id,start second,category,split`.
+    - AVE's `Annotations.txt`, with the files of its splits beside it (see `packing/annotations.py`). Its categories are
+      in the order in which they come, which is that of AVE's labels; those of the others are sorted.
 
     Raises:
-        DataError: neither form, a start that is no second, no videos, an id that is there twice; names file and line.
+        DataError: none of these forms, a start that is no second, no videos, an id that is there twice (without labels
+            of its own); names file and line. UserError: Annotations without splits.
     """
-    first = read_text(path).split("\n", 1)[0].lower()
-    rows = _with_header(path) if {*COLUMNS} <= {name.strip(' "') for name in first.split(",")} else _vggsound(path)
+    first = read_text(path).split("\n", 1)[0]
+    if {*COLUMNS} <= {name.strip(' "') for name in first.lower().split(",")}:
+        rows = [*_with_header(path, segments)]
+    elif is_annotations(first):
+        rows = [*_annotations(path, segments, segment_seconds)]
+    else:
+        rows = [*_vggsound(path)]
     found: dict[str, ListedVideo] = {}
     for row in rows:
-        if row.video_id in found:
-            before = found[row.video_id].line
-            raise DataError(f"{path}: line {row.line}: {quoted(row.video_id)} is there twice, first in line {before}")
-        found[row.video_id] = row
+        before = found.setdefault(row.video_id, row)
+        if before is not row and (row.label is None or before.label is None or row.start != before.start):
+            raise DataError(
+                f"{path}: line {row.line}: {quoted(row.video_id)} is there twice, first in line {before.line}"
+            )
     if not found:
         raise DataError(f"{path}: no videos in it")
-    return [*found.values()]
+    names = [*dict.fromkeys(row.category for row in rows if row.category)]
+    return VideoList(rows, names if is_annotations(first) else sorted(names))
 
 
-def _with_header(path: Path) -> Iterator[ListedVideo]:
+def _with_header(path: Path, segments: int) -> Iterator[ListedVideo]:
     for line, fields in read_csv(path):
         start = next((fields[name] for name in START_COLUMNS if name in fields), "")
         seconds = _second(start, f"{path}: line {line}") if start else None
-        yield ListedVideo(line, fields["video_id"], fields["category"], fields["split"], seconds)
+        label = _label(fields[LABEL], segments, f"{path}: line {line}") if LABEL in fields else None
+        yield ListedVideo(line, fields["video_id"], fields["category"], fields["split"], seconds, label)
+
+
+def _label(text: str, segments: int, where: str) -> tuple[int, ...]:
+    label = as_mask(text, where)
+    if label.shape not in ((segments,), (1, segments)) or not np.isin(label, (0, 1)).all():
+        raise DataError(f"{where}: label {quoted(text)} is not a list of {segments} numbers 0 and 1")
+    return tuple(int(value) for value in label.ravel())
+
+
+def _annotations(path: Path, segments: int, seconds: float) -> Iterator[ListedVideo]:
+    """A segment is one of the event where its middle lies within."""
+    rows = read_annotations(path)
+    splits = read_splits(path.parent, [parts for _, parts in rows], [parts[1] for _, parts in rows])
+    if splits.problems:
+        more = f" (and {len(splits.problems) - 1:,} more problems)" if len(splits.problems) > 1 else ""
+        raise DataError(f"{splits.problems[0]}{more}")
+    if unused := len(rows) - len(splits.of_row):
+        logger.info(f"note: {unused:,} of {len(rows):,} rows of {path} are in no split and are left out")
+    middles = (np.arange(segments) + 0.5) * seconds
+    for row, (line, (category, video_id, _, start, end)) in enumerate(rows):
+        if row in splits.of_row:
+            label = (float(start) <= middles) & (middles < float(end))
+            yield ListedVideo(line, video_id, category, splits.of_row[row], label=tuple(map(int, label)))
 
 
 def _vggsound(path: Path) -> Iterator[ListedVideo]:

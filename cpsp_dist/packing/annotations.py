@@ -38,8 +38,8 @@ def is_annotations(first_line: str) -> bool:
     return first_line.strip().casefold() == HEADER.casefold() or _is_row(parts)
 
 
-def read_annotations(path: Path) -> list[list[str]]:
-    """[Category, VideoID, Quality, StartTime, EndTime] of row 0, 1, … Raises DataError, naming the line."""
+def read_annotations(path: Path) -> list[tuple[int, list[str]]]:
+    """(line, [Category, VideoID, Quality, StartTime, EndTime]) of row 0, 1, … Raises DataError, naming the line."""
     lines = read_lines(path)
     if lines and lines[0][1].casefold() == HEADER.casefold():
         lines = lines[1:]
@@ -50,7 +50,7 @@ def read_annotations(path: Path) -> list[list[str]]:
             raise DataError(f"{path}: line {number}: {quoted(line)} is not of the form {HEADER}")
         if not is_plain(line) or len(line) > 3 * MAX_NAME:
             raise DataError(f"{path}: line {number}: {quoted(line)} is too long, or holds control characters")
-        rows.append(parts)
+        rows.append((number, parts))
     return rows
 
 

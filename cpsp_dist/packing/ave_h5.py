@@ -146,7 +146,7 @@ def _open(path: Path | None, names: tuple[str, ...] = ARRAYS) -> h5py.Dataset:
 
 def _annotations(path: Path | None, videos: int) -> list[list[str]]:
     """[Category, VideoID, Quality, StartTime, EndTime] of row 0, 1, …"""
-    rows = read_annotations(path) if path is not None else []
+    rows = [parts for _, parts in read_annotations(path)] if path is not None else []
     if len(rows) > videos:
         raise DataError(f"{path}: {len(rows)} rows, but the labels are of {videos} videos; not of one data set")
     return rows

@@ -156,7 +156,7 @@ def _run(job: PackJob, plans: list[ShardPlan], workers: int, done: Callable[[int
     """The outcome of every shard, as they finish; here with one worker, else in processes of their own."""
     if workers <= 1:
         for planned in plans:
-            yield make_shard(job, planned, lambda: done(1))
+            yield _finish(job, planned, lambda: done(1))
         return
     # spawn: a fork would share the parent's open HDF5 files, which HDF5 does not allow.
     context = multiprocessing.get_context("spawn")
@@ -210,17 +210,26 @@ def _start_worker(
 
 
 def _work(planned: ShardPlan) -> Outcome:
-    return make_shard(_job, planned, _done)
+    return _finish(_job, planned, _done)
 
 
-def make_shard(job: PackJob, planned: ShardPlan, done: Callable[[], None]) -> Outcome:
-    """Write and index one shard, unless it is there and right; `done` is called for each video."""
-    path, work = job.part / planned.name, job.part / WORK_NAME
-    note, stamp = work / (planned.name + DONE), _stamp(job.source, planned)
-    if outcome := _finished(path, note, stamp):
+def _finish(job: PackJob, planned: ShardPlan, done: Callable[[], None]) -> Outcome:
+    """The shard, made unless it is there and right."""
+    stamp = _stamp(job.source, planned)
+    if outcome := finished_shard(job, planned, stamp):
         for _ in planned.entries:
             done()
         return outcome
+    return make_shard(job, planned, stamp, done)
+
+
+def make_shard(job: PackJob, planned: ShardPlan, stamp: str, done: Callable[[], None] = lambda: None) -> Outcome:
+    """Write and index one shard; `done` is called for each video.
+
+    stamp: changes with all that its videos are read from.
+    """
+    path, work = job.part / planned.name, job.part / WORK_NAME
+    note = work / (planned.name + DONE)
     draft = work / f"{planned.name}.{os.getpid()}"
     samples, problems, notes = write_shard(draft, job.source, planned, job.fields, done)
     if not samples or (problems and job.on_error == "raise"):
@@ -232,10 +241,11 @@ def make_shard(job: PackJob, planned: ShardPlan, done: Callable[[], None]) -> Ou
     return Outcome(planned.name, shard, problems, notes)
 
 
-def _finished(path: Path, note: Path, stamp: str) -> Outcome | None:
-    """The shard at `path`, if it was finished from the same files and still is what it was."""
+def finished_shard(job: PackJob, planned: ShardPlan, stamp: str) -> Outcome | None:
+    """The shard, if it was finished with the same stamp and still is what it was."""
+    path = job.part / planned.name
     try:
-        noted = json.loads(note.read_text())
+        noted = json.loads((job.part / WORK_NAME / (planned.name + DONE)).read_text())
         if noted["stamp"] != stamp:
             return None
         shard = index_shard(path)

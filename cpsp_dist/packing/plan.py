@@ -98,10 +98,15 @@ def schema(source: Source, visual_dtype: str) -> dict[str, Field]:
             f"visual {list(visual)}, audio {list(audio)} and label {list(label)} do not fit together; "
             "expected [T, 7, 7, C], [T, A] and [T]"
         )
+    return fields_of(visual, audio, visual_dtype)
+
+
+def fields_of(visual: tuple[int, ...], audio: tuple[int, ...], visual_dtype: str) -> dict[str, Field]:
+    """Of samples with visual [T, 7, 7, C] and audio [T, A]."""
     return {
         "visual": Field(np.dtype(visual_dtype).str, visual),
         "audio": Field("<f4", audio),
-        "label": Field("|u1", label),
+        "label": Field("|u1", visual[:1]),
     }
 
 

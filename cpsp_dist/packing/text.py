@@ -114,7 +114,7 @@ def read_label_file(path: Path) -> dict[str, Any]:
     return labels
 
 
-def as_mask(value: Any, path: Path) -> np.ndarray:
+def as_mask(value: Any, path: Path | str) -> np.ndarray:
     """A label of `read_label_file` as an array; raises DataError."""
     try:
         return np.array(load_json(value) if isinstance(value, str) else value, dtype=np.float64)

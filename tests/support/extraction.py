@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -15,6 +18,8 @@ from tests.support.videos import Spec, chirps, make_video
 
 #: Of the clips below.
 SEGMENTS, SECONDS = 10, 0.1
+#: Makes the encoder known in a forked process.
+PATCH = "tests.support.extraction:add_cells"
 
 
 class Cells(VisualEncoder):
@@ -62,3 +67,58 @@ def written(folder: Path) -> dict[str, bytes]:
     """All that packing may read of an extraction, hidden files too; not its journal."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "journal"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def complete(store: Path) -> set[str]:
+    """The videos that were ever complete, as the store's journal has them."""
+    journals = (store / "journal").glob("done-*.jsonl")
+    lines = [line for journal in journals for line in journal.read_text().split("\n")[:-1]]
+    return {json.loads(line)["name"] for line in lines}
+
+
+def killed(prefork: Any, arguments: list[str], store: Path, kills: int, seed: int) -> int:
+    """Give the command, killed after a random number of videos, `kills` times, then let it finish.
+
+    store: where it keeps its journal. Returns how many kills came in time.
+    """
+    rng = random.Random(seed)
+    total, in_time = len([*Path(arguments[2]).iterdir()]), 0
+    for kill in range(kills):
+        there = len(complete(store))
+        after = there + rng.randint(0, max(0, min(total - there - 1, 2 * total // kills)))
+        workers = ["--workers", str(1 + kill % 2)]
+        launch = prefork.start([*arguments, *workers], 1, command="cpsp_dist.cli", patch=PATCH)
+        launch.until(lambda after=after: len(complete(store)) >= after)
+        launch.kill()
+        in_time += launch.wait() == [-9]
+    prefork.start(arguments, 1, command="cpsp_dist.cli", patch=PATCH).finish()
+    return in_time
+
+
+def break_files(folder: Path) -> dict[str, str]:
+    """Ten kinds of broken files instead of the first ten videos: id -> what its line says."""
+    paths = [folder / f"v{number:03d}.mp4" for number in range(10)]
+    good = paths[0].read_bytes()
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(b"no video at all\n" * 1000)
+    paths[3].write_bytes(good[: len(good) // 2])
+    make_video(paths[4], Spec(fps=20, frames=20, audio_codec=None))
+    make_video(paths[5], Spec(fps=20, frames=10))
+    make_video(paths[6], Spec(fps=20, frames=20, sound=np.zeros((1, 20000), np.float32)))
+    make_video(paths[7], Spec(fps=5, frames=5))
+    paths[8].unlink()
+    paths[8].mkdir()
+    shutil.copy(paths[10 - 1], folder / "v009.mkv")
+    return {
+        "v000": "no file v000.mp4, .mkv or .webm, nor v000_START.mp4",
+        "v001": "cannot be decoded",
+        "v002": "cannot be decoded",
+        "v003": "cannot be decoded",
+        "v004": "no sound in it",
+        "v005": "its pictures last 0.50 s, the clip 1 s",
+        "v006": "have no sound",
+        "v007": "5 frames are fewer than 10 segments",
+        "v008": "v008.mp4",
+        "v009": "v009.mkv and v009.mp4 are there; keep one of them",
+    }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +15,19 @@ from cpsp_dist.extraction.decoders import ClipJob, Decoders
 from cpsp_dist.extraction.encoders.logmel import LogMel
 from cpsp_dist.extraction.video import read_clip
 from tests.support.bad_decoder import serve_badly
-from tests.support.extraction import SECONDS, SEGMENTS, Cells, add_cells, arguments, make_folder, written
-from tests.support.videos import Spec, make_video
-
-PATCH = "tests.support.extraction:add_cells"
+from tests.support.extraction import (
+    PATCH,
+    SECONDS,
+    SEGMENTS,
+    Cells,
+    add_cells,
+    arguments,
+    break_files,
+    complete,
+    killed,
+    make_folder,
+    written,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -108,70 +115,19 @@ def test_a_file_that_was_replaced_is_extracted_again(videos, undisturbed, tmp_pa
     assert written(tmp_path / "out")["visual/v000.npy"] == written(undisturbed)["visual/v001.npy"]
 
 
-def killed(prefork, videos, out, kills, seed):
-    """Extract into `out`, killed after a random number of videos, `kills` times; how many of these came in time."""
-    rng = random.Random(seed)
-    total, in_time = len([*(videos / "videos").iterdir()]), 0
-    for kill in range(kills):
-        left = total - len([*(out / "audio").glob("[!.]*.npy")])
-        after = total - left + rng.randint(0, max(0, min(left - 1, 2 * total // kills)))
-        launch = prefork.start(
-            arguments(videos, out, "--workers", str(1 + kill % 2)), 1, command="cpsp_dist.cli", patch=PATCH
-        )
-        launch.until(lambda after=after: len([*(out / "visual").glob("*.npy")]) >= after)
-        launch.kill()
-        in_time += launch.wait() == [-9]
-    prefork.start(arguments(videos, out), 1, command="cpsp_dist.cli", patch=PATCH).finish()
-    return in_time
-
-
 def test_killed_it_ends_with_the_same_bytes(prefork, videos, undisturbed, tmp_path):
-    assert killed(prefork, videos, tmp_path / "out", 3, seed=0) >= 2
+    assert killed(prefork, arguments(videos, tmp_path / "out"), tmp_path / "out", 3, seed=0) >= 2
     assert written(tmp_path / "out") == written(undisturbed)
-    names = [
-        json.loads(line)["name"]
-        for journal in (tmp_path / "out" / "journal").glob("done-*.jsonl")
-        for line in journal.read_text().splitlines()
-    ]
-    assert len({*names}) == 12
+    assert len(complete(tmp_path / "out")) == 12
 
 
 @pytest.mark.long
 def test_killed_20_times_it_ends_with_the_same_bytes(prefork, tmp_path):
     videos = make_folder(tmp_path / "in", 60)
     prefork.start(arguments(videos, tmp_path / "one"), 1, command="cpsp_dist.cli", patch=PATCH).finish()
-    assert killed(prefork, videos, tmp_path / "out", 20, seed=1) >= 15
+    assert killed(prefork, arguments(videos, tmp_path / "out"), tmp_path / "out", 20, seed=1) >= 15
     assert len(written(tmp_path / "out")) == 2 * 60 + 4
     assert written(tmp_path / "out") == written(tmp_path / "one")
-
-
-def break_files(folder: Path) -> dict[str, str]:
-    """Ten kinds of broken files instead of the first ten videos: id -> what its line says."""
-    paths = [folder / f"v{number:03d}.mp4" for number in range(10)]
-    good = paths[0].read_bytes()
-    paths[0].unlink()
-    paths[1].write_bytes(b"")
-    paths[2].write_bytes(b"no video at all\n" * 1000)
-    paths[3].write_bytes(good[: len(good) // 2])
-    make_video(paths[4], Spec(fps=20, frames=20, audio_codec=None))
-    make_video(paths[5], Spec(fps=20, frames=10))
-    make_video(paths[6], Spec(fps=20, frames=20, sound=np.zeros((1, 20000), np.float32)))
-    make_video(paths[7], Spec(fps=5, frames=5))
-    paths[8].unlink()
-    paths[8].mkdir()
-    shutil.copy(paths[10 - 1], folder / "v009.mkv")
-    return {
-        "v000": "no file v000.mp4, .mkv or .webm, nor v000_START.mp4",
-        "v001": "cannot be decoded",
-        "v002": "cannot be decoded",
-        "v003": "cannot be decoded",
-        "v004": "no sound in it",
-        "v005": "its pictures last 0.50 s, the clip 1 s",
-        "v006": "have no sound",
-        "v007": "5 frames are fewer than 10 segments",
-        "v008": "v008.mp4",
-        "v009": "v009.mkv and v009.mp4 are there; keep one of them",
-    }
 
 
 def test_each_broken_file_has_its_line(videos, undisturbed, tmp_path, capsys):
