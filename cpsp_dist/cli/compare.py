@@ -1,35 +1,75 @@
-"""`cpsp-dist compare`: a table of runs."""
+"""`cpsp-dist compare`: a table of runs, and what can be concluded from it."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 
 from cpsp_dist.utils.console import echo
 
-STORE = "sqlite:///runs/mlflow.db"
+logger = logging.getLogger(__name__)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("compare", help="print a table of MLflow runs: differing settings, final metrics")
-    parser.add_argument("--experiment", default="cpsp", help="MLflow experiment (default: %(default)s)")
-    parser.add_argument("--uri", help=f"MLflow store (default: MLFLOW_TRACKING_URI, else {STORE})")
-    parser.add_argument(
+    parser = commands.add_parser(
+        "compare",
+        help="runs side by side: differing settings, results with 95 %% intervals, tests against a baseline",
+        description="A table of MLflow runs. With --mean or --by, runs of several seeds share a row: mean ± half of "
+        "the 95 %% interval.",
+        epilog="Example: cpsp-dist compare --mean --baseline psp --metric accuracy/test",
+    )
+    which = parser.add_argument_group("which runs")
+    which.add_argument(
+        "--experiment", nargs="+", default=["cpsp"], metavar="E", help="MLflow experiments (default: cpsp)"
+    )
+    which.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)")
+    which.add_argument("--parent", metavar="SWEEP", help="the runs of one sweep alone: its name or MLflow id")
+    which.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="these runs alone: names, also with *, or MLflow ids"
+    )
+    rows = parser.add_argument_group("rows and columns")
+    rows.add_argument("--mean", action="store_true", help="one row for runs that differ in seed only")
+    rows.add_argument(
+        "--by", type=_names, default=(), metavar="KEY,…", help="one row for runs alike in these settings: psa_v,zero"
+    )
+    rows.add_argument(
+        "--metric",
         "--metrics",
-        default="accuracy/test,accuracy/best_val,loss/total,videos_per_second",
-        help="metrics to show, by commas (default: %(default)s)",
+        dest="metrics",
+        type=_names,
+        default=(),
+        metavar="M,…",
+        help="metrics to show (default: accuracy on test, best and last on val, loss, speed)",
     )
-    parser.add_argument("--parent", metavar="SWEEP", help="the runs of one sweep alone: its name or MLflow id")
-    parser.add_argument(
-        "--mean", action="store_true", help="one row for runs that differ in seed only: mean ± deviation"
+    rows.add_argument(
+        "--sort", metavar="M", help="a metric (best first), a setting, run or start (default: 1st metric)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    rows.add_argument("--baseline", metavar="ROW", help="also the difference to this row, paired by seed, and its p")
+    output = parser.add_mutually_exclusive_group()
+    for form, text in (("json", "JSON"), ("csv", "CSV"), ("latex", "a LaTeX tabular")):
+        output.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {text}")
     parser.set_defaults(handler=_compare)
 
 
-def _compare(args: argparse.Namespace) -> None:
-    from cpsp_dist.tracking.compare import compare
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
-    uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
-    metrics = args.metrics.split(",")
-    echo(compare(uri, args.experiment, metrics, parent=args.parent, mean=args.mean, as_json=args.json))
+
+def _compare(args: argparse.Namespace) -> None:
+    import shutil
+    import sys
+
+    from cpsp_dist.tracking.compare import Question, compare_runs
+    from cpsp_dist.tracking.compare_formats import FORMATS, as_text
+    from cpsp_dist.tracking.predictions import stored_predictions
+    from cpsp_dist.tracking.runs import default_store, find_runs
+    from cpsp_dist.utils.console import is_terminal
+
+    uri = args.uri or default_store()
+    runs = find_runs(uri, args.experiment, parent=args.parent, wanted=args.runs)
+    question = Question(args.metrics, args.by, args.mean, args.sort, args.baseline)
+    found = compare_runs(runs, question, stored_predictions(uri))
+    width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+    echo(FORMATS[args.form](found) if args.form else as_text(found, width))
+    for line in found.warnings:
+        logger.warning("%s", line)

@@ -158,9 +158,14 @@ class EvaluationSettings(Section):
 
 
 class TrackingSettings(Section):
-    """MLflow. Its store is MLFLOW_TRACKING_URI where that is set, else the SQLite file beside the run folders."""
+    """MLflow."""
 
     enabled: bool = Field(True, description="whether MLflow is used; metrics.jsonl is written in any case")
+    uri: str | None = Field(
+        None,
+        description="MLflow's store; null: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the nearest folder "
+        "`runs` above the output, where `cpsp-dist compare` looks, or beside the output; a sweep sets it",
+    )
     experiment: str = Field("cpsp", description="MLflow experiment")
     run_name: str | None = Field(None, description="MLflow run; by default the name of the output folder")
     parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")

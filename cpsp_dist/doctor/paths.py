@@ -21,7 +21,7 @@ from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
 from cpsp_dist.doctor.rendezvous import CLOCK_TOLERANCE, Rendezvous
 from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
-from cpsp_dist.tracking.store import reach, sqlite_file, tracking_uri
+from cpsp_dist.tracking.store import default_uri, reach, sqlite_file, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
 from cpsp_dist.utils.text import format_bytes, one_line
@@ -177,7 +177,9 @@ def mlflow(config: Config | None, limit: float) -> list[Finding]:
         return [Finding(OK, "mlflow", "off (tracking.enabled=false)")]
     if config is None and not os.environ.get("MLFLOW_TRACKING_URI"):
         return [Finding(OK, "mlflow", "MLFLOW_TRACKING_URI is not set: a SQLite file beside the run folders")]
-    uri = tracking_uri(config.output if config is not None else "runs/run")
+    uri = (
+        tracking_uri(config) if config is not None else os.environ.get("MLFLOW_TRACKING_URI") or default_uri("runs/run")
+    )
     if (file := sqlite_file(uri)) is not None:
         return _sqlite(file, limit)
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,8 @@ from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
-from cpsp_dist.tracking.store import close_sweep, open_sweep, tracking_uri
+from cpsp_dist.tracking.runs import compare_command
+from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
 
 
 @contextlib.contextmanager
@@ -98,10 +97,5 @@ def comparison(jobs: Sequence[Job]) -> str:
     with contextlib.suppress(UserError):
         config = load_config(_snapshot(Path(jobs[0].folder), jobs[0].name))
         if config.tracking.parent and config.tracking.enabled:
-            words = ["cpsp-dist", "compare", "--parent", config.tracking.parent]
-            if config.tracking.experiment != "cpsp":
-                words += ["--experiment", config.tracking.experiment]
-            if not os.environ.get("MLFLOW_TRACKING_URI"):
-                words += ["--uri", tracking_uri(config.output)]
-            return shlex.join(words)
+            return compare_command(config, "--parent", config.tracking.parent)
     return ""

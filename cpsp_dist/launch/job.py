@@ -46,7 +46,7 @@ def run(snapshot: str, source: str) -> None:
             (here.paths.folder / f"{here.job_id}_{here.global_rank}_code").write_text(str(code))
     if here.global_rank == 0 and code != EXIT_REQUEUE:
         from cpsp_dist.config import load_config
-        from cpsp_dist.tracking.store import close_sweep
+        from cpsp_dist.tracking.sweeps import close_sweep
 
         with contextlib.suppress(UserError):
             close_sweep(load_config(snapshot))

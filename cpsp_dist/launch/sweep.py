@@ -11,9 +11,10 @@ from typing import Any
 
 from cpsp_dist.config import Config, check_config, flat
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.tracking.store import tracking_uri
 
 #: Settings that a sweep makes for each of its runs.
-ITS_OWN = ("output", "tracking.run_name", "tracking.parent")
+ITS_OWN = ("output", "tracking.run_name", "tracking.parent", "tracking.uri")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ def with_parent(run: Planned, parent: str | None) -> Planned:
 
 
 def _child(run: Planned, output: str) -> Config:
+    """In a folder of its own below `output`, and in the store of a run in `output`."""
     tracking = run.config.tracking.model_copy(update={"run_name": None})
-    return run.config.model_copy(update={"output": str(Path(output) / run.name), "tracking": tracking})
+    child = run.config.model_copy(update={"output": str(Path(output) / run.name), "tracking": tracking})
+    if tracking_uri(child) == (store := tracking_uri(run.config)):
+        return child
+    return child.model_copy(update={"tracking": tracking.model_copy(update={"uri": store})})
 
 
 def _parse(sweeps: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

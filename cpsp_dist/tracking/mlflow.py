@@ -27,7 +27,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import Stopped
 from cpsp_dist.tracking.git import git_state
-from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.tracking.store import PARENT, RUN_FILE, Store, StoreError, experiment_id, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
 
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 SEND_EVERY_SECONDS = 15.0
 PATIENCE_WHEN_STOPPED = 5.0
-#: Which MLflow run the folder belongs to, before its first checkpoint; the points; the settings, as MLflow keeps them.
-RUN_FILE, POINTS_FILE, CONFIG_FILE = "mlflow_run.json", "metrics.jsonl", "config.json"
+#: The points; the settings, as MLflow keeps them.
+POINTS_FILE, CONFIG_FILE = "metrics.jsonl", "config.json"
 #: Characters of a parameter or tag that every server takes; names of metrics that it does.
 LONGEST_VALUE, _METRIC_NAME = 5000, re.compile(r"[\w.-][\w. /-]{0,199}")
 _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
@@ -152,7 +152,7 @@ class Tracker:
 
     def _open(self) -> None:
         config = self.config
-        self.store = Store(tracking_uri(config.output))
+        self.store = Store(tracking_uri(config))
         run = self._known_run()
         if run is None:
             name = url_without_secrets(config.tracking.run_name or self.folder.name)
@@ -200,7 +200,7 @@ class Tracker:
             return None
 
     def _identity(self, run_id: str | None) -> dict[str, Any]:
-        store = without_secrets(tracking_uri(self.config.output))
+        store = without_secrets(tracking_uri(self.config))
         return {"run_id": run_id, "store": store, "config": flat(self.config), "data": self.manifest.fingerprint}
 
     def _send(self) -> None:

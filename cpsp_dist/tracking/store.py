@@ -1,4 +1,4 @@
-"""The MLflow store: where it is, a client whose every answer comes within a limit, the runs in it, and sweeps.
+"""The MLflow store: where it is, and a client whose every answer comes within a limit.
 
 Whatever a server, a database or a client library does instead of answering becomes one `StoreError` of one line.
 """
@@ -31,6 +31,8 @@ ANSWER_SECONDS = 60.0
 SQLITE = "sqlite:///"
 #: MLflow's own tag for the run above one, and the one on the run above a sweep: how many runs it has.
 PARENT, SWEEP = "mlflow.parentRunId", "cpsp_dist.sweep"
+#: In a run's folder: which MLflow run it belongs to.
+RUN_FILE = "mlflow_run.json"
 
 
 class StoreError(UserError):
@@ -45,10 +47,22 @@ class StoreError(UserError):
         self.code = code
 
 
-def tracking_uri(output: str | Path) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else a SQLite file beside the run folders. It may hold a password."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return uri or f"{SQLITE}{_quoted(Path(output).resolve().parent / 'mlflow.db')}"
+def tracking_uri(config: Config) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else the store by `default_uri`. It may hold a password."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(config.output)
+
+
+def default_uri(output: str | Path) -> str:
+    """The SQLite file `mlflow.db` in the nearest folder `runs` above an output folder, where `cpsp-dist compare` looks;
+    without such a folder that can be written to, beside the output folder."""
+    folder = Path(output).resolve()
+    shared = (above for above in folder.parents if above.name == "runs" and _may_write(above))
+    return f"{SQLITE}{_quoted(next(shared, folder.parent) / 'mlflow.db')}"
+
+
+def _may_write(folder: Path) -> bool:
+    """Or make it."""
+    return not folder.exists() or os.access(folder, os.W_OK | os.X_OK)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -169,7 +183,7 @@ def experiment_id(store: Store, config: Config) -> str:
     Raises:
         StoreError: it was deleted, or the store does not answer.
     """
-    name, uri = config.tracking.experiment, tracking_uri(config.output)
+    name, uri = config.tracking.experiment, tracking_uri(config)
     found = store.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage != "active":
@@ -184,115 +198,7 @@ def experiment_id(store: Store, config: Config) -> str:
     return str(store.create_experiment(name, artifact_location=place.as_uri() if place else None))
 
 
-def all_runs(uri: str, experiment: str, parent: str | None = None) -> list[dict[str, Any]]:
-    """All runs of an experiment, oldest first: {'name', 'status', 'params': {}, 'metrics': {}}.
-
-    The runs above sweeps, which trained nothing, are left out.
-
-    Args:
-        parent: name or MLflow id of a sweep, for its runs alone; of sweeps with one name, the newest.
-
-    Raises:
-        UserError: no such store, experiment or sweep; the text names those there are.
-    """
-    shown, file = without_secrets(uri), sqlite_file(uri)
-    if file is not None and not _exists(file):
-        raise UserError(f"no MLflow store at {shown}; give --uri or set MLFLOW_TRACKING_URI")
-    try:
-        store = Store(uri)
-        found = store.get_experiment_by_name(experiment)
-        if found is None or not found.experiment_id:
-            names = ", ".join(e.name for e in store.search_experiments())
-            raise UserError(f"no experiment '{experiment}' at {shown}; there are: {names}")
-        every = _search(store, found.experiment_id)
-    except StoreError as error:
-        raise UserError(f"MLflow at {error}; see to the store, or give another with --uri") from None
-    runs = [r for r in every if SWEEP not in r.data.tags]
-    if parent is not None:
-        above = {r.info.run_id: r.info.run_name for r in every if SWEEP in r.data.tags}
-        chosen = [run_id for run_id, name in above.items() if parent in (run_id, name)]
-        if not chosen:
-            names = ", ".join(sorted({*above.values()})) or "none"
-            raise UserError(f"no sweep '{parent}' in experiment '{experiment}' at {shown}; there are: {names}")
-        runs = [r for r in runs if r.data.tags.get(PARENT) == chosen[-1]]
-    return [
-        {"name": r.info.run_name, "status": r.info.status, "params": r.data.params, "metrics": r.data.metrics}
-        for r in runs
-    ]
-
-
-def _exists(file: Path) -> bool:
-    try:
-        file.stat()
-    except PermissionError:
-        return True  # what is wrong with it is said when it is opened
-    except OSError:
-        return False
-    return True
-
-
-def _search(store: Store, experiment: str, filter_string: str = "") -> list[Any]:
-    """All pages, oldest run first."""
-    runs, token = list[Any](), None
-    while True:
-        page = store.search_runs([experiment], filter_string, order_by=["attributes.start_time ASC"], page_token=token)
-        runs += page
-        if not page or not page.token:
-            return runs
-        token = page.token
-
-
 def reach(uri: str, limit: float) -> None:
     """Ask the store at `uri` something. Raises StoreError where it does not answer, within `limit` seconds."""
     os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(max(1, int(limit / 2))))
     Store(uri).search_experiments(max_results=1)
-
-
-def open_sweep(config: Config, folder: str, runs: int) -> str:
-    """The id of the MLflow run above a sweep's `runs` runs; that of an earlier launch of the sweep, where there is one.
-
-    Args:
-        config: of any of its runs. folder: that holds the folders of its runs; its name is the sweep's.
-
-    Raises:
-        UserError: MLflow does not answer.
-    """
-    try:
-        store = Store(tracking_uri(config.output))
-        experiment, place = experiment_id(store, config), str(Path(folder).resolve())
-        for run in reversed(_search(store, experiment)):
-            if SWEEP in run.data.tags and run.data.tags.get("output") == place:
-                store.set_tag(run.info.run_id, SWEEP, str(runs))
-                store.update_run(run.info.run_id, "RUNNING")
-                return str(run.info.run_id)
-        tags = {SWEEP: str(runs), "output": place}
-        return str(store.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id)
-    except StoreError as error:
-        raise UserError(
-            f"MLflow at {error}; a sweep is one run there with its runs below it: fix the store, or set "
-            "tracking.enabled=false"
-        ) from None
-
-
-def close_sweep(config: Config, status: str | None = None) -> None:
-    """End the run above a sweep: with `status`, or, where all its runs have ended by what MLflow knows, with theirs.
-
-    A failure is only reported: no run depends on it.
-    """
-    parent = config.tracking.parent
-    if parent is None or not config.tracking.enabled:
-        return
-    try:
-        store = Store(tracking_uri(config.output))
-        above = store.get_run(parent)
-        if status is None:
-            below = _search(store, above.info.experiment_id, f"tags.`{PARENT}` = '{parent}'")
-            states = {run.info.status for run in below}
-            planned = above.data.tags.get(SWEEP, "")
-            if not planned.isdecimal() or len(below) < int(planned) or not states <= {"FINISHED", "FAILED"}:
-                return
-            status = "FAILED" if "FAILED" in states else "FINISHED"
-        if above.info.status != status:
-            store.set_terminated(parent, status)
-    except StoreError as error:
-        logger.warning(f"MLflow: {error}; the sweep's own run {parent} stays as it is")

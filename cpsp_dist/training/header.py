@@ -47,7 +47,7 @@ def say_start(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     videos = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
     engine = f"DeepSpeed ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else "DDP"
-    store = without_secrets(tracking_uri(config.output)) if config.tracking.enabled else "off (tracking.enabled=false)"
+    store = without_secrets(tracking_uri(config)) if config.tracking.enabled else "off (tracking.enabled=false)"
     logger.info(f"{describe_ranks(cards)}, {describe_numerics(config.train, ranks.device)}, {engine}")
     logger.info(f"{config.model.name}, {config.model.supervision}: {parameters:,} parameters")
     logger.info(

@@ -88,7 +88,7 @@ def train(
         if ranks.first:
             write_json(config, "results.json", results)
             logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
-            store = f"; runs in {without_secrets(tracking_uri(config.output))}" if config.tracking.enabled else ""
+            store = f"; runs in {without_secrets(tracking_uri(config))}" if config.tracking.enabled else ""
             logger.info(f"results in {config.output}/results.json{store}")
     return results
 

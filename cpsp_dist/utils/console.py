@@ -41,17 +41,18 @@ def echo(*lines: str, end: str = "\n") -> None:
     streams.write(printable("\n".join(lines)) + end)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], fits: bool | None = None) -> str:
     """Rows of equal keys as aligned text: columns of numbers to the right, cells without line breaks.
 
     On a terminal it fits the width: long cells take several lines. Elsewhere each row is one line, however long.
+    fits: which of the two, where it is not to depend on stdout.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    fits = is_terminal(sys.stdout)
+    fits = is_terminal(sys.stdout) if fits is None else fits
     drawn = Table(
         box=box.SIMPLE_HEAD if fits else None, show_edge=False, pad_edge=False, padding=(0, 2 if not fits else 1, 0, 0)
     )

@@ -12,7 +12,7 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.demo import run as demo
-from cpsp_dist.tracking.store import all_runs
+from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD
 
@@ -24,15 +24,15 @@ def require_comparison(folder: Path, printed: str) -> str:
     was printed, from the table on."""
     assert printed.count("step 4/4") == 3
     assert "FutureWarning" not in printed
-    runs = {run["name"].removesuffix("-seed1"): run for run in all_runs(f"sqlite:///{folder}/mlflow.db", "demo")}
+    runs = {run.name.removesuffix("-seed1"): run for run in find_runs(f"sqlite:///{folder}/mlflow.db", ["demo"])}
     assert set(runs) == {"psp", "cpsp-local-pool", "cpsp-gathered-pool"}
-    assert {run["params"]["world_size"] for run in runs.values()} == {"2"}
+    assert {run.params["world_size"] for run in runs.values()} == {"2"}
     alike = ("train.global_batch", "train.seed", "train.steps", "engine.kind", "engine.zero", "train.precision")
     for name in alike:
-        assert len({run["params"][name] for run in runs.values()}) == 1, name
-    assert [runs[f"cpsp-{pool}-pool"]["params"]["pool.scope"] for pool in ("local", "gathered")] == ["local", "gather"]
+        assert len({run.params[name] for run in runs.values()}) == 1, name
+    assert [runs[f"cpsp-{pool}-pool"].params["pool.scope"] for pool in ("local", "gathered")] == ["local", "gather"]
     for weight in ("avps", "psa_s", "psa_v"):
-        weights = {kind: float(run["params"][f"objectives.{weight}"]) for kind, run in runs.items()}
+        weights = {kind: float(run.params[f"objectives.{weight}"]) for kind, run in runs.items()}
         assert weights["psp"] == 0
         assert weights["cpsp-local-pool"] == weights["cpsp-gathered-pool"] > 0
 
@@ -40,7 +40,7 @@ def require_comparison(folder: Path, printed: str) -> str:
     for kind, run in runs.items():
         (row,) = [line for line in table.splitlines() if line.startswith(f"{kind} ")]
         evaluated = json.loads((folder / f"{kind}-seed1/evaluation_test.json").read_text())
-        assert run["metrics"]["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
+        assert run.metrics["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
         assert f" {100 * evaluated['accuracy']:.2f} " in row
     return table
 

@@ -82,9 +82,9 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
     # One MLflow run, and one table without it.
     assert [run["status"] for run in parents(output)] == ["FINISHED"]
     table = launch(slurm, *lines[-1].partition("cpsp-dist ")[2].split(), "--json")
-    rows = {row["run"]: row for row in json.loads(table.stdout)}
+    rows = {row["run"]: row | row["settings"] for row in json.loads(table.stdout)["rows"]}
     assert set(rows) == {f"psa_v={psa_v},seed={seed}" for psa_v in (0, 1) for seed in (1, 2)}
-    assert {(row["state"], row["psa_v"], row["seed"]) for row in rows.values()} == {
+    assert {(row["state"], row["objectives.psa_v"], row["train.seed"]) for row in rows.values()} == {
         ("finished", psa_v, seed) for psa_v in ("0.0", "1.0") for seed in ("1", "2")
     }
     # What was disturbed ends as what was not, each step logged once.

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cpsp_dist.cli import main
-from cpsp_dist.tracking.store import all_runs
+from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import REPO
 from tests.support.packing_sources import files_under
 from tests.support.runs import audited, loss_history, newest_state, overrides
@@ -99,15 +99,15 @@ def test_trains_over_two_nodes(slurm: Any, prefork: Any, keypad_shards: Path, tm
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, log
     assert "on node[" in log.splitlines()[0], "two nodes"
-    found = all_runs(f"sqlite:///{tmp_path}/mlflow.db", "avel100k")
-    assert [run["status"] for run in found] == ["FINISHED"]
+    found = find_runs(f"sqlite:///{tmp_path}/mlflow.db", ["avel100k"])
+    assert [run.status for run in found] == ["FINISHED"]
     by_hand = settings(keypad_shards, tmp_path / "by_hand", "train.steps=6", "tracking.enabled=false")
     prefork.start(["--config", str(CONFIG), *by_hand], 2).finish()
     assert loss_history(tmp_path / "run") == loss_history(tmp_path / "by_hand")
 
     job = Job(slurm, tmp_path, "eval_100k.sh", [], [str(tmp_path / "run"), "--split", "val"])
     assert job.wait()["ExitCode"] == "0:0", job.output
-    accuracy = found[0]["metrics"]["accuracy/best_val"]
+    accuracy = found[0].metrics["accuracy/best_val"]
     assert f"accuracy {accuracy:.2f} %" in job.output
 
 

@@ -20,7 +20,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.tracking.mlflow import RUN_FILE
-from cpsp_dist.tracking.store import all_runs
+from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.evaluate import evaluate_run
@@ -135,8 +135,8 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
         launch.kill()
         launch.wait()
     assert "resuming from" in prefork.start(run, 2).finish()
-    runs = all_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", "cpsp")
-    assert [run["status"] for run in runs] == ["FINISHED"]
+    runs = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
+    assert [run.status for run in runs] == ["FINISHED"]
     assert logged_steps(tmp_path / "mlflow.db") == list(range(1, 21))
     # Once finished, it says so and trains no more.
     again = prefork.start(run, 2).finish()

@@ -76,10 +76,10 @@ def tracked_points(store: Path, name: str) -> list[int]:
 
 
 def sweep_parents(folder: Path) -> list[dict[str, str]]:
-    """The MLflow runs above sweeps, in a sweep's store."""
+    """The MLflow runs above sweeps, in the store of a sweep's folder: beside it."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow.db'}")
     (found,) = [e for e in client.search_experiments() if e.name == "cpsp"]
     runs = client.search_runs([found.experiment_id])
     return [

@@ -19,7 +19,8 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking import store as stores
 from cpsp_dist.tracking.mlflow import Tracker
-from cpsp_dist.tracking.store import all_runs, close_sweep, open_sweep
+from cpsp_dist.tracking.runs import TrackedRun, find_runs
+from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
 from cpsp_dist.utils.logs import console
 from tests.support.environment import REPO, free_port
 from tests.support.fake_mlflow import Reply, fake_mlflow, good, http
@@ -179,8 +180,8 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def runs_in(uri: str) -> list[dict[str, Any]]:
-    return all_runs(uri, "cpsp")
+def runs_in(uri: str) -> list[TrackedRun]:
+    return find_runs(uri, ["cpsp"])
 
 
 def inputs_of(uri: str) -> list[str]:
@@ -204,8 +205,8 @@ def test_the_fingerprint_is_there_where_artifacts_cannot_be_stored(
     stores.Store(store).create_experiment("cpsp", artifact_location="/proc/nowhere/art")
     track(in_folder(config, tmp_path / "run", flush_timeout=60), manifest)
     (run,) = runs_in(store)
-    assert run["metrics"] == {"loss/total": 1 / 3}
-    assert run["status"] == "FINISHED"
+    assert run.metrics == {"loss/total": 1 / 3}
+    assert run.status == "FINISHED"
     assert inputs_of(store) == [manifest.fingerprint[:32]]
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: MLflow does not take config.json: ")
@@ -220,7 +221,7 @@ def test_a_deleted_or_copied_run_gets_a_new_one_with_all_points(
     copy = in_folder(config, tmp_path / "copy", flush_timeout=60)
     assert track(copy, manifest, run_id=run_id) not in (None, run_id)
     assert f"belongs to {tmp_path}/first, of which {tmp_path}/copy is a copy" in capfd.readouterr().err
-    assert [run["metrics"] for run in runs_in(store)] == [{"loss/total": 1 / 3}] * 2
+    assert [run.metrics for run in runs_in(store)] == [{"loss/total": 1 / 3}] * 2
     os.rename(tmp_path / "first", tmp_path / "moved")
     (tmp_path / "moved" / "metrics.jsonl").unlink()
     assert track(in_folder(config, tmp_path / "moved", flush_timeout=60), manifest, run_id=run_id) == run_id
@@ -254,7 +255,7 @@ def test_a_folder_whose_name_means_something_in_a_url(
     here = in_folder(config, tmp_path / name / "run", flush_timeout=60)
     track(here, manifest)
     assert (tmp_path / name / "mlflow.db").is_file()
-    assert [run["metrics"] for run in runs_in(stores.tracking_uri(here.output))] == [{"loss/total": 1 / 3}]
+    assert [run.metrics for run in runs_in(stores.tracking_uri(here))] == [{"loss/total": 1 / 3}]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

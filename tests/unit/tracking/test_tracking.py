@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
@@ -25,7 +26,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
-from cpsp_dist.tracking.compare import compare
+from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.utils.console import table
 from tests.support.environment import REPO, free_port
 from tests.support.runs import tracked_points
@@ -183,18 +184,21 @@ def test_health_of_the_pool_is_in_mlflow(two_runs: Path) -> None:
 def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):
     uri = f"sqlite:///{two_runs / 'mlflow.db'}"
     assert main(["compare", "--uri", uri]) == 0
-    header, _, first, *_, last = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["run", "state", "psa_v", "seed"]
-    results = json.loads((two_runs / "gathered" / "results.json").read_text())
-    assert first.split()[:4] == ["a-seed1", "finished", "1.0", "1"]
-    assert float(first.split()[4]) == pytest.approx(results["accuracy/test"], rel=1e-3)
-    assert last.split()[:4] == ["local", "finished", "0.0", "2"]
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "psa_v", "seed", "test"]
+    rows = {line.split()[0]: line.split() for line in lines[:3]}
+    assert (rows["a-seed1"][1:3], rows["local"][1:3]) == (["1.0", "1"], ["0.0", "2"])
+    results = [json.loads((two_runs / name / "results.json").read_text()) for name in ("gathered", "other")]
+    first, second = (found["accuracy/test"] for found in results)
+    assert rows["a-seed1"][3] == f"{first:.2f}"
+    assert [float(row[3]) for row in rows.values()] == sorted([float(row[3]) for row in rows.values()], reverse=True)
 
-    (both, alone) = json.loads(compare(uri, "cpsp", ["accuracy/test"], mean=True, as_json=True))
-    assert (both["runs"], both["seeds"], alone["runs"], alone["seeds"]) == ("a", 2, "local", 1)
-    second = json.loads((two_runs / "other" / "results.json").read_text())
-    mean = (results["accuracy/test"] + second["accuracy/test"]) / 2
-    assert both["accuracy/test"].split(" ± ")[0] == f"{mean:.2f}"
+    assert main(["compare", "--uri", uri, "--mean", "--json", "--sort", "run"]) == 0
+    (both, alone) = json.loads(capsys.readouterr().out)["rows"]
+    assert (both["runs"], alone["runs"]) == ("a", "local")
+    assert both["metrics"]["accuracy/test"]["seeds"] == {"1": first, "2": second}
+    low, high = stats.t.interval(0.95, 1, loc=(first + second) / 2, scale=stats.sem([first, second]))
+    assert both["metrics"]["accuracy/test"]["over_seeds"] == pytest.approx([low, high])
 
 
 def test_compare_finds_the_store_itself(two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -203,7 +207,7 @@ def test_compare_finds_the_store_itself(two_runs: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{two_runs / 'mlflow.db'}")
     assert main(["compare"]) == 0
     by_environment = capsys.readouterr().out
-    assert [line.split()[0] for line in by_environment.splitlines()[2:]] == ["a-seed1", "a-seed2", "local"]
+    assert sorted(line.split()[0] for line in by_environment.splitlines()[2:5]) == ["a-seed1", "a-seed2", "local"]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert main(["compare"]) == 2
     assert "no MLflow store at sqlite:///runs/mlflow.db" in capsys.readouterr().err
@@ -234,7 +238,7 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
     store = tmp_path / "elsewhere.db"
     run = arguments(keypad_shards, tmp_path / "out" / "run")
     prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}").finish()
-    assert "run" in compare(f"sqlite:///{store}", "cpsp", ["accuracy/test"])
+    assert [run.status for run in find_runs(f"sqlite:///{store}", ["cpsp"])] == ["FINISHED"]
     assert not (tmp_path / "out" / "mlflow.db").exists()
     assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
 

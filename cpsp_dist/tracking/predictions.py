@@ -1,0 +1,57 @@
+"""The predictions that a run stored: in its folder, and among its artifacts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from cpsp_dist.errors import DataError
+from cpsp_dist.metrics.predictions import Predictions
+from cpsp_dist.tracking.compare import Stored
+from cpsp_dist.tracking.runs import TrackedRun
+from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError
+from cpsp_dist.utils.json_lines import read_bytes
+
+logger = logging.getLogger(__name__)
+
+#: On a run: the splits of which it stored predictions, by commas.
+STORED_TAG = "predictions"
+
+
+def predictions_file(split: str) -> str:
+    """Its name in a run's folder, and as an artifact."""
+    return f"predictions_{split}.npz"
+
+
+def stored_predictions(uri: str) -> Stored:
+    """What reads the predictions of runs in the store at `uri`, each file once. None where a run has none."""
+
+    @functools.cache
+    def read(run_id: str, output: str, split: str) -> Predictions | None:
+        try:
+            file = Path(output) / predictions_file(split)
+            if output and file.is_file() and _belongs(Path(output), run_id):
+                return Predictions.load(file)
+            with tempfile.TemporaryDirectory() as folder:
+                return Predictions.load(Path(Store(uri).download_artifacts(run_id, file.name, folder)))
+        except (StoreError, DataError, OSError) as error:
+            logger.warning("%s, predictions of %s: %s", run_id, split, error)
+            return None
+
+    def stored(run: TrackedRun, split: str) -> Predictions | None:
+        if split not in run.tags.get(STORED_TAG, "").split(","):
+            return None
+        return read(run.id, run.tags.get("output", ""), split)
+
+    return stored
+
+
+def _belongs(folder: Path, run_id: str) -> bool:
+    """Whether the folder is that run's still."""
+    try:
+        return bool(json.loads(read_bytes(folder / RUN_FILE, limit=1 << 24))["run_id"] == run_id)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
