@@ -25,6 +25,7 @@ from cpsp_dist.cli import (
     import_checkpoint,
     launch,
     predict,
+    report,
     shards,
     train,
 )
@@ -43,6 +44,7 @@ COMMANDS = (
     evaluate,
     export,
     predict,
+    report,
     compare,
     import_checkpoint,
     bench,

@@ -21,6 +21,7 @@ METRICS: Registry[type[Metric]] = Registry(
         "segments": ("segments:Segments", "accuracy of the segments' labels, also by category"),
         "boundaries": ("boundaries:Boundaries", "F1 of the boundaries of events"),
         "seconds": ("seconds:Seconds", "accuracy at each second"),
+        "trivial": ("trivial:Trivial", "trivial baselines, and flags where the answers are as trivial"),
     },
 )
 

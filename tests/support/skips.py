@@ -1,4 +1,4 @@
-"""What a machine may lack: three things, each with the command that brings it. A test that skips for another reason
+"""What a machine may lack: four things, each with the command that brings it. A test that skips for another reason
 fails: conftest.py takes the two hooks from here."""
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ COMMANDS = {
     "Slurm": "make slurm-up",
     "nginx": "apt-get install nginx-light",
     "a GPU": "apt-get install nvidia-driver",
+    "Chromium": "apt-get install chromium",
 }
 
 
 def skip(needed: str, why: str) -> NoReturn:
-    """Skip the test, or fail it where CPSP_REQUIRE_SLURM, _NGINX or _GPU is set."""
+    """Skip the test, or fail it where CPSP_REQUIRE_SLURM, _NGINX, _GPU or _CHROMIUM is set."""
     required = f"CPSP_REQUIRE_{needed.split()[-1].upper()}"
     if os.environ.get(required):
         pytest.fail(f"{required} is set, but: {why}")

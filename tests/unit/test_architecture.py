@@ -22,7 +22,7 @@ LAYERS = [
     {"cli"},
     {"launch", "doctor", "demo", "bench", "inference"},
     {"train", "api"},
-    {"training"},
+    {"training", "report"},
     {"packing", "extraction", "tracking"},
     {"config"},
     {"losses", "metrics"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from torch import Tensor
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.metrics import METRICS, reported
@@ -110,6 +112,43 @@ def test_what_is_reported_is_a_share() -> None:
     figures = evaluated(*random_case(5, 8), ["a", "b", "c"])
     assert reported() == ["accuracy", "event_accuracy", "boundary_f1"]
     assert all(0 <= figures[name] <= 1 for name in reported())
+
+
+def fixed(event: Tensor, category: Tensor, truth_event: Tensor, truth_category: Tensor) -> dict[str, Any]:
+    """The results of answers with these logits."""
+    output, batch = random_case(0, len(event))
+    output = output._replace(event_logits=event, category_logits=category)
+    return evaluated(
+        output,
+        replace(batch, event=truth_event, category=truth_category, valid=torch.ones(len(event), dtype=bool)),
+        NAMES,
+    )
+
+
+NAMES = ["dog", "bell", "car"]
+
+
+def test_trivial_answers_are_flagged() -> None:
+    """As weakly supervised runs give them: an event everywhere, so event accuracy is the share of event segments."""
+    truth_event = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    truth_category = torch.tensor([0, 1, 2])
+    right = torch.eye(3)
+    everywhere = torch.ones(3, T)
+    figures = fixed(everywhere, right, truth_event, truth_category)
+    assert figures["event_accuracy"] == figures["baselines"]["always_event"]["event_accuracy"] == 0.5
+    assert figures["accuracy"] == figures["baselines"]["always_event"]["accuracy"] == 0.5
+    assert figures["boundary_f1"] == 0
+    assert figures["baselines"]["majority_label"] == {"label": "background", "accuracy": 0.5}
+    assert figures["flags"] == [
+        "the model never predicts background: its event accuracy is the share of event segments, 50.00 %"
+    ]
+    assert fixed(-everywhere, right, truth_event, truth_category)["flags"] == ["the model never predicts an event"]
+    one = torch.tensor([[0.0, 1.0, 0.0]] * 3)
+    mixed = torch.where(truth_event, 1.0, -1.0)
+    figures = fixed(mixed, one, truth_event, truth_category)
+    assert figures["flags"] == ["the model predicts one category only: 'bell'"]
+    assert figures["baselines"]["always_event"]["accuracy"] == 3 / 12
+    assert fixed(mixed, right, truth_event, truth_category)["flags"] == []
 
 
 def test_what_people_read() -> None:

@@ -1,0 +1,66 @@
+"""The pages in a real Chromium: no request, every figure drawn, nothing serious found by axe-core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpsp_dist.report.collect import collect
+from cpsp_dist.report.page import write
+from cpsp_dist.report.run_page import run_page
+from tests.support.browser import Browser, find_browser
+from tests.support.models import untrained_run
+from tests.support.skips import skip
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    path = find_browser()
+    if path is None:
+        skip("Chromium", "no chromium on the PATH")
+    with Browser(tmp_path_factory.mktemp("browser"), path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    untrained_run(keypad_shards, folder / "run")
+    line = '{"step": %d, "loss/total": %d.5, "loss/event": 1.0, "pool/size": 8.0, "accuracy/val": 50.0}\n'
+    (folder / "run" / "metrics.jsonl").write_text("".join(line % (n, 5 - n) for n in (1, 2, 3)))
+    write(run_page(collect(folder / "run")), folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_report(browser: Browser, report: Path, width: int, theme: str) -> None:
+    browser.open(report, width=width, theme=theme)
+    assert browser.axe() == []
+    assert browser.draw_all() == []
+    assert browser.run("document.documentElement.scrollWidth") == width, "nothing beyond the window"
+    assert browser.run("document.documentElement.dataset.theme") == theme
+    assert browser.requests == []
+    assert browser.problems == []
+
+
+def test_a_table_by_keyboard(browser: Browser, report: Path) -> None:
+    """Filter, sort and turn pages with keys alone."""
+    browser.open(report)
+    table = "[...document.querySelectorAll('[data-table]')].find(t => t.textContent.includes('setting'))"
+    browser.run(f"{table}.querySelector('input').focus()")
+    browser.press(*"seed")
+    assert browser.run(f"{table}.querySelector('tbody').innerText.trim()") == "train.seed\t1"
+    assert browser.run(f"{table}.querySelector('[role=status]').textContent") == "1 rows"
+    browser.open(report)
+    browser.run(f"{table}.querySelector('th button').focus()")
+    browser.press("Enter")
+    first = browser.run(f"{table}.querySelector('tbody tr').innerText")
+    assert browser.run(f"{table}.querySelector('th').ariaSort") == "ascending"
+    browser.press("Enter")
+    assert browser.run(f"{table}.querySelector('th').ariaSort") == "descending"
+    assert browser.run(f"{table}.querySelector('tbody tr').innerText") != first
