@@ -20,7 +20,7 @@ SIZE_LIMIT, DEPTH_LIMIT, DIGITS = 1 << 16, 16, 15  # bytes of a file; levels of 
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FRACTION = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_OTHER_BASE = re.compile(r"[-+]?0[xob]?[0-9a-fA-F_]+")
+_OTHER_BASE = re.compile(r"[-+]?0(x[0-9a-fA-F_]+|b[01_]+|o?[0-9_]+)")
 _GROUPED = re.compile(r"[-+]?[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
 _SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?")
@@ -117,6 +117,30 @@ def read_yaml(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}: line {line}: not valid YAML: not UTF-8") from None
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    """Writes each text so that it is read as that text: PyYAML itself leaves `1e5` and `0123` without quotes."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+        try:
+            plain = _scalar(node) == text
+        except ValueError:
+            plain = False
+        node.style = None if plain else "'"
+        return node
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def write_yaml(content: Any, **style: Any) -> str:
+    """The YAML of dicts, lists, texts, numbers, booleans and None, which `YamlText` reads as the same.
+
+    style: of PyYAML's `dump`.
+    """
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
 
 
 def _parsed(text: str) -> yaml.Node | None:

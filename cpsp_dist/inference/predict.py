@@ -22,6 +22,7 @@ from cpsp_dist.inference.model import TrainedModel
 from cpsp_dist.inference.prediction import Prediction, Scores, Truth, make_prediction
 from cpsp_dist.inference.videos import VideoReader
 from cpsp_dist.inference.windows import score
+from cpsp_dist.utils.redact import url_without_secrets
 from cpsp_dist.utils.text import one_line
 
 #: Videos of shards that are computed together.
@@ -89,7 +90,7 @@ class _Predictor:
                 yield self._of_video(str(what))
 
     def _of_shards(self, given: str) -> Iterator[Prediction]:
-        manifest = Manifest.load(given, Cache())
+        manifest, shown = Manifest.load(given, Cache()), url_without_secrets(given)
         require_same(self.model.encoders, manifest.encoders, self.name, manifest.place)
         if manifest.categories != self.model.categories:
             raise UserError(f"{manifest.place}: its categories are not those of {self.name}")
@@ -100,7 +101,7 @@ class _Predictor:
                 for slot in np.flatnonzero(batch.valid.numpy()).tolist():
                     key = manifest.samples[int(batch.index[slot])]["key"].decode()
                     truth = _truth(batch, slot, manifest.categories)
-                    yield make_prediction(scores[slot], manifest.categories, (given, key), seconds, truth)
+                    yield make_prediction(scores[slot], manifest.categories, (shown, key), seconds, truth)
 
     def _of_features(self, given: str, files: FeatureFiles) -> Prediction:
         encoders = files.encoders

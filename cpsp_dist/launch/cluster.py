@@ -22,6 +22,7 @@ from cpsp_dist.launch.job import run
 from cpsp_dist.launch.jobs import Job, save_jobs
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import Planned
+from cpsp_dist.utils.redact import url_without_secrets
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
 SIGNAL_LEAD_SECONDS, EXIT_GRACE_SECONDS = 300, 120
@@ -129,6 +130,7 @@ def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any
     import submitit
 
     _require_time(resources.time)
+    _require_no_secrets(resources)
 
     class Executor(submitit.SlurmExecutor):
         """Whether there is a Slurm is asked elsewhere: a batch file can be shown without."""
@@ -168,7 +170,9 @@ def _executor(folder: Path, name: str, resources: Resources, array: bool) -> Any
 
 def _require_time(limit: str | None) -> None:
     """Raises UserError where Slurm's notice would come at once, and the job be requeued for ever."""
-    if limit is None or not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):  # Slurm itself refuses the latter
+    if limit is None or not re.fullmatch(
+        r"([0-9]{1,9}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}", limit
+    ):  # Slurm itself refuses the latter
         return
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -179,6 +183,17 @@ def _require_time(limit: str | None) -> None:
         raise UserError(
             f"--time {limit}: Slurm's notice stops the training {SIGNAL_LEAD_SECONDS} s before the end: ask for more"
         )
+
+
+def _require_no_secrets(resources: Resources) -> None:
+    """Raises UserError for a password or signature that would stand in the batch file."""
+    flags = [f"--slurm {name}={value}" for name, value in resources.more.items()]
+    for text in [*(f"--setup {line}" for line in resources.setup), *flags]:
+        if (shown := url_without_secrets(text)) != text:
+            raise UserError(
+                f"{shown} is given with a password or signature, which would be written to the job's files; export it "
+                "in this shell, whose environment the job inherits"
+            )
 
 
 def _before(folder: Path, resources: Resources) -> list[str]:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from cpsp_dist.config import load_config
+from cpsp_dist.config.yaml_text import write_yaml
 from cpsp_dist.errors import UserError
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
@@ -77,7 +76,7 @@ def _snapshot(folder: Path, name: str) -> Path:
 
 def write_snapshots(folder: Path, runs: Sequence[Planned], source: str) -> list[str]:
     for run_ in runs:
-        text = yaml.safe_dump(run_.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = write_yaml(run_.config.model_dump(mode="json"))
         head = f"# {source} and its overrides, as resolved by cpsp-dist launch"
         _snapshot(folder, run_.name).write_text(f"{head}\n{text}", encoding="utf-8")
     return [str(_snapshot(folder, run_.name)) for run_ in runs]

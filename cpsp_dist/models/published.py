@@ -6,7 +6,7 @@ Each network defines how names are replaced: see `Network.published_names`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ from torch import Tensor, nn
 from cpsp_dist.errors import DataError
 from cpsp_dist.models import MODELS
 from cpsp_dist.models.weights import require_fit
+from cpsp_dist.utils.input_files import open_input
+
+#: Keys under which training loops save the parameters beside an epoch and an optimizer.
+STATES = ("state_dict", "model_state_dict", "model")
 
 
 def translate(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
     """A published state dict of `model` with the names of ours; parameters that are of no use are left out.
 
-    Takes the prefix `module.` away (DataParallel), and the `psp.` that the published ResNet variant puts around PSP.
-    Unknown names stay as they are, so that loading reports them.
+    Takes the prefixes `module.` (DataParallel) and `_orig_mod.` (torch.compile) away, and the `psp.` that the published
+    ResNet variant puts around PSP. Unknown names stay as they are, so that loading reports them.
+
+    Raises:
+        ValueError: two names become one.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = _renamed(state, lambda name: re.sub(r"^((module|_orig_mod)\.)+", "", name))
     if any(name.startswith("psp.psp.") for name in state):
-        state = {name.removeprefix("psp."): value for name, value in state.items()}
+        state = _renamed(state, lambda name: name.removeprefix("psp."))
     network = MODELS[model]
     ours: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -34,8 +41,18 @@ def translate(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
             continue
         for pattern, replacement in network.published_names:
             name = re.sub(pattern, replacement, name)
-        ours |= network.convert_published(name, value)
+        converted = dict(network.convert_published(name, value))
+        if twice := sorted(ours.keys() & converted.keys()):
+            raise ValueError(f"parameter {twice[0]} is there under two names")
+        ours |= converted
     return ours
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed = {rename(name): value for name, value in state.items()}
+    if len(renamed) < len(state):
+        raise ValueError("a parameter is there under two names, with and without a prefix")
+    return renamed
 
 
 def load_published(path: str | Path, name: str, model: nn.Module) -> dict[str, Tensor]:
@@ -46,25 +63,38 @@ def load_published(path: str | Path, name: str, model: nn.Module) -> dict[str, T
     Raises:
         DataError: not such a file, or its parameters are not exactly those of `model`; each of them is listed.
     """
-    ours = translate(_read(Path(path)), name)
+    try:
+        ours = translate(_read(Path(path)), name)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     require_fit(ours, model, path)
     return {key: value.detach().contiguous().clone() for key, value in ours.items()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from None
+        with open_input(path) as file:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
     except Exception as error:  # a damaged file makes torch.load raise all sorts
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise DataError(f"{path}: refused: it holds '{asked[1]}' beside tensors, which could run code") from None
         raise DataError(f"{path}: not a checkpoint that torch can read, or a damaged one") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for key in STATES:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path}: holds no parameters by name")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(key, str) or not _is_plain(value):
             raise DataError(f"{path}: entry {key!r} is not a parameter")
     return content
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor of floating point numbers that lie in memory: neither sparse, nor nested, nor without content."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"

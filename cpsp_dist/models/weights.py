@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from cpsp_dist.errors import DataError
 
+#: Differences that an error lists.
+LISTED = 20
+
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a .safetensors file, readable as the umask says (safetensors itself makes it the owner's alone).
@@ -45,7 +48,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     """Put the weights in a .safetensors file (of `cpsp-dist import-checkpoint`, or of a checkpoint) into `model`.
 
     Raises:
-        DataError: not such a file, or its parameters are not exactly those of `model`; each of them is listed.
+        DataError: not such a file, or its parameters are not exactly those of `model`; the first of them are listed.
     """
     shapes_of(path)
     try:
@@ -68,7 +71,9 @@ def require_fit(state: Mapping[str, Tensor], model: nn.Module, path: str | Path)
         elif not state[key].isfinite().all():
             mistakes.append(f"{key} holds a value that is not finite")
     if mistakes:
-        raise DataError(f"{path}: not the parameters of this model:\n  " + "\n  ".join(mistakes))
+        rest = [f"and {len(mistakes) - LISTED} more"] if len(mistakes) > LISTED else []
+        shown = "\n  ".join([*mistakes[:LISTED], *rest])
+        raise DataError(f"{path}: not the parameters of this model:\n  {shown}")
 
 
 def _shape(x: Tensor) -> str:

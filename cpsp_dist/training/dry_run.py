@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
+from cpsp_dist.config.yaml_text import write_yaml
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed.process_group import Ranks
@@ -201,8 +201,7 @@ def samples_of_a_rank(config: Config, world: int) -> int:
 
 def _settings(config: Config) -> list[str]:
     content = config.model_dump(mode="json")
-    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-    return str(text).splitlines()
+    return write_yaml(content, default_flow_style=None, width=110).splitlines()
 
 
 def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, world: int) -> list[str]:

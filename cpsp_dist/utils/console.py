@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from cpsp_dist.utils import streams
 from cpsp_dist.utils.logs import printable
+from cpsp_dist.utils.redact import without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -37,8 +38,8 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def echo(*lines: str, end: str = "\n") -> None:
-    """A command's result, on stdout at once. Raises as `streams.write`."""
-    streams.write(printable("\n".join(lines)) + end)
+    """A command's result, without secrets, on stdout at once. Raises as `streams.write`."""
+    streams.write(printable(without_secrets("\n".join(lines))) + end)
 
 
 def table(rows: Sequence[Mapping[str, Any]], fits: bool | None = None) -> str:

@@ -66,7 +66,7 @@ def fake_mlflow(reply: Reply) -> Iterator[str]:
                 while (header := self.rfile.readline()).strip():
                     name, _, value = header.partition(b":")
                     length = int(value) if name.lower() == b"content-length" else length
-                self.rfile.read(length)
+                self.body = self.rfile.read(length)
                 path = (line.split() + ["", ""])[1].partition("?")[0]
                 reply(self, path, next(count))
             except OSError:

@@ -63,6 +63,7 @@ def run(
     )
     (code,) = launch.wait(timeout)
     seconds = time.monotonic() - began
+    given.unlink()  # it may hold secrets that a test searches for
     encoding = {"utf-16": "utf-16-le", None: "utf-8"}.get(how.get("encoding"), how.get("encoding"))
     out, err = (file.read_text(encoding, errors="replace").removeprefix("\ufeff") for file in files.values())
     return Ended(code, out, err + launch.ranks[0].output, seconds)

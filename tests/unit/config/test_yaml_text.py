@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
-from cpsp_dist.config.yaml_text import SIZE_LIMIT, Mistake, YamlText
+from cpsp_dist.config.yaml_text import SIZE_LIMIT, Mistake, YamlText, write_yaml
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.utils.text import is_plain
 from tests.support.environment import REPO
@@ -38,6 +38,8 @@ SHIPPED = sorted((REPO / "configs").glob("*.yaml"))
         ("runs/1:30", "runs/1:30"),
         ("v1.2.3", "v1.2.3"),
         ("n", "n"),
+        ("0123456789abcdef", "0123456789abcdef"),
+        ("0f3", "0f3"),
         ("Y", "Y"),
         ("[1, 2]", (1, 2)),
         ("{a: {b: x}}", {"a": {"b": "x"}}),
@@ -220,3 +222,17 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except Mistake as mistake:
         mistakes = [str(mistake)]
     assert all(is_plain(mistake) for mistake in mistakes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=(TEXTS | st.text("0123456789abcdef", min_size=32, max_size=32)).filter(is_plain))
+@example("0123456789abcdef" * 2)  # an id of MLflow: a sweep's snapshots hold one
+@example("1234567890123e45" * 2)
+@example("1e5")
+@example("12345678901234567890123456789012")
+def test_what_is_written_is_read_as_the_same(text: str) -> None:
+    values = (text, 1, 1e-5, 1e20, None, True)
+    for style in ({}, {"default_flow_style": None, "width": 110}):
+        parsed = YamlText(write_yaml({"tracking": {"parent": text, "more": [*values]}}, **style))
+        assert parsed.mistakes == []
+        assert parsed.content == {"tracking": {"parent": text, "more": values}}

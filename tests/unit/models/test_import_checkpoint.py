@@ -123,7 +123,7 @@ def test_code_is_never_run(folder: Path, capsys, zipped: bool) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read this checkpoint: No such file"),
+        (None, "cannot be read (No such file or directory)"),
         (b"", "not a checkpoint that torch can read"),
         (b"PK\x03\x04" + b"hello" * 100, "not a checkpoint that torch can read"),
         ([], "holds no parameters by name"),
