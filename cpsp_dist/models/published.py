@@ -5,10 +5,12 @@ Each network defines how names are replaced: see `Network.published_names`.
 
 from __future__ import annotations
 
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from cpsp_dist.utils.input_files import open_input
 
 #: Keys under which training loops save the parameters beside an epoch and an optimizer.
 STATES = ("state_dict", "model_state_dict", "model")
+#: Pickles that torch wrote one after the other, in front of the numbers, before version 1.6; characters of a name.
+LEGACY_PICKLES, LONGEST_TEXT = 5, 10_000
 
 
 def translate(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
@@ -74,12 +78,15 @@ def load_published(path: str | Path, name: str, model: nn.Module) -> dict[str, T
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with open_input(path) as file:
+            _require_undamaged(file)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except DataError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise all sorts
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise DataError(f"{path}: refused: it holds '{asked[1]}' beside tensors, which could run code") from None
+            raise DataError(
+                f"{path}: refused: it holds '{asked[1][:100]}' beside tensors, which could run code"
+            ) from None
         raise DataError(f"{path}: not a checkpoint that torch can read, or a damaged one") from None
     for key in STATES:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -89,8 +96,33 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: holds no parameters by name")
     for key, value in content.items():
         if not isinstance(key, str) or not _is_plain(value):
-            raise DataError(f"{path}: entry {key!r} is not a parameter")
+            raise DataError(f"{path}: entry {repr(key)[:100]} is not a parameter")
     return content
+
+
+def _require_undamaged(file: BinaryIO) -> None:
+    """Raises an error where a checksum of the zip that torch writes is wrong, which torch itself does not look at, or
+    a name is so long that torch would take minutes to print it."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members) or archive.testzip():
+                raise ValueError("damaged, or not written by torch")
+            for member in members:
+                if member.filename.endswith("/data.pkl"):
+                    with archive.open(member) as pickled:
+                        _require_short_texts(pickled)
+    else:
+        file.seek(0)
+        for _ in range(LEGACY_PICKLES):
+            _require_short_texts(file)
+    file.seek(0)
+
+
+def _require_short_texts(pickled: IO[bytes]) -> None:
+    for _, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str | bytes) and len(argument) > LONGEST_TEXT:
+            raise ValueError("a text that is too long")
 
 
 def _is_plain(value: Any) -> bool:

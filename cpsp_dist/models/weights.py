@@ -62,7 +62,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
 def require_fit(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
     """Raises DataError unless `state`, read from `path`, holds the parameters of `model`, of its shapes and finite."""
     wanted = model.state_dict()
-    mistakes = [f"unknown parameter {key} {_shape(value)}" for key, value in state.items() if key not in wanted]
+    mistakes = [f"unknown parameter {key[:100]} {_shape(value)}" for key, value in state.items() if key not in wanted]
     for key, value in wanted.items():
         if key not in state:
             mistakes.append(f"missing parameter {key} {_shape(value)}")

@@ -30,7 +30,18 @@ TOKENS = (
     b"-1",
     b"9" * 50,
 )
-TOKENS += (b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"NaN", b"x" * 200_000, b"None", b"1e999", b"../", b"\\", b"0x10")
+TOKENS += (
+    b"\xe2\x80\xa8",
+    b"\xef\xbb\xbf",
+    b"NaN",
+    b"x" * 200_000,
+    b"None",
+    b"1e999",
+    b"../",
+    b"\\",
+    b"0x10",
+    b"9" * 5000,
+)
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:

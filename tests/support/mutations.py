@@ -24,7 +24,7 @@ TOKENS = (
     b"[" * 3000,
     b"true",
 )
-TOKENS += (b"\xff\xfe", b"\x1b[31m", b"../../x", b'"step": 3, ', b"")
+TOKENS += (b"\xff\xfe", b"\x1b[31m", b"../../x", b'"step": 3, ', b"", b"9" * 5000, b"1" + b"0" * 18, b"-" + b"9" * 30)
 
 
 def damaged(content: bytes, seed: int, count: int) -> Iterator[bytes]:

@@ -28,30 +28,34 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+#: The largest of numbers that are counted: of elements, modules or steps.
+_LARGEST = 2**53
+
+
 class ZeroSettings(_Section):
     """`zero_optimization`, less the stage: how buffers are cut and when they travel, never what is computed."""
 
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: int = Field(500_000_000, gt=0)
+    reduce_bucket_size: int = Field(500_000_000, gt=0, le=_LARGEST)
     allgather_partitions: bool = True
-    allgather_bucket_size: int = Field(500_000_000, gt=0)
+    allgather_bucket_size: int = Field(500_000_000, gt=0, le=_LARGEST)
     overlap_comm: bool | None = None
     round_robin_gradients: bool = False
-    sub_group_size: int = Field(1_000_000_000, gt=0)
-    stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
-    stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0)
-    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0)
-    stage3_param_persistence_threshold: int = Field(100_000, ge=0)
+    sub_group_size: int = Field(1_000_000_000, gt=0, le=_LARGEST)
+    stage3_max_live_parameters: int = Field(1_000_000_000, ge=0, le=_LARGEST)
+    stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0, le=_LARGEST)
+    stage3_prefetch_bucket_size: int = Field(50_000_000, ge=0, le=_LARGEST)
+    stage3_param_persistence_threshold: int = Field(100_000, ge=0, le=_LARGEST)
 
 
 class FlopsProfiler(_Section):
     """`flops_profiler`: one report of a step's operations."""
 
     enabled: bool = False
-    profile_step: int = Field(1, ge=0)
-    module_depth: int = -1
-    top_modules: int = Field(1, ge=1)
+    profile_step: int = Field(1, ge=0, le=_LARGEST)
+    module_depth: int = Field(-1, ge=-1, le=_LARGEST)
+    top_modules: int = Field(1, ge=1, le=_LARGEST)
     detailed: bool = True
     output_file: str | None = None
 

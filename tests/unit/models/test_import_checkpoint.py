@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import pickle
+import random
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +22,14 @@ from safetensors.torch import load_file, save_file
 from cpsp_dist.cli import import_checkpoint
 from cpsp_dist.errors import DataError
 from cpsp_dist.models import build_model, load_weights
-from cpsp_dist.models.published import MODELS, translate
+from cpsp_dist.models.published import MODELS, load_published, translate
 from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.logs import printable
 from tests.support import later_reference, reference
 from tests.support.environment import environment
+from tests.support.file_damage import BYTES, of_head
+from tests.support.limits import within_limits
+from tests.support.mutations import replaced
 from tests.support.tiny_shards import write_shards
 
 
@@ -142,6 +153,120 @@ def test_one_clear_line(folder: Path, capsys, content, message: str) -> None:
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+#: The parameters of the module that the checkpoints below are for: names that every network's translation leaves.
+STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -0.5])}
+
+
+def written_by(write: Callable[[BinaryIO], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def saved(content: object, **how: bool) -> bytes:
+    return written_by(lambda file: torch.save(content, file, **how))
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    with within_limits(path):
+        return load_published(path, "psp", torch.nn.Linear(3, 2))
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in STATE.items()}
+
+
+FORMS = {
+    "plain": saved(STATE),
+    "DataParallel": saved(prefixed("module.")),
+    "compiled": saved(prefixed("_orig_mod.")),
+    "compiled in DataParallel": saved(prefixed("module._orig_mod.")),
+    "a loop's": saved({"epoch": 3, "state_dict": prefixed("module."), "optimizer": {}}),
+    "a loop's model": saved({"epoch": 3, "model": STATE}),
+    "a loop's model_state_dict": saved({"model_state_dict": STATE}),
+    "before torch 1.6": saved(STATE, _use_new_zipfile_serialization=False),
+    "half precision": saved({name: value.half() for name, value in STATE.items()}),
+    "parameters": saved({name: torch.nn.Parameter(value) for name, value in STATE.items()}),
+    "an ordered dict": saved(OrderedDict(STATE)),
+    "a view": saved({**STATE, "weight": torch.arange(12.0).reshape(4, 3)[:2]}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_a_checkpoint_is_taken(tmp_path: Path, form: str) -> None:
+    (tmp_path / "c.pth.tar").write_bytes(FORMS[form])
+    found = loaded(tmp_path / "c.pth.tar")
+    assert {name: value.tolist() for name, value in found.items()} == {k: v.tolist() for k, v in STATE.items()}
+
+
+SPARSE = STATE["weight"].to_sparse()
+REFUSED = {
+    "a numpy scalar beside it": (saved({"best": np.float64(77.3), "state_dict": STATE}), "could run code"),
+    "a counter": (saved({**STATE, "bn.num_batches_tracked": torch.tensor(3)}), "'bn.num_batches_tracked' is not a"),
+    "a module": (saved(torch.nn.Linear(3, 2)), "refused: it holds"),
+    "a list": (saved([*STATE.items()]), "holds no parameters by name"),
+    "another network": (saved(torch.nn.Conv1d(2, 2, 2).state_dict()), "weight has shape [2, 2, 2]"),
+    "more": (saved({**STATE, "other": torch.zeros(2)}), "unknown parameter other [2]"),
+    "a pickle of arrays": (pickle.dumps({name: value.numpy() for name, value in STATE.items()}), "torch can read"),
+    "a pointer of Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n",
+        "torch can read",
+    ),
+    "nothing": (b"", "not a checkpoint that torch can read"),
+    "under two names": (saved({**STATE, **prefixed("module.")}), "is there under two names"),
+    "sparse": (saved({**STATE, "weight": SPARSE}), "entry 'weight' is not a parameter"),
+    "without content": (saved({**STATE, "weight": STATE["weight"].to("meta")}), "entry 'weight' is not a parameter"),
+    "complex": (saved({**STATE, "weight": STATE["weight"] + 1j}), "entry 'weight' is not a parameter"),
+    "huge": (saved({**STATE, "weight": torch.zeros(1).expand(10**6, 10**9)}), "weight has shape [1000000, 1000000000]"),
+    "a number as name": (saved({**STATE, 3: torch.zeros(1)}), "entry 3 is not a parameter"),
+    "a long and strange name": (saved({**STATE, "\x1b[2J" * 900: torch.zeros(1)}), "unknown parameter"),
+    "a text": (saved("x" * 9000), "holds no parameters by name"),
+    "many others": (saved({f"layer{n}": torch.zeros(1) for n in range(999)}), "and 981 more"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_is_no_checkpoint_of_the_network_is_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(REFUSED[form][0])
+    assert REFUSED[form][1] in refusal(path)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as raised:
+        loaded(path)
+    text = str(raised.value)
+    assert text.startswith(str(path))
+    assert len(text.splitlines()) <= 25
+    assert max(map(len, printable(text).splitlines())) < 1000
+    return text
+
+
+def test_something_else_in_place_of_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth.tar"
+    path.touch()
+    assert [refusal(path) for _ in replaced(path)]
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(800, marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", ["plain", "before torch 1.6", "a loop's"])
+def test_every_damage_to_a_checkpoint_is_found_or_harmless(tmp_path: Path, form: str, count: int) -> None:
+    """Files from before torch 1.6 have no checksums: there the numbers may be others."""
+    path = tmp_path / "c.pth.tar"
+    for number in range(count):
+        draw = random.Random(number)
+        path.write_bytes(draw.choice((*BYTES, of_head))(FORMS[form], draw))
+        try:
+            found = loaded(path)
+        except DataError as error:
+            text = printable(str(error))
+            assert len(text.splitlines()) <= 25, number
+            assert max(map(len, text.splitlines())) < 1000, number
+            continue
+        assert found.keys() == STATE.keys()
+        assert all(torch.equal(found[k], v) for k, v in STATE.items()) or form == "before torch 1.6", number
 
 
 def test_the_model_must_be_the_configured_one(folder: Path, capsys) -> None:

@@ -24,6 +24,7 @@ from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
 from cpsp_dist.utils.logs import console
 from tests.support.environment import REPO, free_port
 from tests.support.fake_mlflow import Reply, fake_mlflow, good, http
+from tests.support.limits import within_limits
 from tests.support.mutations import damaged, replaced
 
 SECONDS = 10.0
@@ -144,14 +145,16 @@ def test_every_damaged_answer_is_one_line_or_harmless(
     with fake_mlflow(reply) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         ended = []
-        for _ in range(60):
-            ended.append(main(["compare"]))
+        for number in range(60):
+            with within_limits(number):
+                ended.append(main(["compare"]))
             shown = capfd.readouterr()
             assert shown.err.count("\n") == (ended[-1] == 2), shown.err
         assert {*ended} == {0, 2}
         for number in range(6):
             began = time.monotonic()
-            track(in_folder(config, tmp_path / str(number)), manifest)
+            with within_limits(number):
+                track(in_folder(config, tmp_path / str(number)), manifest)
             assert time.monotonic() - began < SECONDS
         assert "Traceback" not in capfd.readouterr().err
 

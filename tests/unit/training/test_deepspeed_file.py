@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from cpsp_dist.config import Config, load_config
 from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine import deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_file import UNUSABLE, UNUSABLE_ZERO, FileSettings, ZeroSettings
+from cpsp_dist.utils.logs import printable
+from tests.support.file_damage import BYTES, of_json
+from tests.support.limits import within_limits
 
 GOOD = '{"zero_optimization": {"overlap_comm": true}}'
 
@@ -210,3 +214,48 @@ def test_any_file_is_taken_as_it_is_or_refused(tmp_path, content, cut):
         assert {key: value for key, value in taken.items() if key not in ours} == left
         assert taken["zero_optimization"] == {**json.loads(text).get("zero_optimization", {}), "stage": 0}
         assert all(taken[key] == value for key, value in ours.items() if key != "zero_optimization")
+
+
+LARGE = {
+    "train_batch_size": 8,
+    "gradient_clipping": 0.1,
+    "gradient_predivide_factor": 2.0,
+    "communication_data_type": "bf16",
+    "prescale_gradients": True,
+    "bf16": {"enabled": False},
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5000, "sub_group_size": 10**9},
+    "flops_profiler": {"enabled": False, "profile_step": 3, "module_depth": 2, "output_file": "f.txt"},
+    "comms_logger": {"enabled": False, "prof_ops": ["all_reduce"]},
+}
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(800, marks=pytest.mark.long)])
+def test_every_damage_is_taken_as_it_stands_or_refused(tmp_path, count):
+    """What is taken is what Python's own reader finds."""
+    path, good = tmp_path / "ds.json", json.dumps(LARGE, indent=1).encode()
+    ours = config(path, "engine.zero=2")
+    taken = 0
+    for number in range(count):
+        draw = random.Random(number)
+        mutation = draw.choice((*BYTES, of_json, of_json, of_json, of_json, of_json, of_json))
+        path.write_bytes(mutation(good, draw))
+        what = f"{number}: {mutation.__name__}"
+        try:
+            with within_limits(what):
+                found = deepspeed_settings(ours, 1)
+        except ConfigError as error:
+            text = printable(str(error))
+            assert str(path) in text, what
+            assert len(text.splitlines()) < 20, what
+            assert max(map(len, text.splitlines())) < 500, what
+            continue
+        taken += 1
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        for key, value in content.items():
+            if isinstance(value, dict) and key in found:
+                assert all(found[key][name] == inner for name, inner in value.items()), what
+            else:
+                assert key in found or key in ("train_batch_size", "bf16"), what  # these follow from the configuration
+                assert found.get(key, value) == value, what
+        assert all(abs(value) <= 2**53 for value in found["zero_optimization"].values() if value is not None), what
+    assert 0 < taken < count

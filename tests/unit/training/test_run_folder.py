@@ -20,6 +20,7 @@ from cpsp_dist.models import build_model
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, truncate_after_step
+from tests.support.limits import within_limits
 from tests.support.mutations import damaged, replaced
 from tests.support.runs import arguments, newest_state
 
@@ -53,14 +54,16 @@ def test_every_damage_to_a_checkpoint_is_found_or_harmless(tmp_path: Path, name:
     expected = {step: checkpoints.load(step)[0] for step in (1, 2)}
     for seed, content in enumerate(damaged(undamaged, 3, 150)):
         file.write_bytes(content)
-        newest, mistake = outcome(checkpoints.newest_valid)
+        with within_limits(seed):
+            newest, mistake = outcome(checkpoints.newest_valid)
         if newest is None:
             assert "checkpoint of format" in mistake, seed
             continue
         step, passed_over = newest
         assert step in (1, 2), seed
         assert len(passed_over) == 2 - step, seed
-        found = checkpoints.load(step)
+        with within_limits(seed):
+            found = checkpoints.load(step)
         assert found[1].step == step
         assert torch.equal(found[0].weights["w"], expected[step].weights["w"]), seed
     file.unlink()
@@ -125,7 +128,8 @@ def test_every_damage_to_metrics_costs_damaged_lines_alone(tmp_path: Path) -> No
     for content in damaged(undamaged, 5, 400):
         file.write_bytes(content)
         left = content.splitlines(keepends=True)
-        warning = truncate_after_step(file, 6)
+        with within_limits(content):
+            warning = truncate_after_step(file, 6)
         kept = file.read_bytes().splitlines(keepends=True)
         assert all((parse_line(line) or {"step": 9})["step"] <= 6 for line in kept)
         assert kept == sorted(kept, key=left.index), "in their order, none twice"
@@ -178,7 +182,8 @@ def test_every_damage_to_an_exported_model_is_found(exported: Path, tmp_path: Pa
     undamaged = (folder / name).read_bytes()
     for content in damaged(undamaged, 7, 30 if name == "model.safetensors" else 60):
         (folder / name).write_bytes(content)
-        model, mistake = outcome(lambda: load_model(folder))
+        with within_limits(content):
+            model, mistake = outcome(lambda: load_model(folder))
         if model is None:
             assert mistake.startswith(str(folder))
             continue
@@ -197,7 +202,8 @@ def test_every_damage_to_a_launch_file_is_one_line(tmp_path: Path, capsys: pytes
     undamaged = file.read_bytes()
     for content in damaged(undamaged, 9, 300):
         file.write_bytes(content)
-        found, mistake = outcome(lambda: load_jobs(tmp_path))
+        with within_limits(content):
+            found, mistake = outcome(lambda: load_jobs(tmp_path))
         if found is None:
             assert mistake.startswith(f"{file}: damaged, so the jobs of this launch are not known")
             continue
