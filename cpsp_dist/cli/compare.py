@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import TYPE_CHECKING
 
+from cpsp_dist.cli.paths import local_path
+from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
+
+if TYPE_CHECKING:
+    from cpsp_dist.tracking.compare import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     output = parser.add_mutually_exclusive_group()
     for form, text in (("json", "JSON"), ("csv", "CSV"), ("latex", "a LaTeX tabular")):
         output.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {text}")
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="also write a page: figures, curves, all rows")
     parser.set_defaults(handler=_compare)
 
 
@@ -73,3 +80,19 @@ def _compare(args: argparse.Namespace) -> None:
     echo(FORMATS[args.form](found) if args.form else as_text(found, width))
     for line in found.warnings:
         logger.warning("%s", line)
+    if args.html:
+        _write_page(args, uri, found)
+
+
+def _write_page(args: argparse.Namespace, uri: str, found: Comparison) -> None:
+    from cpsp_dist.report.comparison_page import ComparedRuns, comparison_page
+    from cpsp_dist.report.page import write
+    from cpsp_dist.tracking.history import curves_of, read_histories
+
+    if not found.groups:
+        raise UserError("--html: there are no runs to write a page of")
+    runs = [run for group in found.groups for run in group.runs]
+    names = curves_of(runs)
+    data = ComparedRuns(found, read_histories(uri, runs, names), names)
+    write(comparison_page(data, f"Comparison of {', '.join(args.experiment)}"), args.html)
+    echo(f"{args.html}: open it in a browser")

@@ -161,3 +161,84 @@ def scatter(series: Mapping[str, Sequence[Sequence[Any]]], x: str, y: str) -> di
             for number, (name, points) in enumerate(series.items())
         ],
     )
+
+
+def intervals(
+    names: Sequence[str],
+    ends: Sequence[tuple[Number, Number, Number]],
+    points: Sequence[Sequence[float]],
+    x: str,
+) -> dict[str, Any]:
+    """A box for each name from low to high with a line at the mean, and its single points. ends: mean, low, high."""
+    boxes = [[low, low, mean, high, high] for mean, low, high in ends]
+    single = [[value, number] for number, values in enumerate(points) for value in values]
+    return _base(
+        tooltip={"confine": True},
+        legend={"show": False},
+        grid=GRID | {"top": 12},
+        xAxis=_axis(x, type="value", scale=True),
+        yAxis={
+            "type": "category",
+            "data": [*names],
+            "inverse": True,
+            "axisLabel": {"width": 160, "overflow": "truncate"},
+        },
+        series=[
+            {
+                "type": "boxplot",
+                "name": x,
+                "data": boxes,
+                "itemStyle": {"borderWidth": 2, "borderColor": "var(--c0)", "color": "var(--heat-none)"},
+            }
+            | {"boxWidth": [6, 18]},
+            {"type": "scatter", "name": "seeds", "data": single, "symbolSize": 7, "itemStyle": {"color": "var(--c1)"}},
+        ],
+    )
+
+
+def parallel(axes: Sequence[tuple[str, Sequence[Any]]], names: Sequence[str], coloured: int) -> dict[str, Any]:
+    """A line for each name through its value on each axis; `coloured`: the axis that the colour shows."""
+    drawn: list[dict[str, Any]] = []
+    columns: list[list[Any]] = []
+    for number, (name, values) in enumerate(axes):
+        floats = [_number(value) for value in values]
+        axis: dict[str, Any] = {"dim": number, "name": name, "nameTextStyle": {"width": 100, "overflow": "truncate"}}
+        if all(value is not None for value in floats) or number >= coloured:
+            columns.append(floats)
+            drawn.append(axis | {"type": _scale_of(floats), "scale": True})
+        else:
+            texts = [str(value) for value in values]
+            columns.append(texts)
+            kinds = sorted(set(texts))
+            drawn.append(axis | {"type": "category", "data": kinds, "axisLabel": {"width": 90, "overflow": "truncate"}})
+    known = [value for value in columns[coloured] if value is not None]
+    low, high = (min(known), max(known)) if known else (0, 1)
+    return {
+        "tooltip": {"confine": True},
+        "parallel": {"left": 60, "right": 90, "top": 44, "bottom": 70},
+        "parallelAxis": drawn,
+        "visualMap": {"min": low, "max": high if high > low else low + 1, "dimension": coloured, "bottom": 0}
+        | {"orient": "horizontal", "left": "center", "inRange": {"color": ["var(--c4)", "var(--c1)", "var(--c0)"]}}
+        | {"text": [f"{high:.4g}", f"{low:.4g}"], "calculable": False},
+        "series": [
+            {"type": "parallel", "name": "runs", "lineStyle": {"width": 2, "opacity": 0.7}}
+            | {
+                "data": [
+                    {"name": name, "value": list(v)} for name, v in zip(names, zip(*columns, strict=True), strict=True)
+                ]
+            }
+        ],
+    }
+
+
+def _scale_of(values: Sequence[float | None]) -> str:
+    """A logarithmic axis for what spans more than a factor of 30, as learning rates do."""
+    known = [value for value in values if value is not None]
+    return "log" if known and min(known) > 0 and max(known) > 30 * min(known) else "value"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

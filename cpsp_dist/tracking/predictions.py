@@ -33,7 +33,7 @@ def stored_predictions(uri: str) -> Stored:
     def read(run_id: str, output: str, split: str) -> Predictions | None:
         try:
             file = Path(output) / predictions_file(split)
-            if output and file.is_file() and _belongs(Path(output), run_id):
+            if output and file.is_file() and belongs(Path(output), run_id):
                 return Predictions.load(file)
             with tempfile.TemporaryDirectory() as folder:
                 return Predictions.load(Path(Store(uri).download_artifacts(run_id, file.name, folder)))
@@ -49,7 +49,7 @@ def stored_predictions(uri: str) -> Stored:
     return stored
 
 
-def _belongs(folder: Path, run_id: str) -> bool:
+def belongs(folder: Path, run_id: str) -> bool:
     """Whether the folder is that run's still."""
     try:
         return bool(json.loads(read_bytes(folder / RUN_FILE, limit=1 << 24))["run_id"] == run_id)

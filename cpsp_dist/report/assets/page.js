@@ -155,10 +155,14 @@
       tools.append(make("label", {}, "Filter ", filter), status);
       if (rows.length > page) tools.append(before, after);
     }
-    const texts = rows.map((row) => row.filter((_, i) => columns[i].kind !== "seconds").join(" ").toLowerCase());
+    let texts = null; // made when a word is first asked for
+    const textOf = (i) => {
+      texts = texts || rows.map((row) => row.filter((_, j) => columns[j].kind !== "seconds").join(" ").toLowerCase());
+      return texts[i];
+    };
 
     function update() {
-      state.order = rows.map((_, i) => i).filter((i) => state.words.every((word) => texts[i].includes(word)));
+      state.order = rows.map((_, i) => i).filter((i) => state.words.every((word) => textOf(i).includes(word)));
       if (state.column >= 0) {
         const sign = state.down ? -1 : 1;
         const value = (i) => rows[i][state.column];

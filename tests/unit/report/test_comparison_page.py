@@ -1,0 +1,112 @@
+"""`compare --html`: the page has the comparison's own figures, and what follows from stored predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import f1_score
+
+from cpsp_dist.cli import main
+from cpsp_dist.config import load_config
+from cpsp_dist.report.comparison_figures import f1_by_label, mcnemar_parts
+from cpsp_dist.report.comparison_page import ComparedRuns, comparison_page, runs_table
+from cpsp_dist.report.page import Figure, PageSection, Table
+from cpsp_dist.tracking.history import curves_of, read_histories
+from cpsp_dist.tracking.runs import TrackedRun
+from cpsp_dist.tracking.store import Store, experiment_id
+from tests.support.pages import predictions, some_answers, some_comparison
+from tests.support.runs import KEYPAD
+
+
+@pytest.fixture(scope="module")
+def data() -> ComparedRuns:
+    return some_comparison(4, 3)
+
+
+def sections(data: ComparedRuns) -> dict[str, PageSection]:
+    return {each.title: each for each in comparison_page(data, "Comparison").sections}
+
+
+def test_intervals_are_scipys(data: ComparedRuns) -> None:
+    table = runs_table(data)
+    names = [column.name for column in table.columns]
+    for row, group in zip(table.rows, data.found.groups, strict=True):
+        values = [*group.by_seed("accuracy/test").values()]
+        low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        start = names.index("accuracy/test")
+        assert row[start : start + 3] == pytest.approx([np.mean(values), low, high])
+    assert names[names.index("high") + 1] == "- kind0"
+
+
+def test_every_part_is_there(data: ComparedRuns) -> None:
+    assert all(section.parts for section in sections(data).values())
+    titles = {part.title for section in sections(data).values() for part in section.parts if isinstance(part, Figure)}
+    expected = {"accuracy/test with intervals", "accuracy/val", "loss/total", "Settings and results of each run"}
+    expected |= {"Accuracy at each segment of test", "F1 by category, difference to kind0", "Throughput"}
+    assert titles == expected
+
+
+def test_curves_are_means_over_seeds_with_a_band(data: ComparedRuns) -> None:
+    figure: Any = sections(data)["Learning curves"].parts[0]
+    group = data.drawn[0]
+    own = [dict(data.histories[run.id]["accuracy/val"]) for run in group.runs]
+    drawn = [series for series in figure.option["series"] if series["name"] == group.name]
+    assert drawn[0]["data"][-1] == pytest.approx([299, np.mean([run[299] for run in own])])
+    low = np.array(drawn[1]["data"])[-1, 1]
+    assert low == pytest.approx(
+        stats.t.interval(0.95, 2, np.mean([r[299] for r in own]), stats.sem([r[299] for r in own]))[0]
+    )
+
+
+def test_f1_is_sklearns() -> None:
+    found = predictions(some_answers(50, 4))
+    expected = f1_score(found.truth.ravel(), found.label.ravel(), labels=range(5), average=None, zero_division=0)
+    assert f1_by_label(found) == pytest.approx(expected)
+
+
+def test_mcnemar_counts_the_same_segments(data: ComparedRuns) -> None:
+    table = mcnemar_parts(data.stored, "kind0")[0]
+    assert isinstance(table, Table)
+    own, other = data.stored["kind0"], data.stored[table.rows[0][0]]
+    a, b = (each.label == each.truth for each in (own, other))
+    both, only_first, only_second, neither, p = table.rows[0][2:]
+    assert (both, neither) == ((a & b).sum(), (~a & ~b).sum())
+    assert p == pytest.approx(stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+def test_few_things_known_are_a_page_too() -> None:
+    data = some_comparison(1, 1)
+    plain = ComparedRuns(data.found, {}, [])
+    assert comparison_page(plain, "one").sections
+
+
+@pytest.mark.long
+def test_the_command_and_histories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From MLflow's store where the run's folder is gone, from the folder where it is there."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = load_config(str(KEYPAD), ["data.shards=x", f"output={tmp_path / 'run'}", f"tracking.uri={uri}"])
+    store = Store(uri)
+    ids = []
+    for name in ("a", "b"):
+        run = store.create_run(experiment_id(store, config), run_name=name, tags={"output": str(tmp_path / name)})
+        ids.append(run.info.run_id)
+        for step in (1, 2):
+            store.log_metric(run.info.run_id, "accuracy/val", 50.0 + step, step=step)
+        store.set_terminated(run.info.run_id)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mlflow_run.json").write_text(f'{{"run_id": "{ids[1]}"}}')
+    (tmp_path / "b" / "metrics.jsonl").write_text(
+        '{"step": 1, "accuracy/val": 51.0}\n{"step": 2, "accuracy/val": 52.0}\n'
+    )
+    runs = [TrackedRun(i, i, "FINISHED", metrics={"accuracy/val": 1.0}, tags={"output": str(tmp_path / n)})
+            for i, n in zip(ids, "ab", strict=True)]  # fmt: skip
+    assert curves_of(runs) == ["accuracy/val"]
+    assert read_histories(uri, runs, ["accuracy/val"]) == {one: {"accuracy/val": [(1, 51.0), (2, 52.0)]} for one in ids}
+    page = tmp_path / "page.html"
+    assert main(["compare", "--uri", uri, "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith(f"{page}: open it in a browser\n")
+    assert "Learning curves" in page.read_text(encoding="utf-8")
