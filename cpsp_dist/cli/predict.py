@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by --out's suffix, else table)")
     parser.add_argument("--out", type=local_path, metavar="FILE", help="file to write (default: print)")
-    parser.add_argument("--plot", type=local_path, metavar="DIR", help="draw VIDEO.png of each into this folder")
+    parser.add_argument(
+        "--plot",
+        type=local_path,
+        metavar="DIR",
+        help="draw VIDEO.png of each into this folder; or all into a page NAME.html",
+    )
     parser.add_argument(
         "--overlay", type=local_path, metavar="DIR", help="write VIDEO.mp4 of each, events drawn in, into this folder"
     )
+    known = parser.add_argument_group("what is known of videos and features, to show beside (shards have it)")
+    known.add_argument("--labels", metavar="JSON", help='seconds of events, {"ID": {"label": [0, 1, …]}}')
+    known.add_argument("--csv", metavar="FILE", help="categories: category,video_id,split")
     parser.add_argument("--split", default="test", help="of shards (default: %(default)s)")
     windows = parser.add_argument_group("videos that are longer than those of the training")
     windows.add_argument(
@@ -66,8 +75,6 @@ def _predict(args: argparse.Namespace) -> None:
     suffix = args.out.suffix[1:] if args.out else ""
     form = args.format or (suffix if suffix in FORMATS else "table")
     options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
-    if args.plot is not None:
-        require("matplotlib", "report", "--plot")
     if args.overlay is not None:
         require("PIL", "report", "--overlay")
     found = predict(load_model(args.model), args.inputs, options)
@@ -85,14 +92,16 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _drawn(found: Iterator[Prediction], plots: Path | None, overlays: Path | None) -> Iterator[Prediction]:
-    """The predictions, each after its picture and its video are written into these folders."""
-    for each in found:
-        if plots is not None:
-            from cpsp_dist.inference.plot import draw
+    """The predictions, each after its picture and its video are written."""
+    from cpsp_dist.inference.plot import pictures
 
-            draw(each, plots)
-        if overlays is not None:
-            from cpsp_dist.inference.overlay import overlay
+    with contextlib.ExitStack() as stack:
+        draw = None if plots is None else stack.enter_context(pictures(plots))
+        for each in found:
+            if draw is not None:
+                draw(each)
+            if overlays is not None:
+                from cpsp_dist.inference.overlay import overlay
 
-            overlay(each, overlays)
-        yield each
+                overlay(each, overlays)
+            yield each

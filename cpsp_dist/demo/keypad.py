@@ -70,12 +70,12 @@ def generate(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
         _write(part, videos)
 
 
-def videos_of(sizes: dict[str, int], seed: int) -> Iterator[dict[str, Any]]:
+def videos_of(sizes: dict[str, int], seed: int, rate: int = RATE) -> Iterator[dict[str, Any]]:
     """Every video of train, val and test: what it is, the wall of its seconds `visual` [10, 7, 7, 64], 0 to 1, and the
-    samples of their `sound` [10, RATE]."""
+    samples of their `sound` [10, rate]."""
     scans = _split_scans(seed)
     for number, split in enumerate(SPLITS):
-        yield from _split(split, sizes[split], seed, number, scans[split])
+        yield from _split(split, sizes[split], [seed, 2, number], scans[split], rate)
 
 
 def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
@@ -95,8 +95,8 @@ def _split_scans(seed: int) -> dict[str, list[np.ndarray]]:
     return result
 
 
-def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    rng = np.random.default_rng([seed, 2, number])
+def _split(split: str, count: int, seed: list[int], scans: list[np.ndarray], rate: int) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
     for index in range(count):
         category = index % 10
         mask = _mask(rng)
@@ -122,7 +122,7 @@ def _split(split: str, count: int, seed: int, number: int, scans: list[np.ndarra
             "tones": tones,
             "seen": seen,
             "visual": np.stack([_wall(rng, digits, scans) for digits in seen]),
-            "sound": _sound(rng, tones),
+            "sound": _sound(rng, tones, rate),
         }
 
 
@@ -155,10 +155,10 @@ def _wall(rng: np.random.Generator, digits: list[int], scans: list[np.ndarray]) 
     return wall.reshape(GRID, GRID, PIXELS)
 
 
-def _sound(rng: np.random.Generator, tones: list[int]) -> np.ndarray:
-    """[10, RATE]: seconds of noise, with each second's tone for a part of it."""
-    time = np.arange(RATE) / RATE
-    sound = rng.standard_normal((len(tones), RATE)) * rng.uniform(0.5, 1.5, (len(tones), 1))
+def _sound(rng: np.random.Generator, tones: list[int], rate: int) -> np.ndarray:
+    """[10, rate]: seconds of noise, with each second's tone for a part of it."""
+    time = np.arange(rate) / rate
+    sound = rng.standard_normal((len(tones), rate)) * rng.uniform(0.5, 1.5, (len(tones), 1))
     for second, tone in enumerate(tones):
         phase, level = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.5, 1.0)
         start, length = rng.uniform(0, 0.4), rng.uniform(0.3, 0.6)

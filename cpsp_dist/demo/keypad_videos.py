@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpsp_dist.demo.keypad import CATEGORIES, GRID, RATE, videos_of
+from cpsp_dist.demo.keypad import CATEGORIES, GRID, videos_of
 from cpsp_dist.packing.target import workplace
 from cpsp_dist.packing.text import COLUMNS
 from cpsp_dist.utils.cores import usable_cores
@@ -19,8 +19,8 @@ from cpsp_dist.utils.extras import require
 
 #: Frames a second; pixels of a scan, each way, and how often each is repeated: 224 x 224 of the picture.
 FPS, CELL, SCALE = 10, 8, 4
-#: The noise and the tones stay within -1 and 1.
-VOLUME = 0.15
+#: Samples a second; what they are multiplied by, so that noise and tones stay within -1 and 1.
+RATE, VOLUME = 16000, 0.03
 
 
 def render(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
@@ -37,7 +37,7 @@ def render(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
         lines, labels = [",".join(COLUMNS)], {}
         with ThreadPoolExecutor(usable_cores()) as pool:
             waiting = []
-            for video in videos_of(sizes, seed):
+            for video in videos_of(sizes, seed, RATE):
                 lines.append(f"{CATEGORIES[video['category']]},{video['id']},{video['split']}")
                 labels[video["id"]] = {"label": video["mask"].astype(int).tolist()}
                 waiting.append(pool.submit(_write, part / "videos" / f"{video['id']}.mp4", video))
@@ -59,7 +59,7 @@ def _write(path: Path, video: dict[str, Any]) -> None:
     import av
 
     with av.open(str(path), "w") as out:
-        picture: Any = out.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
+        picture: Any = out.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
         picture.height = picture.width = GRID * CELL * SCALE
         picture.pix_fmt = "yuv420p"
         picture.codec_context.thread_count = 1

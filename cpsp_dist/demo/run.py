@@ -42,21 +42,21 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     folder = Path(output)
     if ranks is None:
         ranks = _ranks()
-    _make_anew(folder)
+    make_anew(folder)
     shards = folder / "shards"
     store = f"sqlite:///{folder / 'mlflow.db'}"
-    say = _Steps(3 + len(KINDS) * seeds)
+    say = Steps(3 + len(KINDS) * seeds)
     say("Make the keypad corpus: digits on a wall, telephone tones, ten seconds each (AVE's h5 layout)")
-    _run(["-m", "cpsp_dist", "shards", "keypad", "--out", str(folder / "features")])
+    run_python(["-m", "cpsp_dist", "shards", "keypad", "--out", str(folder / "features")])
     say("Pack the features into WebDataset shards")
-    _run(["-m", "cpsp_dist", "shards", "pack", "--layout", "ave-h5", "--source", str(folder / "features")]
+    run_python(["-m", "cpsp_dist", "shards", "pack", "--layout", "ave-h5", "--source", str(folder / "features")]
          + ["--out", str(shards)])  # fmt: skip
-    _run(["-m", "cpsp_dist", "shards", "preview", str(shards), "-n", "4"])
+    run_python(["-m", "cpsp_dist", "shards", "preview", str(shards), "-n", "4"])
     for seed in range(1, seeds + 1):
         for name, settings in KINDS.items():
             say(f"Train {name}, seed {seed}, on {ranks} ranks")
             run = f"{name}-seed{seed}"
-            _run(
+            run_python(
                 ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "cpsp_dist.train"]
                 + ["--config", config, f"data.shards={shards}", f"output={folder / run}", f"train.seed={seed}"]
                 + ["tracking.experiment=demo", f"tracking.run_name={run}", *settings, *overrides],
@@ -68,8 +68,10 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     found = compare_runs(find_runs(store, ["demo"]), Question(shown, mean=True, baseline="psp"))
     echo(as_text(found))
     echo(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
-    echo(f"  {_command('cpsp-dist')} compare --experiment demo --uri {store}")
-    echo(f"  {_command('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+    echo(f"  {command_of('cpsp-dist')} compare --experiment demo --uri {store}")
+    echo(f"  {command_of('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+    echo("The same on real videos, from mp4 files to predicted events, in a minute:\n")
+    echo(f"  {command_of('cpsp-dist')} demo --videos\n")
 
 
 def _ranks() -> int:
@@ -82,7 +84,7 @@ def _ranks() -> int:
     return 1
 
 
-def _command(name: str) -> str:
+def command_of(name: str) -> str:
     """How the user can call this environment's `name`: with its folder, unless that is on the PATH."""
     path = Path(sys.executable).with_name(name)
     if shutil.which(name) == str(path) or not path.exists():
@@ -90,7 +92,7 @@ def _command(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _make_anew(folder: Path) -> None:
+def make_anew(folder: Path) -> None:
     if folder.exists() and not (folder / MARK).is_file():
         raise UserError(f"--output {folder}: exists and is not an earlier demo's; choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +100,7 @@ def _make_anew(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-class _Steps:
+class Steps:
     """Numbered headings."""
 
     def __init__(self, total: int):
@@ -109,7 +111,7 @@ class _Steps:
         echo(f"\n[{self.done}/{self.total}] {text}")
 
 
-def _run(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+def run_python(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
     """Run python with `arguments` and `env` on top of the environment, passing on its lines but those of launchers that
     hold a text of `quiet`."""
     process = subprocess.Popen(

@@ -20,6 +20,7 @@ from cpsp_dist.errors import UserError
 from cpsp_dist.inference.inputs import FeatureFiles, resolve
 from cpsp_dist.inference.model import TrainedModel
 from cpsp_dist.inference.prediction import Prediction, Scores, Truth, make_prediction
+from cpsp_dist.inference.truth import KnownVideos
 from cpsp_dist.inference.videos import VideoReader
 from cpsp_dist.inference.windows import score
 from cpsp_dist.utils.redact import url_without_secrets
@@ -36,6 +37,7 @@ class PredictOptions:
         split: of shards.
         window, hop: segments of a window over longer videos (None: as many as the model was trained on), and from one
             window to the next (None: half a window).
+        labels, csv: files with the labels and categories of videos and features, where they are known.
         visual_encoder, audio_encoder: names, for videos, where the model does not record its encoders.
         visual_weights, audio_weights: files of their weights; None: those in the cache.
         device: that computes, as "cuda"; None: a GPU where there is one.
@@ -44,6 +46,8 @@ class PredictOptions:
     split: str = "test"
     window: int | None = None
     hop: int | None = None
+    labels: str | None = None
+    csv: str | None = None
     visual_encoder: str | None = None
     audio_encoder: str | None = None
     visual_weights: str | None = None
@@ -76,6 +80,11 @@ class _Predictor:
             raise UserError(f"--hop {self.hop}: has to be from 1 to the window, {self.window}, or seconds are left out")
         self.device = str(named_device(options.device))
         self.model = model.to(self.device)
+        if options.csv is not None and options.labels is None:
+            raise UserError(
+                f"--csv {options.csv}: names categories; --labels with the seconds of the events is missing"
+            )
+        self.known = KnownVideos(options.labels, options.csv)
         self.options, self.name = options, f"the model of {model.place}"
         self._reader: VideoReader | None = None
 
@@ -108,14 +117,18 @@ class _Predictor:
         require_same(self.model.encoders, encoders, self.name, str(files.visual))
         visual, audio = (torch.from_numpy(array)[None] for array in files.load())
         scores = self._score(visual, audio, str(files.visual))[0]
-        return make_prediction(scores, self.model.categories, (given, files.video), encoders.segment_seconds, None)
+        return self._prediction(scores, (given, files.video), encoders.segment_seconds)
 
     def _of_video(self, path: str) -> Prediction:
         if self._reader is None:
             self._reader = self._make_reader()
         visual, audio = (torch.from_numpy(array)[None] for array in self._reader.read(path, self.model.segments))
         scores = self._score(visual, audio, path)[0]
-        return make_prediction(scores, self.model.categories, (path, Path(path).stem), self._reader.seconds, None)
+        return self._prediction(scores, (path, Path(path).stem), self._reader.seconds)
+
+    def _prediction(self, scores: Scores, name: tuple[str, str], seconds: float) -> Prediction:
+        truth = self.known.of(name[1], len(scores.event))
+        return make_prediction(scores, self.model.categories, name, seconds, truth)
 
     def _make_reader(self) -> VideoReader:
         options = self.options

@@ -42,6 +42,7 @@ def require_comparison(folder: Path, printed: str) -> str:
         evaluated = json.loads((folder / f"{kind}-seed1/evaluation_test.json").read_text())
         assert run.metrics["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
         assert f" {100 * evaluated['accuracy']:.2f} " in row
+    assert " demo --videos\n" in table
     return table
 
 
@@ -58,7 +59,7 @@ def test_demo_in_forked_ranks(prefork, tmp_path, monkeypatch, capsys):
         assert rest[: at - 1] == ["--standalone", "--nproc-per-node=2"]
         print(prefork.start(rest[at + 1 :], 2, **(env or {})).finish(240))
 
-    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(demo, "run_python", run)
     demo.demo(str(KEYPAD), str(tmp_path / "demo"), seeds=1, ranks=2, overrides=SHORT_RUNS)
     require_comparison(tmp_path / "demo", capsys.readouterr().out)
 
@@ -98,3 +99,5 @@ def test_demo_spares_what_is_not_its_own(tmp_path, capsys):
     assert main(["demo", "--config", config, "--output", str(tmp_path / "new"), "train.epoch=1"]) == 2
     assert "did you mean 'train.epochs'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    assert main(["demo", "--videos", "--seeds", "1"]) == 2
+    assert "error: --seeds: --videos trains one model on one rank; leave it out" in capsys.readouterr().err

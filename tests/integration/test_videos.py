@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpsp_dist.demo import run_videos
 from cpsp_dist.demo.keypad_videos import render
 from tests.support import forked_command
 from tests.support.environment import REPO
@@ -60,3 +61,24 @@ def test_six_commands_of_readme(prefork: Any, tmp_path: Path) -> None:
     expected = found["shards"]["event_probability"]  # packed as float16
     np.testing.assert_allclose(found["new.mp4"]["event_probability"], expected, rtol=0, atol=2e-3)
     assert {line["category"] for line in found.values()} == {found["shards"]["category"]}
+
+
+@pytest.mark.long
+def test_demo_of_videos(prefork: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """All of its steps, on fewer videos; three are predicted, with pictures and with what is true of them."""
+
+    def run(arguments: list[str]) -> None:
+        done = forked_command.run(prefork, tmp_path, arguments[2:], timeout=SECONDS)
+        assert done.code == 0, f"{arguments}\n{done.out}{done.err}"
+        print(done.out)
+
+    monkeypatch.setattr(run_videos, "run_python", run)
+    monkeypatch.setattr(run_videos, "SIZES", {"train": 4, "val": 1, "test": 3})
+    folder = tmp_path / "demo"
+    run_videos.demo_videos("keypad", str(folder), ["train.epochs=2", "train.global_batch=4"])
+    names = [f"keypad-test-{number:05d}" for number in range(3)]
+    assert sorted(each.stem for each in (folder / "pictures").glob("*.png")) == names
+    printed = capsys.readouterr().out
+    for name in names:
+        assert re.search(rf"^{name} .* digit \w+: (\d|none)", printed, re.MULTILINE), printed
+    assert "Done in " in printed

@@ -105,6 +105,13 @@ def test_files_of_features_and_a_program(folder: Path, tmp_path: Path, capsys: p
     for given in (tmp_path / "features" / "audio" / f"{key}.npy", tmp_path / f"{key}.visual.npy"):
         (one,) = predicted(capsys, folder / "model", given)
         np.testing.assert_allclose(one["event_probability"], expected[0]["event_probability"], rtol=0, atol=5e-6)
+    known = expected[0]["truth"]
+    (tmp_path / "labels.json").write_text(json.dumps({key: {"label": known["event"]}}))
+    (tmp_path / "list.csv").write_text(f"video_id,category,split\n{key},{known['category']},test\n")
+    labels = ["--labels", tmp_path / "labels.json", "--csv", tmp_path / "list.csv"]
+    assert predicted(capsys, folder / "model", tmp_path / f"{key}.visual.npy", *labels)[0]["truth"] == known
+    without = predicted(capsys, folder / "model", tmp_path / f"{expected[1]['video']}.visual.npy", *labels)[0]
+    assert "truth" not in without
     model = cpsp_dist.load_model(folder / "model")
     (one,) = model.predict(tmp_path / "features" / "visual" / f"{key}.npy")
     assert (one.video, one.category) == (key, expected[0]["category"])
@@ -173,6 +180,9 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         ([model, shards, "--window", "0"], "--window 0: has to be 1 or more"),
         ([model, shards, "--hop", "11"], "--hop 11: has to be from 1 to the window, 10"),
         ([model, shards, "--device", "cuda:7"], "--device cuda:7: cannot be used"),
+        ([model, shards, "--csv", "list.csv"], "--csv list.csv: names categories; --labels with the seconds of"),
+        ([model, shards, "--labels", str(tmp_path / "none.json")], "none.json: cannot be read (No such file or"),
+        ([model, shards, "--plot", str(tmp_path / "a.png")], "a.png: give a folder, where each video has a picture"),
         ([model, shards, "--out", str(tmp_path / "no" / "file")], "cannot be written (No such file or directory)"),
     ):
         capsys.readouterr()

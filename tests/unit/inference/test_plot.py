@@ -1,0 +1,82 @@
+"""`--plot`: what is in the picture of a prediction, as PNG files in a folder and as one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpsp_dist.errors import UserError
+from cpsp_dist.extraction.clip import ClipForm
+from cpsp_dist.extraction.video import read_clip
+from cpsp_dist.inference.plot import FRAME, figure_of, pictures
+from cpsp_dist.inference.prediction import Prediction, Span, Truth
+from tests.support.videos import Spec, make_video
+
+EVENT = [0.1, 0.9, 0.2]
+
+
+def prediction(given: str, video: str) -> Prediction:
+    attention = np.zeros((3, 49), np.float32)
+    attention[[0, 1, 2], [0, 24, 48]] = 1
+    truth = Truth("dog & bell", [0, 1, 1])
+    return Prediction(
+        given, video, "dog & bell", 0.9, 1.0, EVENT, [Span(1.0, 2.0, "dog & bell", 0.9)], truth, attention
+    )
+
+
+def test_rows_of_a_video(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "clip.mp4", Spec(fps=10, frames=30))
+    clip = read_clip(path, ClipForm(3, 1.0, 1, FRAME))
+    figure = figure_of(prediction(str(path), "clip"))
+    rows = {axis.get_ylabel(): axis for axis in figure.axes}
+    assert [*rows] == ["frame", "attention", "sound", "mel", "event"]
+    np.testing.assert_array_equal(rows["frame"].images[0].get_array(), np.concatenate([*clip.frames], axis=1))
+    shown = np.asarray(rows["attention"].images[0].get_array()).mean(axis=2)
+    lit = shown - 0.45 * np.concatenate([*clip.frames.mean(axis=3)], axis=1) / 255  # without the grey frame below
+    cells = lit.reshape(7, 16, 3, 7, 16).mean(axis=(1, 4)).transpose(1, 0, 2).reshape(3, 49)
+    assert cells.argmax(axis=1).tolist() == [0, 24, 48]
+    (wave,) = rows["sound"].lines
+    np.testing.assert_array_equal(wave.get_ydata(), clip.waveform)
+    energies = np.asarray(rows["mel"].images[0].get_array())
+    assert energies.shape == (64, 3 * 96)
+    loud = energies.mean(axis=0).reshape(-1, 96 // 4).max(axis=1)
+    assert loud.min() > energies.mean() + 0.2, "each quarter second has bursts of tones"
+    assert [bar.get_height() for bar in rows["event"].patches] == EVENT
+    spans = {line.get_color(): [*line.get_xdata()] for line in rows["event"].lines if len(line.get_xdata()) == 2}
+    assert (spans["tab:green"], spans["tab:blue"]) == ([1, 2], [1, 3])
+    assert "predicted (green) 1-2 dog & bell   true (blue) 1-3 dog & bell" in rows["event"].get_xlabel()
+
+
+def test_a_page_holds_all_of_it(tmp_path: Path) -> None:
+    with pictures(tmp_path / "page.html") as draw:
+        for name in ("a<b", "c"):
+            draw(prediction("shards", name))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*)</h2>", page) == ["a&lt;b", "c"]
+    assert "dog &amp; bell" in page
+    assert "dog & bell" not in page
+    images = re.findall('<img alt="[^"]+" src="data:image/png;base64,([^"]+)">', page)
+    assert [base64.b64decode(each)[:4] for each in images] == [b"\x89PNG"] * 2
+    assert not re.findall('(?:src|href)=(?!"data:)', page)
+    assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("picture.png", "picture.png: give a folder, where each video has a picture, or a page NAME.html"),
+        ("none/page.html", "page.html: cannot be written (no such folder)"),
+        ("folder.html", "folder.html: cannot be written (a folder)"),
+        ("file", "file: cannot be written (File exists)"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught, pictures(tmp_path / name):
+        pass
+    assert str(caught.value) == f"--plot {tmp_path}/{name.rpartition('/')[0]}{'/' if '/' in name else ''}{text}"
