@@ -21,7 +21,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "compare",
         help="runs side by side: differing settings, results with 95 %% intervals, tests against a baseline",
         description="A table of MLflow runs. With --mean or --by, runs of several seeds share a row: mean ± half of "
-        "the 95 %% interval.",
+        "the 95 % interval.",
         epilog="Example: cpsp-dist compare --mean --baseline psp --metric accuracy/test",
     )
     which = parser.add_argument_group("which runs")

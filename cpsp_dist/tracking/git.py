@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
+
+from cpsp_dist.utils.redact import url_without_secrets
 
 
 def git_state() -> dict[str, str]:
@@ -13,6 +16,19 @@ def git_state() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):  # no git, no checkout: an installed package
         return {}
     return {"git.commit": commit, "git.changed": str(changed).lower()}
+
+
+def git_source() -> dict[str, str]:
+    """The same as MLflow's own tags have it, with branch and origin where there are any."""
+    found = {}
+    for tag, arguments in {
+        "mlflow.source.git.commit": ("rev-parse", "HEAD"),
+        "mlflow.source.git.branch": ("symbolic-ref", "--short", "HEAD"),
+        "mlflow.source.git.repoURL": ("remote", "get-url", "origin"),
+    }.items():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found[tag] = url_without_secrets(_git(*arguments))
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -7,27 +7,26 @@ server that is down or slow delays the page, never the training.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import platform
 import re
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cpsp_dist import __version__
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import Stopped
-from cpsp_dist.tracking.git import git_state
-from cpsp_dist.tracking.store import PARENT, RUN_FILE, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.tracking import pages
+from cpsp_dist.tracking.describe import Start, run_tags
+from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
+from cpsp_dist.tracking.predictions import STORED_TAG, predictions_file
+from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
 
@@ -35,11 +34,8 @@ logger = logging.getLogger(__name__)
 
 SEND_EVERY_SECONDS = 15.0
 PATIENCE_WHEN_STOPPED = 5.0
-#: The points; the settings, as MLflow keeps them.
-POINTS_FILE, CONFIG_FILE = "metrics.jsonl", "config.json"
-#: Characters of a parameter or tag that every server takes; names of metrics that it does.
-LONGEST_VALUE, _METRIC_NAME = 5000, re.compile(r"[\w.-][\w. /-]{0,199}")
-_PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
+#: Names of metrics that every server takes.
+_METRIC_NAME = re.compile(r"[\w.-][\w. /-]{0,199}")
 
 
 def import_mlflow() -> None:
@@ -69,13 +65,17 @@ class Tracker:
         step: int,
         finished: bool,
         enabled: bool,
+        start: Start | None = None,
     ):
         """finished: nothing is to come but what an earlier start could not write or send."""
+        self.start = start or Start()
         self.config, self.manifest, self.world = config, manifest, world
         self.folder, self.step = Path(config.output), step
         self.finished, self.enabled = finished, enabled
         self.file = self.folder / POINTS_FILE
         self.run_id = run_id
+        self.record = RunRecord(config, manifest.fingerprint)
+        self.experiment = ""
         self.points = JsonLines(self.file, partial(self._warn, "write"), "points")
         self.sender: threading.Thread | None = None
         self._wake, self._ended = threading.Event(), ""
@@ -84,7 +84,7 @@ class Tracker:
         self._sent_bytes = 0  # of the file, whose lines up to there the server has
         self._has: dict[str, set[int]] | None = None  # what the server has of a resumed run; None: ask it
         self._opened = False
-        self._further: list[tuple[str, Callable[[], None]]] = []
+        self._further: deque[tuple[str, Callable[[], None]]] = deque()
 
     def __enter__(self) -> Tracker:
         if self.enabled:
@@ -128,6 +128,32 @@ class Tracker:
         """Send what there is soon; returns at once."""
         self._wake.set()
 
+    def keep(self, file: Path) -> None:
+        """Make a file of the run's folder an artifact, once it can be; it has to stay as it is."""
+        if self.sender is not None:
+            self._further.append((file.name, lambda: self.store.log_artifact(self.run_id, str(file))))
+
+    def keep_results(self, splits: Iterable[str]) -> None:
+        """`keep` what evaluations of these splits left in the run's folder."""
+        for split in splits:
+            for name in (f"evaluation_{split}.json", predictions_file(split)):
+                if (self.folder / name).is_file():
+                    self.keep(self.folder / name)
+        self.add_tags({STORED_TAG: ",".join(s for s in splits if (self.folder / predictions_file(s)).is_file())})
+
+    def page(self) -> str:
+        """Where the run is to be seen; the store, where it has no run yet."""
+        if not self.experiment:
+            return without_secrets(tracking_uri(self.config))
+        return page_of(tracking_uri(self.config), self.experiment, self.run_id or "")
+
+    def add_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags to the run, once that can be."""
+        if self.sender is not None:
+            self._further.append(
+                (f"the tags {', '.join(tags)}", lambda: pages.set_tags(self.store, str(self.run_id), tags))
+            )
+
     def _work(self) -> None:
         """The thread: send every SEND_EVERY_SECONDS, and a last time at the end, until that went well."""
         while True:
@@ -138,8 +164,10 @@ class Tracker:
                 if not self._opened:
                     self._open()
                 self._send()
-                self._describe_further()
+                missing = self._describe_further()
                 if status:
+                    if missing:
+                        self._warn("missing", f"MLflow never took {', '.join(missing)}; a later start tries again")
                     if self.store.get_run(self.run_id).info.status != status:
                         self.store.set_terminated(self.run_id, status)
                     return
@@ -153,14 +181,19 @@ class Tracker:
     def _open(self) -> None:
         config = self.config
         self.store = Store(tracking_uri(config))
-        run = self._known_run()
+        run = known_run(
+            self.store,
+            (self.record.read(), self.run_id),
+            self.folder,
+            lambda reason: self._warn("run", f"{reason}; a new one gets all points of {self.file}"),
+        )
         if run is None:
             name = url_without_secrets(config.tracking.run_name or self.folder.name)
             above = {PARENT: config.tracking.parent} if config.tracking.parent else None
-            run = self.store.create_run(experiment_id(self.store, config), run_name=name, tags=above)
+            began = round(1000 * self._began())
+            run = self.store.create_run(experiment_id(self.store, config), began, run_name=name, tags=above)
             self.run_id = run.info.run_id
-            with contextlib.suppress(OSError):
-                (self.folder / RUN_FILE).write_text(json.dumps(self._identity(self.run_id)), encoding="utf-8")
+            self.record.write(run.info.run_id)
             self._has, self._sent_bytes = {}, 0
         else:
             self.run_id = run.info.run_id
@@ -168,40 +201,15 @@ class Tracker:
                 self.store.update_run(self.run_id, "RUNNING")
             if config.tracking.parent not in (None, run.data.tags.get(PARENT)):
                 self.store.set_tag(self.run_id, PARENT, config.tracking.parent)
+        self.experiment = run.info.experiment_id
         self._describe(run)
         self._opened = True
 
-    def _known_run(self) -> Any:
-        """The run of an earlier start; None where there was none, or it is not there any more, or another folder's."""
-        for run_id in dict.fromkeys(known for known in (self._run_of_this_start(), self.run_id) if known):
-            try:
-                run = self.store.get_run(run_id)
-            except StoreError as error:
-                if error.code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    raise
-                self._warn("run", f"MLflow has no run {run_id} any more; a new one gets all points of {self.file}")
-                continue
-            place, here = run.data.tags.get("output"), str(self.folder.resolve())
-            if run.info.lifecycle_stage != "active":
-                reason = "was deleted"
-            elif place and place != here and _holds_a_run(Path(place)):
-                reason = f"belongs to {place}, of which {here} is a copy"
-            else:
-                return run
-            self._warn("run", f"MLflow's run {run_id} {reason}; a new one gets all points of {self.file}")
-        return None
-
-    def _run_of_this_start(self) -> str | None:
-        """The MLflow run that this folder names, if it was the same run: maybe one that ended before a checkpoint."""
-        try:
-            known = json.loads(read_bytes(self.folder / RUN_FILE))
-            return known["run_id"] if known == self._identity(known["run_id"]) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-
-    def _identity(self, run_id: str | None) -> dict[str, Any]:
-        store = without_secrets(tracking_uri(self.config))
-        return {"run_id": run_id, "store": store, "config": flat(self.config), "data": self.manifest.fingerprint}
+    def _began(self) -> float:
+        """Of the run's first start, or its first point where an earlier start made no MLflow run."""
+        first = next(self.points.lines(), {"time": math.inf})
+        at = _number(first.get("time"))
+        return min(self.start.began, at) if at > 0 else self.start.began
 
     def _send(self) -> None:
         from mlflow.entities import Metric
@@ -234,46 +242,33 @@ class Tracker:
     def _describe(self, run: Any) -> None:
         """What the run is: what of it the store does not have yet. An earlier start may have ended in between."""
         from mlflow import __version__ as mlflow_version
-        from mlflow.entities import Param, RunTag
 
+        store, run_id = self.store, str(self.run_id)
+        tags = {"output": str(self.folder.resolve()), **self.start.tags}
         if not run.data.params:
-            settings = flat(self.config) | {"world_size": self.world}
-            params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in settings.items()]
-            tags = {f"version.{name}": version(name) for name in _PACKAGES}
-            tags |= {"version.cpsp_dist": __version__, "version.python": platform.python_version()}
-            tags |= {"version.mlflow": mlflow_version}  # in a plain install, of the package mlflow-skinny
-            tags |= {"command": without_secrets(" ".join(sys.argv))} | git_state()
-            self.store.log_batch(self.run_id, tags=[RunTag(key, value[:LONGEST_VALUE]) for key, value in tags.items()])
-            for start in range(0, len(params), 100):  # the server's limit for one batch
-                self.store.log_batch(self.run_id, params=params[start : start + 100])
-        place = str(self.folder.resolve())
-        if run.data.tags.get("output") != place:
-            self.store.set_tag(self.run_id, "output", place[:LONGEST_VALUE])
+            pages.set_params(store, run_id, flat(self.config) | {"world_size": self.world})
+            # In a plain install the version is of the package mlflow-skinny.
+            tags |= run_tags(self.config, self.manifest, self.world) | {"version.mlflow": mlflow_version}
+        if not self.finished:
+            tags["restarts"] = str(int(run.data.tags.get("restarts", -1)) + 1)
+        pages.set_tags(store, run_id, tags)
         if not (run.inputs and run.inputs.dataset_inputs):
-            self._further.append(("the data set's fingerprint", self._log_dataset))
-        self._further.append((CONFIG_FILE, self._log_config))
+            self._further.append(("the data sets", lambda: pages.log_datasets(store, run_id, self.manifest)))
+        self._further.append((pages.CONFIG_FILE, lambda: pages.log_config(store, run_id, self.config)))
 
-    def _log_dataset(self) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        shards = self.manifest.place if self.manifest.remote else str(self.manifest.folder.resolve())
-        kind = shards.partition("://")[0] if self.manifest.remote else "local"
-        source, name = json.dumps({"uri": shards}), Path(shards).name
-        dataset = Dataset(name, self.manifest.fingerprint[:32], source_type=kind, source=source)
-        self.store.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-    def _log_config(self) -> None:
-        if not any(file.path == CONFIG_FILE for file in self.store.list_artifacts(self.run_id)):
-            self.store.log_dict(self.run_id, self.config.model_dump(mode="json"), CONFIG_FILE)
-
-    def _describe_further(self) -> None:
-        """Some servers lack a call for it, others cannot store files: the points do not wait for that."""
-        while self._further:
-            what, call = self._further.pop(0)
+    def _describe_further(self) -> list[str]:
+        """What the points do not wait for: some servers lack a call for it, others cannot store files. Returns what was
+        not taken; it is tried again."""
+        missing = []
+        for _ in range(len(self._further)):
+            what, call = self._further.popleft()
             try:
                 call()
             except StoreError as error:
-                self._warn(what, f"MLflow does not take {what}: {error}; a later start of the command tries again")
+                missing.append((what, call))
+                self._warn(what, f"MLflow does not take {what}: {error}; it is tried again")
+        self._further.extendleft(reversed(missing))
+        return [what for what, _ in missing]
 
     def _warn(self, about: str, text: str) -> None:
         """Once for each kind of trouble; nothing where there is none."""
@@ -288,10 +283,3 @@ def _number(value: Any) -> float:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.nan
-
-
-def _holds_a_run(folder: Path) -> bool:
-    try:
-        return (folder / POINTS_FILE).is_file()
-    except OSError:  # not permitted: somebody else's
-        return True

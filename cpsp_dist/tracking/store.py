@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import stat
 import tempfile
@@ -31,6 +32,16 @@ ANSWER_SECONDS = 60.0
 SQLITE = "sqlite:///"
 #: MLflow's own tag for the run above one, and the one on the run above a sweep: how many runs it has.
 PARENT, SWEEP = "mlflow.parentRunId", "cpsp_dist.sweep"
+#: The text that MLflow shows on the page of a run, and of an experiment.
+NOTE = "mlflow.note.content"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # its page opens on the runs
+    "mlflow.experiment.primaryMetric.name": "accuracy/test",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    NOTE: "Trainings of CPSP-dist: audio-visual event localization. `accuracy/test` and `accuracy/best_val` are the "
+    "percentages of segments that the weights which were best on val label right; `accuracy/val` is the course of it. "
+    "`cpsp-dist compare` prints the runs side by side, with intervals.",
+}
 #: In a run's folder: which MLflow run it belongs to.
 RUN_FILE = "mlflow_run.json"
 
@@ -191,11 +202,24 @@ def experiment_id(store: Store, config: Config) -> str:
                 f"{without_secrets(uri)}: experiment '{name}' was deleted; restore it (`mlflow experiments restore "
                 f"--experiment-id {found.experiment_id}`), or set tracking.experiment to another name"
             )
+        if missing := EXPERIMENT_TAGS.keys() - (found.tags or {}).keys():
+            for key in sorted(missing):
+                store.set_experiment_tag(found.experiment_id, key, EXPERIMENT_TAGS[key])
         return str(found.experiment_id)
     # Beside a SQLite file; mlflow would take whatever folder the command was given in. A server decides for itself.
     file = sqlite_file(uri)
     place = file.resolve().parent / "mlartifacts" if file else None
-    return str(store.create_experiment(name, artifact_location=place.as_uri() if place else None))
+    location = place.as_uri() if place else None
+    return str(store.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
+
+
+def page_of(uri: str, experiment: str, run: str = "") -> str:
+    """Where a run's page is, or an experiment's: an address, or the command that serves it and the address then."""
+    place = f"/#/experiments/{experiment}" + (f"/runs/{run}" if run else "")
+    shown = without_secrets(uri)
+    if shown.startswith(("http://", "https://")):
+        return shown.rstrip("/") + place
+    return f"http://127.0.0.1:5000{place} after `mlflow ui --backend-store-uri {shlex.quote(shown)}`"
 
 
 def reach(uri: str, limit: float) -> None:

@@ -11,6 +11,7 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.card import Card, idle_gpus, own_card
+from cpsp_dist.distributed.launchers import read_place
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.store import tracking_uri
@@ -39,11 +40,11 @@ def say_start(
     model: nn.Module,
     schedule: TrainingSchedule,
     progress: TrainingProgress,
-) -> None:
-    """Print it, on rank 0; all ranks call it together."""
+) -> dict[str, str]:
+    """Print it, on rank 0, and return what of it MLflow's tags have; all ranks call it together."""
     cards = [Card(*card) for card in process_group.gather(tuple(vars(own_card(ranks.device)).values()))]
     if not ranks.first:
-        return
+        return {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     videos = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
     engine = f"DeepSpeed ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else "DDP"
@@ -59,6 +60,13 @@ def say_start(
     if progress.step:
         note = " (finished)" if progress.finished else ""
         logger.info(f"resuming from {Checkpoints(config.output).path(progress.step)}{note}")
+    hosts, gpus = ({getattr(card, name): 0 for card in cards} for name in ("host", "gpu"))
+    return {
+        "host": ", ".join(hosts),
+        "launcher": read_place().launcher,
+        "ranks": str(len(cards)),
+        "device": ", ".join(gpu or "CPU" for gpu in gpus),
+    }
 
 
 def describe_ranks(cards: list[Card]) -> str:

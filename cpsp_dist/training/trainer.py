@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -19,10 +20,13 @@ from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.metrics import reported
 from cpsp_dist.models import Output, model_for
 from cpsp_dist.models.layers import start_step
+from cpsp_dist.tracking.describe import Start
+from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.mlflow import Tracker
-from cpsp_dist.tracking.store import tracking_uri
+from cpsp_dist.tracking.runs import compare_command
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
@@ -46,7 +50,6 @@ from cpsp_dist.training.run_lock import run_folder
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter
-from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,9 @@ def train(
         UserError: see the text; nothing was trained, or the last checkpoint is intact.
         Stopped: a signal asked for it; all is saved.
     """
-    signals = signals or StopSignals()
+    began, signals = time.time(), signals or StopSignals()
+    if ranks.first:
+        config = with_environment(config)
     process_group.raise_if_stop_requested(signals, ranks.device, "before anything was begun")
     manifest = open_manifest(config)
     require_same_data(manifest)
@@ -83,19 +88,29 @@ def train(
         model = initial_model(config, manifest)
         stack.enter_context(run_folder(config.output, write=ranks.first))
         state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps)
-        say_start(config, manifest, ranks, model, schedule, progress)
-        results = _trained(config, manifest, ranks, signals, stream, model, state, progress)
+        about = say_start(config, manifest, ranks, model, schedule, progress)
+        tracker = Tracker(
+            config,
+            manifest,
+            ranks.world,
+            run_id=progress.run_id,
+            step=progress.step,
+            finished=progress.finished,
+            enabled=ranks.first,
+            start=Start(began, about),
+        )
+        results = _trained(tracker, ranks, signals, stream, model, state, progress)
         if ranks.first:
             write_json(config, "results.json", results)
             logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
-            store = f"; runs in {without_secrets(tracking_uri(config))}" if config.tracking.enabled else ""
-            logger.info(f"results in {config.output}/results.json{store}")
+            logger.info(f"results in {config.output}/results.json")
+            if config.tracking.enabled:
+                logger.info(f"its MLflow page: {tracker.page()}\nto compare it: {compare_command(config)}")
     return results
 
 
 def _trained(
-    config: Config,
-    manifest: Manifest,
+    tracker: Tracker,
     ranks: Ranks,
     signals: StopSignals,
     stream: TrainStream,
@@ -104,21 +119,15 @@ def _trained(
     progress: TrainingProgress,
 ) -> dict[str, float]:
     """The results of training from `progress` to the end, tracked."""
-    with Tracker(
-        config,
-        manifest,
-        ranks.world,
-        run_id=progress.run_id,
-        step=progress.step,
-        finished=progress.finished,
-        enabled=ranks.first,
-    ) as tracker:
+    config, manifest = tracker.config, tracker.manifest
+    with tracker:
         if not progress.finished:
             engine, objectives = build_engine(model, config, ranks, state), build_objectives(config, state)
             progress = Trainer(config, manifest, ranks, stream, engine, objectives, tracker, signals).train(progress)
         signals.allow_exit()
         results = evaluate_best(config, manifest, ranks, progress, signals)
         tracker.log(progress.step, results)
+        tracker.keep_results([split for split in ("val", "test") if split in manifest.splits])
     return results
 
 
@@ -211,10 +220,12 @@ class Trainer:
         )
         if not due or "val" not in self.manifest.splits:
             return
-        accuracy = 100 * evaluate(self.engine, self.manifest, "val", self.config, self.ranks)["accuracy"]
-        self.tracker.log(self.progress.step, {"accuracy/val": accuracy})
+        found = evaluate(self.engine, self.manifest, "val", self.config, self.ranks)
+        accuracy = 100 * found["accuracy"]
         if self.progress.best_accuracy is None or accuracy > self.progress.best_accuracy:
             self.progress = replace(self.progress, best_accuracy=accuracy, best_step=self.progress.step)
+        best = self.schedule.epoch((self.progress.best_step or 1) - 1) + 1
+        self.tracker.log(self.progress.step, {f"{n}/val": 100 * found[n] for n in reported()} | {"best_epoch": best})
         if self.ranks.first:
             logger.info(f"epoch {epoch}/{self.config.train.epochs}: val accuracy {accuracy:.2f} %")
 

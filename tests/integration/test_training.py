@@ -19,8 +19,8 @@ from cpsp_dist.config import load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.tracking.mlflow import RUN_FILE
 from cpsp_dist.tracking.runs import find_runs
+from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.evaluate import evaluate_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.losses.diagnostics import POOL_METRICS
+from cpsp_dist.metrics.predictions import Predictions
 from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.tracking.runs import find_runs
@@ -56,6 +58,11 @@ def send_often_and_stay_at_step_4(rank: int) -> None:
             time.sleep(60)
 
     tracking.Tracker.log = stay  # type: ignore[method-assign]
+
+
+def first_point(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    return found
 
 
 def points_of(store: Path, step: int) -> int:
@@ -121,8 +128,39 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert run.data.tags.get("git.commit", "") == head.stdout.strip()
     assert run.data.tags.get("git.changed") in (("true", "false") if head.stdout else (None,))
-    (dataset,) = run.inputs.dataset_inputs
-    assert dataset.dataset.digest == Manifest.load(keypad_shards).fingerprint[:32]
+    manifest = Manifest.load(keypad_shards)
+    assert run.data.tags["data.fingerprint"] == manifest.fingerprint
+    data = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert [*data] == ["training", "val", "test"]
+    assert len({dataset.digest for dataset in data.values()}) == 3
+    for split, dataset in zip(("train", "val", "test"), data.values(), strict=True):
+        profile = json.loads(dataset.profile)
+        rows = manifest.samples[manifest.rows(split).start : manifest.rows(split).stop]
+        assert (profile["videos"], profile["event_segments"]) == (len(rows), int(rows["events"].sum()))
+        features = json.loads(json.loads(dataset.schema)["mlflow_tensorspec"]["features"])
+        assert [tuple(each["tensor-spec"]["shape"]) for each in features] == [
+            (-1, *manifest.fields[name].shape) for name in ("visual", "audio")
+        ]
+    for name in ("accuracy", "event_accuracy", "boundary_f1"):
+        assert [p.step for p in client.get_metric_history(run.info.run_id, f"{name}/val")] == [6]
+    tags = run.data.tags
+    assert (tags["ranks"], tags["device"], tags["restarts"], tags["host"]) == ("2", "CPU", "0", socket.gethostname())
+    assert (tags["mlflow.user"], tags["mlflow.source.type"]) == (getpass.getuser(), "LOCAL")
+    assert tags.get("mlflow.source.git.commit", "") == head.stdout.strip()
+    assert "seed 1, 2 ranks" in tags["mlflow.note.content"]
+    assert run.info.start_time / 1000 < first_point(output)["time"]
+    assert run.info.end_time > run.info.start_time
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] in run.data.metrics
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    results_of = {f"{name}_{split}" for name in ("evaluation", "predictions") for split in ("val", "test")}
+    assert {Path(name).stem for name in artifacts} == results_of | {"config"}
+    where = client.download_artifacts(run.info.run_id, "predictions_test.npz")
+    right, total = Predictions.load(Path(where)).parts("accuracy")
+    assert 100 * right.sum() / total.sum() == pytest.approx(run.data.metrics["accuracy/test"], abs=1e-12)
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id} after `mlflow ui --backend-store-uri"
+    assert page in (two_runs / "gathered.log").read_text()
     artifact = client.download_artifacts(run.info.run_id, "config.json")
     assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
 

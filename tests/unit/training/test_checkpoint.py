@@ -15,7 +15,7 @@ import torch
 
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from cpsp_dist.tracking.mlflow import RUN_FILE
+from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training.checkpoint import (
     COMMIT,
     FORMAT_VERSION,

@@ -1,0 +1,68 @@
+"""Which MLflow run an output folder belongs to: that of an earlier start, where it is one and is there still."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from cpsp_dist.config import Config, flat
+from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError, tracking_uri
+from cpsp_dist.utils.json_lines import read_bytes
+from cpsp_dist.utils.redact import without_secrets
+
+#: The points of a run, in its folder.
+POINTS_FILE = "metrics.jsonl"
+
+
+class RunRecord:
+    """The file in which a folder names its MLflow run, for starts before its first checkpoint."""
+
+    def __init__(self, config: Config, data: str):
+        """data: the shards' fingerprint."""
+        self.file = Path(config.output) / RUN_FILE
+        store = without_secrets(tracking_uri(config))
+        self._identity: dict[str, Any] = {"store": store, "config": flat(config), "data": data}
+
+    def read(self) -> str | None:
+        """The run's id, if it was the same run."""
+        try:
+            known = json.loads(read_bytes(self.file))
+            return known["run_id"] if known == {"run_id": known["run_id"], **self._identity} else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def write(self, run_id: str) -> None:
+        with contextlib.suppress(OSError):
+            self.file.write_text(json.dumps({"run_id": run_id, **self._identity}), encoding="utf-8")
+
+
+def known_run(store: Store, ids: Iterable[str | None], folder: Path, report: Callable[[str], None]) -> Any:
+    """The first of these runs that is the folder's; None where there is none, or it is not there any more, or another
+    folder's: `report` gets the reason. Raises StoreError where the store does not answer."""
+    for run_id in dict.fromkeys(known for known in ids if known):
+        try:
+            run = store.get_run(run_id)
+        except StoreError as error:
+            if error.code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            report(f"MLflow has no run {run_id} any more")
+            continue
+        place, here = run.data.tags.get("output"), str(folder.resolve())
+        if run.info.lifecycle_stage != "active":
+            reason = "was deleted"
+        elif place and place != here and _holds_a_run(Path(place)):
+            reason = f"belongs to {place}, of which {here} is a copy"
+        else:
+            return run
+        report(f"MLflow's run {run_id} {reason}")
+    return None
+
+
+def _holds_a_run(folder: Path) -> bool:
+    try:
+        return (folder / POINTS_FILE).is_file()
+    except OSError:  # not permitted: somebody else's
+        return True
