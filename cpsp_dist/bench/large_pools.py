@@ -33,13 +33,23 @@ PARTS = 4
 def measure_tiles(ranks: Ranks, anchors: int, pools: list[int]) -> dict[str, dict[str, dict[str, float]]]:
     """For each pool of N videos and each way: CPU `ms` of the values and their gradient, and `peak_bytes`, the most
     memory beside the pool's rows [N, 256] (SSPSP: [N, 10, 256]) and their gradient."""
-    return {str(count): _tiles(count, min(anchors, count)) for count in pools}
+    return {
+        str(count): {name: _cost(call, rows) for name, (call, rows) in tiles(count, min(anchors, count)).items()}
+        for count in pools
+    }
 
 
-def _tiles(count: int, anchors: int) -> dict[str, dict[str, float]]:
+def tiles(
+    count: int,
+    anchors: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> dict[str, tuple[Callable[[Tensor], None], Tensor]]:
+    """What compares `anchors` videos with a pool of `count`, by name: a call for its values and their gradient, and the
+    rows [N, 256] or [N, 10, 256] to call it with."""
     g = torch.Generator().manual_seed(count)
-    category, video = torch.randint(0, CATEGORIES, (count,), generator=g), torch.arange(count)
-    own = torch.arange(anchors)
+    category = torch.randint(0, CATEGORIES, (count,), generator=g).to(device)
+    video = torch.arange(count, device=device)
+    own = video[:anchors]
 
     def mined(rows: Tensor) -> None:
         mine(rows[:anchors], own, rows, category, video, 3)
@@ -50,11 +60,13 @@ def _tiles(count: int, anchors: int) -> dict[str, dict[str, float]]:
     def self_supervised(rows: Tensor) -> None:
         sspsp(rows[:anchors].detach(), own, rows, 0.1).sum().backward()
 
-    shape = (count, WIDTH)
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device)
+
     return {
-        "mining": _cost(mined, torch.randn(shape, generator=g)),
-        "supcon": _cost(softly, torch.randn(shape, generator=g).requires_grad_()),
-        "sspsp": _cost(self_supervised, torch.randn(count, SEGMENTS, WIDTH, generator=g).requires_grad_()),
+        "mining": (mined, rows(count, WIDTH)),
+        "supcon": (softly, rows(count, WIDTH).requires_grad_()),
+        "sspsp": (self_supervised, rows(count, SEGMENTS, WIDTH).requires_grad_()),
     }
 
 

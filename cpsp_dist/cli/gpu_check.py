@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-PARTS = ("facts", "syncs", "speed", "lstm", "ring", "engines", "repeat", "memory")
+PARTS = ["facts", "syncs", "speed", "compile", "lstm", "scale", "agree", "ring", "engines", "repeat", "errors"]
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,6 +23,6 @@ def _gpu_check(args: argparse.Namespace) -> int:
 
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"gpu-check: no part '{unknown[0]}'; there are: {', '.join(PARTS)}")
-    from cpsp_dist.bench.gpu_check import gpu_check
+    from cpsp_dist.bench.gpu_check.check import gpu_check
 
     return gpu_check(args.parts)

@@ -70,6 +70,8 @@ def connect(place: Place, ranks: Ranks, settings: Connection) -> Session:
     """
     # torch 2.13 renames collectives that torch 2.4 has, and warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # DeepSpeed's own barrier, on one rank, whose group is not bound to its GPU (`_binds_device`).
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", module=r"torch\.distributed")
     export_place(place, ranks.device.index)
     with failures_reported(place):
         set_device(ranks.device)
@@ -131,11 +133,11 @@ def connected(place: Place, ranks: Ranks, settings: Connection, signals: StopSig
         try:
             yield session
         except Stopped:
-            dist.barrier()
+            barrier()
             raise
         else:
             # Without it a rank that ends early can abort one that is still closing.
-            dist.barrier()
+            barrier()
     except Stopped:
         _disconnect(heartbeat)
         raise
@@ -176,8 +178,9 @@ def _disconnect(heartbeat: Heartbeat | None) -> None:
 
 
 def barrier() -> None:
+    """Until all ranks are here; nothing on one. NCCL is given the device, which it guesses otherwise, and warns."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:

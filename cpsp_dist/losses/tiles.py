@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cpsp_dist.models.layers import l2_normalize
 
-#: Entries of a tile: 4 MB in float32, which caches hold.
-TILE = 1 << 20
+#: Entries of a tile: 4 MB in float32, which a CPU's caches hold; on a GPU, where a tile's launches cost as much as the
+#: arithmetic of so many entries, 64 MB.
+TILE, GPU_TILE = 1 << 20, 1 << 24
 #: Columns of a tile at least: narrower products are slow.
 NARROWEST = 256
 
@@ -26,16 +27,16 @@ NARROWEST = 256
 Masks = Callable[[int, int], tuple[Tensor | None, Tensor]]
 
 
-def columns(anchors: int, count: int) -> Iterator[tuple[int, int]]:
+def columns(anchors: int, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """The tiles of a table with `count` columns: (first column, last + 1)."""
-    width = tile_width(anchors)
+    width = tile_width(anchors, device)
     for first in range(0, count, width):
         yield first, min(first + width, count)
 
 
-def tile_width(anchors: int) -> int:
+def tile_width(anchors: int, device: torch.device) -> int:
     """Columns of a tile at most."""
-    return max(NARROWEST, TILE // max(1, anchors))
+    return max(NARROWEST, (GPU_TILE if device.type == "cuda" else TILE) // max(1, anchors))
 
 
 def contrast(anchors: Tensor, rows: Tensor, masks: Masks, temperature: float) -> Tensor:
@@ -58,7 +59,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         log_sum = anchors.new_full((len(anchors),), -torch.inf)
         positives, found = torch.zeros_like(log_sum), torch.zeros_like(log_sum)
-        for first, end in columns(len(anchors), len(rows)):
+        for first, end in columns(len(anchors), len(rows), rows.device):
             scaled = anchors @ l2_normalize(rows[first:end]).t() / temperature
             counts, positive = masks(first, end)
             positives += torch.where(positive, scaled, 0.0).sum(1)
@@ -78,7 +79,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         anchors, rows, log_sum = ctx.saved_tensors
         to_anchors, to_rows = torch.zeros_like(anchors), torch.empty_like(rows)
-        for first, end in columns(len(anchors), len(rows)):
+        for first, end in columns(len(anchors), len(rows), rows.device):
             with torch.enable_grad():
                 part = rows[first:end].detach().requires_grad_()
                 unit = l2_normalize(part)

@@ -68,7 +68,7 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         step = first_step(model, config.model_copy(update={"engine": checked}), ranks, stream, schedule)
     if not ranks.first:
         return
-    memory = memory_of_a_rank(parameters, config, manifest, world, step.activations, step.width)
+    memory = memory_of_a_rank(parameters, config, manifest, ranks.device, world, step.activations, step.width)
     sections = {
         "Settings": _settings(config),
         "Data": _data_plan(config, manifest, schedule, world),
@@ -162,7 +162,13 @@ def _activations(module: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def memory_of_a_rank(
-    parameters: int, config: Config, manifest: Manifest, world: int, activations: int, width: int
+    parameters: int,
+    config: Config,
+    manifest: Manifest,
+    device: torch.device,
+    world: int,
+    activations: int,
+    width: int,
 ) -> dict[str, float]:
     """Bytes by purpose. activations: bytes, measured; width: of the pool's rows."""
     stage = 0
@@ -190,7 +196,7 @@ def memory_of_a_rank(
     if parts > 1:
         memory["parts"] = parts * batch
     if config.objectives.psa_v:
-        memory["pool"] = pool * width * 4 + TABLES * anchors * min(pool, tile_width(anchors)) * 4
+        memory["pool"] = pool * width * 4 + TABLES * anchors * min(pool, tile_width(anchors, device)) * 4
     return memory
 
 

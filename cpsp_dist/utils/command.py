@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -133,6 +134,16 @@ def _threads_in_one_line(doing: str) -> Iterator[None]:
         threading.excepthook = before
 
 
+def _leave_failed_gpu(code: int) -> None:
+    """End this process with `code` where it uses a GPU, without Python's own end: after an error of a GPU, or of a rank
+    that is gone, the destructors of CUDA's and NCCL's objects abort the process, and the exit code would be theirs."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        streams.flush()
+        logging.shutdown()
+        os._exit(code)
+
+
 def run_command(
     main: Callable[[], int | None], *, stdout: bool = False, debug: bool = False, doing: str = "cpsp-dist"
 ) -> int:
@@ -153,6 +164,7 @@ def run_command(
             return EXIT_USER_ERROR
         except LostRank as lost:
             report(lost)
+            _leave_failed_gpu(lost.code)
             return lost.code
         except Stopped as stopped:
             report(stopped)
@@ -170,6 +182,8 @@ def run_command(
             return EXIT_USER_ERROR
         except Exception as error:
             logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
+            if "CUDA error" in str(error):
+                _leave_failed_gpu(EXIT_UNEXPECTED)
             return EXIT_UNEXPECTED
         finally:
             streams.drop_unwritten()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -81,3 +82,33 @@ def test_a_reader_that_has_ended_is_no_traceback(unbuffered):
     done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+GPU = """
+import atexit, os, sys, types
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: {used}))
+atexit.register(os.abort)  # as destructors of CUDA's objects do where the GPU has failed
+from cpsp_dist.errors import DeviceLost
+from cpsp_dist.utils.command import run_command
+def fail():
+    print("trained")
+    raise {error}
+sys.exit(run_command(fail, stdout=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "error", "code", "printed"),
+    [
+        (True, "DeviceLost('rank 0: the GPU is gone')", 69, "error: rank 0: the GPU is gone"),
+        (True, "RuntimeError('CUDA error: device-side assert triggered')", 1, "device-side assert triggered"),
+        (False, "DeviceLost('rank 0: the GPU is gone')", -signal.SIGABRT, "the GPU is gone"),
+    ],
+)
+def test_a_failed_gpu_does_not_change_the_exit_code(used: bool, error: str, code: int, printed: str) -> None:
+    """Seen on an H200: the line was printed, then the process was aborted at its end. The last case shows that here."""
+    code_of = [sys.executable, "-c", GPU.format(used=used, error=error)]
+    done = subprocess.run(code_of, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert printed in done.stderr
+    assert done.stdout == "trained\n"

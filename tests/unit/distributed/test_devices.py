@@ -312,3 +312,16 @@ def test_a_collective_that_failed_for_a_suspension_asks_for_a_new_start() -> Non
         raise raised.value
 
     assert run_command(fails) == EXIT_LOST_RANK
+
+
+def test_a_barrier_of_nccl_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else NCCL guesses the device, and prints a warning about it on each rank."""
+    given: list[Any] = []
+    stand_ins = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_backend": lambda: "nccl"}
+    for name, value in (stand_ins | {"barrier": lambda device_ids: given.append(device_ids)}).items():
+        monkeypatch.setattr(torch.distributed, name, value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    process_group.barrier()
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    process_group.barrier()
+    assert given == [[3], None]

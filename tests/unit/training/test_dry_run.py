@@ -14,6 +14,8 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.training.dry_run import _activations, memory_of_a_rank
 from tests.support.runs import KEYPAD, loss_history, overrides
 
+CPU = torch.device("cpu")
+
 
 def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     return ["--config", str(KEYPAD), *overrides(shards, output, "model.dropout=0.1", *more)]
@@ -73,7 +75,7 @@ def test_one_process_plans_for_many(prefork: Any, keypad_shards: Path, tmp_path:
 def test_memory_is_that_of_the_zero_paper(keypad_shards: Path, stage: int, each: tuple[int, int]) -> None:
     """Rajbhandari et al. 2020, mixed precision with Adam: 16 bytes a parameter, of which a rank has its part."""
     settings = [f"data.shards={keypad_shards}", "train.precision=bf16", f"engine.zero={stage}"]
-    memory = memory_of_a_rank(1000, load_config(KEYPAD, settings), Manifest.load(keypad_shards), 8, 0, 256)
+    memory = memory_of_a_rank(1000, load_config(KEYPAD, settings), Manifest.load(keypad_shards), CPU, 8, 0, 256)
     found = sum(memory[name] for name in ("weights", "gradients", "float32 weights", "Adam"))
     assert found == 1000 * (each[0] + each[1] / 8)
 
@@ -84,7 +86,7 @@ def test_memory_of_a_pool_over_parts(keypad_shards: Path) -> None:
 
     def memory(*more: str) -> dict[str, float]:
         config = load_config(KEYPAD, ["engine.kind=ddp", "engine.zero=0", "train.accumulation=4", *more])
-        return memory_of_a_rank(1000, config, manifest, 2, 0, 256)
+        return memory_of_a_rank(1000, config, manifest, CPU, 2, 0, 256)
 
     one, all_parts = memory("train.global_batch=64"), memory("train.global_batch=64", "pool.over=parts")
     sample = sum(manifest.fields[name].nbytes for name in ("visual", "audio", "label"))
