@@ -11,7 +11,7 @@ from cpsp_dist.data.batch import Batch
 from cpsp_dist.losses.avps import avps
 from cpsp_dist.losses.event import event_loss
 from cpsp_dist.losses.psa_s import psa_s_published
-from cpsp_dist.models.layers import Output
+from cpsp_dist.models.layers import AudioGuidedAttention, Output
 from cpsp_dist.models.psp import PSP
 
 
@@ -32,6 +32,7 @@ def published_forward(network: PSP, visual: Tensor, audio: Tensor) -> Output:
 
 def _attention(network: PSP, visual: Tensor, audio: Tensor) -> Tensor:
     layers = network.attention
+    assert isinstance(layers, AudioGuidedAttention)
     videos, segments, *_, channels = visual.shape
     maps = visual.reshape(videos * segments, -1, channels)
     scores = layers.affine_v(F.relu(layers.affine_video(maps)))

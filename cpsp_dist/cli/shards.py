@@ -91,7 +91,7 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
         "--visual-order",
         choices=("auto", "last", "first"),
         default="auto",
-        help="axes of a visual map: channels last [T,7,7,C] or first [T,C,7,7]; stored channels last (default auto)",
+        help="axes of a visual map: channels last [T,H,W,C] or first [T,C,H,W]; stored channels last (default auto)",
     )
     pack.add_argument("--visual-dtype", choices=("float16", "float32"), default="float16", help="default float16")
     pack.add_argument("--shard-mb", type=float, default=130, help="megabytes (10^6 bytes) a shard, about (default 130)")

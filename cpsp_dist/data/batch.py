@@ -20,7 +20,7 @@ class Batch:
     meaningless, and it must change nothing.
     """
 
-    visual: Tensor  # [B, T, 7, 7, C] float16 or float32, channels last
+    visual: Tensor  # [B, T, H, W, C], channels last, or vectors [B, T, C]; float16 or float32
     audio: Tensor  # [B, T, A] float32
     event: Tensor  # [B, T] bool: the event is both seen and heard in this segment
     category: Tensor  # [B] int64: the video's event category; -1 when it is not known (video without any event)

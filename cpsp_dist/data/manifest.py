@@ -68,7 +68,7 @@ class Manifest:
 
     Attributes:
         folder: where `index.json` lies; shard urls are relative to it. Of remote shards: where the cache keeps them.
-        fields: `visual` [T, 7, 7, C], `audio` [T, A], `label` [T] (uint8, 1 in event segments).
+        fields: `visual` [T, H, W, C] or [T, C], `audio` [T, A], `label` [T] (uint8, 1 in event segments).
         categories: names, in class order.
         shards: in table order.
         samples: the table, [N] of dtype `SAMPLE`, read-only memory map.

@@ -111,6 +111,11 @@ def _check_names(categories: list[Any]) -> None:
         raise ValueError(f"class {quoted(Counter(categories).most_common(1)[0][0])} is there twice")
 
 
+def is_visual_shape(shape: tuple[int, ...]) -> bool:
+    """Vectors [T, C], or maps [T, H, W, C] with channels last: not [T, C, H, W] with H = W, whatever C."""
+    return len(shape) == 2 or (len(shape) == 4 and not shape[1] != shape[2] == shape[3])
+
+
 def is_split_name(name: str) -> bool:
     """Splits are parts of file names and of settings."""
     return re.fullmatch(r"\w[\w.-]{0,63}", name) is not None

@@ -27,7 +27,7 @@ from cpsp_dist.inference.model import (
     load_model,
 )
 from cpsp_dist.losses import OBJECTIVES
-from cpsp_dist.models import MODELS, model_for
+from cpsp_dist.models import MODELS, model_for, sizes_for
 from cpsp_dist.models.weights import save_tensors
 from cpsp_dist.training.checkpoint import TrainingProgress, require_encoders
 from cpsp_dist.training.setup import TrainedRun, load_run, open_manifest
@@ -81,9 +81,7 @@ def export(run: str | Path, out: str | Path) -> Path:
         "model": {
             "name": config.model.name,
             "supervision": config.model.supervision,
-            "visual_channels": manifest.fields["visual"].shape[-1],
-            "audio_channels": manifest.fields["audio"].shape[-1],
-            "categories": len(manifest.categories),
+            **sizes_for(manifest),
             "modality": config.model.modality,
             **vars(settings_from(MODELS[config.model.name].Settings, config.model)),
         },

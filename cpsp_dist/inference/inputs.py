@@ -42,7 +42,7 @@ class FeatureFiles:
         return UNKNOWN
 
     def load(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """visual [T, 7, 7, C], audio [T, A]; other than T rows of audio repeat the last one or are cut, as in packing.
+        """visual [T, H, W, C], audio [T, A]; other than T rows of audio repeat the last one or are cut, as in packing.
 
         Raises:
             DataError: naming the file.

@@ -40,7 +40,7 @@ SEGMENTS = 10
 class TrainedModel(nn.Module):
     """A network with what its predictions need.
 
-    `model(visual [B, T, 7, 7, C], audio [B, T, A])` gives an `Output`, bit for bit that of the trained network.
+    `model(visual [B, T, H, W, C], audio [B, T, A])` gives an `Output`, bit for bit that of the trained network.
 
     Attributes:
         network: in evaluation mode, float32.

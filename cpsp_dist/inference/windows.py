@@ -20,7 +20,7 @@ def window_starts(segments: int, window: int, hop: int) -> list[int]:
 
 @torch.no_grad()
 def score(model: torch.nn.Module, visual: Tensor, audio: Tensor, window: int, hop: int) -> list[Scores]:
-    """Of B videos of n segments each, visual [B, n, 7, 7, C] and audio [B, n, A].
+    """Of B videos of n segments each, visual [B, n, H, W, C] and audio [B, n, A].
 
     Of up to `window` segments: the network's, as evaluation has them. Of more: the mean, for each segment, over the
     windows that it is in.
@@ -42,7 +42,7 @@ def score(model: torch.nn.Module, visual: Tensor, audio: Tensor, window: int, ho
 
 
 def _probabilities(output: Output, segments: int) -> list[np.ndarray]:
-    """Event [B, T], category [B, T, K], and attention [B, T, 49] where there is one."""
+    """Event [B, T], category [B, T, K], and attention [B, T, H·W] where there is one."""
     event = output.event_logits.sigmoid()  # in the network's precision, as evaluation compares it with the threshold
     category = output.category_logits.double().softmax(1)[:, None].expand(-1, segments, -1)
     arrays = [event, category] + ([] if output.attention is None else [output.attention])

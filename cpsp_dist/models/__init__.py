@@ -1,8 +1,8 @@
 """The networks: a batch's features in, one `Output` with named fields out.
 
 Networks and their layers belong here; nothing here knows of losses or ranks. Shape letters as in
-`cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model) and P = 49 the
-positions of a 7×7 visual map.
+`cpsp_dist.data.batch`; D is the width of the fused segment features (256 in every published model) and P = H·W the
+positions of a visual map (49 of the published 7×7 ones, 1 of a vector).
 
 To add a network: write a file with a `layers.Network`, and name it in the table. `model.name` of the configuration then
 takes its name, and the section `model` its settings; `cpsp-dist import-checkpoint --model` takes it too.
@@ -10,6 +10,7 @@ takes its name, and the section `model` its settings; `cpsp-dist import-checkpoi
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,12 +55,21 @@ def model_for(settings: ModelSettings, manifest: Manifest) -> Network:
     return build_model(
         settings.name,
         supervision=settings.supervision,
-        visual_channels=manifest.fields["visual"].shape[-1],
-        audio_channels=manifest.fields["audio"].shape[-1],
-        categories=len(manifest.categories),
         modality=settings.modality,
+        **sizes_for(manifest),
         **vars(settings_from(MODELS[settings.name].Settings, settings)),
     )
+
+
+def sizes_for(manifest: Manifest) -> dict[str, int]:
+    """What `build_model` has to know of the shards' features."""
+    visual = manifest.fields["visual"].shape
+    return {
+        "visual_channels": visual[-1],
+        "audio_channels": manifest.fields["audio"].shape[-1],
+        "categories": len(manifest.categories),
+        "positions": math.prod(visual[1:-1]),
+    }
 
 
 def build_model(
@@ -70,16 +80,18 @@ def build_model(
     audio_channels: int,
     categories: int,
     modality: Literal["both", "audio", "visual"] = "both",
+    positions: int = 49,
     **settings: Any,
 ) -> Network:
     """The named network, freshly initialised from torch's random state.
 
-    Its `forward(visual [B, T, 7, 7, C], audio [B, T, A])` gives an `Output`. It works in the dtype of its parameters,
+    Its `forward(visual [B, T, H, W, C], audio [B, T, A])` gives an `Output`. It works in the dtype of its parameters,
     or in that of an autocast region around it; at any B and T.
 
     Args:
         name: one of `MODELS`.
         modality: the other modality's input is replaced by zeros.
+        positions: H·W of the visual maps; with 1 they may also be vectors [B, T, C], and no network attends over them.
         settings: of the network's `Settings`; those of other networks are ignored.
 
     Raises:
@@ -101,5 +113,6 @@ def build_model(
         audio_channels=audio_channels,
         categories=categories,
         modality=modality,
+        positions=positions,
     )
     return model

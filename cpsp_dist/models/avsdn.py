@@ -12,13 +12,13 @@ from cpsp_dist.models.avel import ResidualFusion
 from cpsp_dist.models.layers import (
     PUBLISHED_ATTENTION_AND_FUSION,
     PUBLISHED_CLASSIFIERS,
-    AudioGuidedAttention,
     BiLSTM,
     Classifier,
     Network,
     Output,
     autocast_disabled,
     cosine,
+    place_attention,
 )
 from cpsp_dist.utils.registry import NoSettings
 
@@ -37,10 +37,13 @@ class AVSDN(Network):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
+        super().__init__(
+            visual_channels=visual_channels, audio_channels=audio_channels, modality=modality, positions=positions
+        )
         hidden = 128
-        self.attention = AudioGuidedAttention(self.visual_channels)
+        self.attention = place_attention(self.visual_channels, positions)
         self.lstm_audio = BiLSTM(self.audio_channels, hidden)
         self.lstm_video = BiLSTM(self.visual_channels, hidden)
         self.lstm_a_v = BiLSTM(self.visual_channels + self.audio_channels, hidden)
@@ -50,7 +53,7 @@ class AVSDN(Network):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
-        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         visual, attention = self.attention(visual, audio, self.visual_in)
         with autocast_disabled(audio):

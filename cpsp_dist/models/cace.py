@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cpsp_dist.models.cmbs import (
     GatedAttention,
+    SelfAttention,
     Suppression,
     SuppressionSettings,
     attend,
@@ -41,6 +42,8 @@ class CACE(Suppression):
     published_names = (
         (r"^spatial_channel_att\.v_norm\.", "spatial_channel_att.norm."),
         *Suppression.published_names,
+        (r"^attention\.video_(query|key|value)2\.", r"attention.scene.\1."),
+        (r"^attention\.audio_(query|key|value)\.", r"attention.seconds.\1."),
         (r"^localize_module\.encoder_q\.0\.", "contrast."),
     )
     published_unused = (
@@ -58,6 +61,7 @@ class CACE(Suppression):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
     ) -> None:
         super().__init__(
             settings,
@@ -66,12 +70,13 @@ class CACE(Suppression):
             audio_channels=audio_channels,
             categories=categories,
             modality=modality,
+            positions=positions,
             hidden=(1024, 1024 if supervision == "weak" else 512),
         )
         self.enhancement, self.enhanced_from, self.noise = settings.enhancement, settings.enhanced_from, settings.noise
         self.enhanced = True
         self.map_dropout = nn.Dropout(twice(settings.dropout))
-        self.attention = CoGuidedAttention(self.audio_channels, settings)
+        self.attention = CoGuidedAttention(self.audio_channels, positions, settings)
         self.contrast = nn.Linear(WIDTH, WIDTH)
         if self.weak:
             self.event = nn.Linear(WIDTH, 1)
@@ -82,7 +87,7 @@ class CACE(Suppression):
         self.enhanced = progress >= self.enhanced_from
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
-        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         if self.visual_in is not None:
             visual = self.visual_in(visual)
@@ -91,7 +96,7 @@ class CACE(Suppression):
             localize = self._weak if self.weak else self._full
             return localize(*self.relate(visual, audio), attention)
 
-    def _full(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor) -> Output:
+    def _full(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor | None) -> Output:
         by_audio, by_video = self.audio_gate(heard).sigmoid(), self.video_gate(seen).sigmoid()
         visual, audio = suppress(visual, by_audio, self.settings.alpha), suppress(audio, by_video, self.settings.alpha)
         found = self.found(visual, audio)
@@ -102,7 +107,7 @@ class CACE(Suppression):
         gate, similarity = (by_audio * by_video).squeeze(-1), cosine(audio, visual)
         return Output(event, category, None, fusion, audio, visual, similarity, attention, gate, found, views)
 
-    def _weak(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor) -> Output:
+    def _weak(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor | None) -> Output:
         modalities = visual, audio
         visual, audio, fusion = self.interact(visual, audio)
         event = self.event(self._enhance(fusion)[0]).squeeze(-1)
@@ -128,29 +133,23 @@ class CACE(Suppression):
 class CoGuidedAttention(GatedAttention):
     """Audio weighs the maps' positions, as in CMBS; then the maps weigh the seconds of the audio.
 
-    visual [B, T, P, 512], audio [B, T, A] -> visual [B, T, 512], audio [B, T, A], attention [B, T, P].
+    `both`: visual [B, T, P, 512], audio [B, T, A] -> visual [B, T, 512], audio [B, T, A], attention [B, T, P] or None.
     """
 
-    def __init__(self, audio_channels: int, settings: CACESettings) -> None:
-        super().__init__(audio_channels, settings)
+    def __init__(self, audio_channels: int, positions: int, settings: CACESettings) -> None:
+        super().__init__(audio_channels, positions, settings)
         self.psi = settings.psi
-        self.video_query2 = nn.Linear(MAP, MAP // 4)
-        self.video_key2 = nn.Linear(MAP, MAP // 4)
-        self.video_value2 = nn.Linear(MAP, MAP)
+        self.scene = SelfAttention(MAP, MAP // 4, several=self.several)
         self.v_query = nn.Linear(MAP, audio_channels)
         self.vaudio_key = nn.Linear(audio_channels, audio_channels)
         self.vaudio_value = nn.Linear(audio_channels, audio_channels)
-        self.audio_query = nn.Linear(audio_channels, audio_channels)
-        self.audio_key = nn.Linear(audio_channels, audio_channels)
-        self.audio_value = nn.Linear(audio_channels, audio_channels)
+        self.seconds = SelfAttention(audio_channels, audio_channels)
         self.a_norm = nn.LayerNorm(audio_channels)
 
-    def both(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def both(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         attended, attention = self(visual, audio)
-        mixed = attend(self.video_query2(visual), self.video_key2(visual), self.video_value2(visual))
-        scene = self.norm(visual + self.dropout(mixed)).mean(2).to(audio.dtype)  # [B, T, 512]
+        scene = self.norm(visual + self.dropout(self.scene(visual))).mean(2).to(audio.dtype)  # [B, T, 512]
         with autocast_disabled(audio):
-            mixed = attend(self.audio_query(audio), self.audio_key(audio), self.audio_value(audio))
-            known = self.a_norm(audio + self.dropout(mixed))
+            known = self.a_norm(audio + self.dropout(self.seconds(audio)))
             guided = attend(self.v_query(scene), self.vaudio_key(known), self.vaudio_value(known))
             return attended, audio + self.psi * guided.sigmoid() * audio, attention

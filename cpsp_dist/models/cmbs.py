@@ -59,6 +59,7 @@ class Suppression(Network):
         (r"^AVInter\.", "video_interaction."),
         (r"^VAInter\.", "audio_interaction."),
         (r"^(audio|video)_gated\.0\.", r"\1_gate."),
+        (r"^attention\.video_(query|key|value)\.", r"attention.itself.\1."),
         (r"^(localize_module\.)?CAS_model\.classifier\.0\.", "activations."),
     )
     extra_outputs: ClassVar[tuple[str, ...]] = ("gate", "modality_logits")
@@ -72,10 +73,13 @@ class Suppression(Network):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
         hidden: tuple[int, int],
     ) -> None:
         """hidden: widths of the feed-forward layers, in the encoders and in the decoders."""
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
+        super().__init__(
+            visual_channels=visual_channels, audio_channels=audio_channels, modality=modality, positions=positions
+        )
         self.settings, self.weak, dropout = settings, supervision == "weak", settings.dropout
         self.v_fc = nn.Linear(self.visual_channels, MAP)
         audio_width = self.audio_channels
@@ -142,6 +146,7 @@ class CMBS(Suppression):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
     ) -> None:
         super().__init__(
             settings,
@@ -150,15 +155,16 @@ class CMBS(Suppression):
             audio_channels=audio_channels,
             categories=categories,
             modality=modality,
+            positions=positions,
             hidden=(2048 if supervision == "weak" else 1024, 1024),
         )
         self.own_gates = settings.weak_gates == "published"
         self.map_dropout = nn.Dropout(settings.dropout if self.weak else twice(settings.dropout))
-        self.attention = GatedAttention(self.audio_channels, settings)
+        self.attention = GatedAttention(self.audio_channels, positions, settings)
         self.audio_gate, self.video_gate = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
-        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         if self.visual_in is not None:
             visual = self.visual_in(visual)
@@ -167,7 +173,7 @@ class CMBS(Suppression):
             localize = self._weak if self.weak else self._full
             return localize(*self.relate(visual, audio), attention)
 
-    def _full(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor) -> Output:
+    def _full(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor | None) -> Output:
         by_audio, by_video = self.audio_gate(heard).sigmoid(), self.video_gate(seen).sigmoid()
         visual, audio = suppress(visual, by_audio, self.settings.alpha), suppress(audio, by_video, self.settings.alpha)
         found = self.found(visual, audio)
@@ -177,7 +183,7 @@ class CMBS(Suppression):
         similarity = cosine(audio, visual)
         return Output(event, category, None, fusion, audio, visual, similarity, attention, gate, found)
 
-    def _weak(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor) -> Output:
+    def _weak(self, seen: Tensor, heard: Tensor, visual: Tensor, audio: Tensor, attention: Tensor | None) -> Output:
         if self.own_gates:
             seen, heard = heard, seen
         by_audio, by_video = self.audio_gate(heard).sigmoid(), self.video_gate(seen).sigmoid()
@@ -195,30 +201,49 @@ class CMBS(Suppression):
 class GatedAttention(SpatialChannelAttention):
     """CMRAN's attention, its channels weighed by maps that have seen all of themselves; and what these show alone.
 
-    visual [B, T, P, 512], audio [B, T, A] -> attended visual features [B, T, 512], attention [B, T, P].
+    visual [B, T, P, 512], audio [B, T, A] -> attended visual features [B, T, 512], attention [B, T, P] or None.
     """
 
-    def __init__(self, audio_channels: int, settings: SuppressionSettings) -> None:
-        super().__init__(audio_channels)
+    def __init__(self, audio_channels: int, positions: int, settings: SuppressionSettings) -> None:
+        super().__init__(audio_channels, positions)
         self.beta = settings.beta
-        self.video_query = nn.Linear(MAP, MAP // 4)
-        self.video_key = nn.Linear(MAP, MAP // 4)
-        self.video_value = nn.Linear(MAP, MAP)
-        self.affine_video_ave = nn.Linear(MAP, 256)
-        self.affine_video_3 = nn.Linear(MAP, 256)
-        self.ave_v_att = nn.Linear(256, 1)
+        self.itself = SelfAttention(MAP, MAP // 4, several=self.several)
+        if self.several:
+            self.affine_video_ave = nn.Linear(MAP, 256)
+            self.affine_video_3 = nn.Linear(MAP, 256)
+            self.ave_v_att = nn.Linear(256, 1)
         self.norm = nn.LayerNorm(MAP)
         self.dropout = nn.Dropout(twice(settings.dropout))
 
-    def forward(self, visual: Tensor, audio: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, visual: Tensor, audio: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if seen is None:
-            mixed = attend(self.video_query(visual), self.video_key(visual), self.video_value(visual))
-            seen = self.norm(visual + self.dropout(mixed)).to(visual.dtype)
+            seen = self.norm(visual + self.dropout(self.itself(visual))).to(visual.dtype)
         attended, attention = super().forward(visual, audio, seen)
+        return attended + self.beta * self._alone(seen, audio.dtype).sigmoid() * attended, attention
+
+    def _alone(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the maps show without the audio. [B, T, P, 512] -> [B, T, 512]."""
+        if not self.several:
+            return seen.squeeze(2).to(dtype)
         query = F.relu(self.affine_video_3(seen)) * F.relu(self.affine_video_ave(seen.mean(2))).unsqueeze(2)
-        weights = F.softmax(torch.tanh(self.ave_v_att(query)).to(audio.dtype), dim=2).to(seen.dtype)  # [B, T, P, 1]
-        alone = torch.matmul(weights.transpose(2, 3), seen).squeeze(2).to(audio.dtype)
-        return attended + self.beta * alone.sigmoid() * attended, attention
+        weights = F.softmax(torch.tanh(self.ave_v_att(query)).to(dtype), dim=2).to(seen.dtype)  # [B, T, P, 1]
+        return torch.matmul(weights.transpose(2, 3), seen).squeeze(2).to(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Each position takes up all of them; a position by itself needs no weights. [..., P, width] -> the same."""
+
+    def __init__(self, width: int, hidden: int, several: bool = True) -> None:
+        super().__init__()
+        self.several = several
+        if several:
+            self.query = nn.Linear(width, hidden)
+            self.key = nn.Linear(width, hidden)
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Tensor = self.value(x)
+        return attend(self.query(x), self.key(x), value) if self.several else value
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -58,11 +58,14 @@ class CMRAN(Network):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
+        super().__init__(
+            visual_channels=visual_channels, audio_channels=audio_channels, modality=modality, positions=positions
+        )
         self.v_fc = nn.Linear(self.visual_channels, MAP)
         self.map_dropout = nn.Dropout(min(2 * settings.dropout, 0.99))  # published: 0.2 here, 0.1 everywhere else
-        self.attention = SpatialChannelAttention(self.audio_channels)
+        self.attention = SpatialChannelAttention(self.audio_channels, positions)
         self.video_encoder = RelationEncoder(MAP, layers=2, dropout=settings.dropout)
         self.audio_encoder = RelationEncoder(self.audio_channels, layers=2, dropout=settings.dropout)
         self.video_decoder = Decoder(MAP, dropout=settings.dropout)
@@ -75,7 +78,7 @@ class CMRAN(Network):
         return split_attention(name, value)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
-        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         if self.visual_in is not None:
             visual = self.visual_in(visual)
@@ -90,22 +93,24 @@ class CMRAN(Network):
 
 
 class SpatialChannelAttention(nn.Module):
-    """Audio weighs first the channels of the maps, then their positions.
+    """Audio weighs first the channels of the maps, then their positions, where there are several.
 
-    visual [B, T, P, 512], audio [B, T, A] -> attended visual features [B, T, 512], attention [B, T, P].
+    visual [B, T, P, 512], audio [B, T, A] -> attended visual features [B, T, 512], attention [B, T, P] or None.
     """
 
-    def __init__(self, audio_channels: int) -> None:
+    def __init__(self, audio_channels: int, positions: int) -> None:
         super().__init__()
+        self.several = positions > 1
         self.affine_video_1 = nn.Linear(MAP, MAP)
         self.affine_audio_1 = nn.Linear(audio_channels, MAP)
         self.affine_bottleneck = nn.Linear(MAP, 256)
         self.affine_v_c_att = nn.Linear(256, MAP)
-        self.affine_video_2 = nn.Linear(MAP, 256)
-        self.affine_audio_2 = nn.Linear(audio_channels, 256)
-        self.affine_v_s_att = nn.Linear(256, 1)
+        if self.several:
+            self.affine_video_2 = nn.Linear(MAP, 256)
+            self.affine_audio_2 = nn.Linear(audio_channels, 256)
+            self.affine_v_s_att = nn.Linear(256, 1)
 
-    def forward(self, visual: Tensor, audio: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, visual: Tensor, audio: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """seen [B, T, P, 512]: what the channels are weighed by, where that is not `visual` itself."""
         # The audio's factor is the same at each position, so it can wait until after the mean over them.
         query = F.relu(self.affine_video_1(visual if seen is None else seen)).mean(2) * F.relu(
@@ -113,6 +118,8 @@ class SpatialChannelAttention(nn.Module):
         )
         channels = self.affine_v_c_att(F.relu(self.affine_bottleneck(query))).sigmoid()
         visual = visual * (channels + 1).to(visual.dtype).unsqueeze(2)
+        if not self.several:
+            return visual.squeeze(2).to(audio.dtype), None
         query = F.relu(self.affine_video_2(visual)) * F.relu(self.affine_audio_2(audio)).unsqueeze(2)
         scores = torch.tanh(self.affine_v_s_att(query)).squeeze(-1)
         attention = F.softmax(scores.to(audio.dtype), dim=-1)

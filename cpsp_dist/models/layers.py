@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cpsp_dist.utils.registry import NoSettings, setting
 
-POSITIONS = 49
+POSITIONS = 49  # of a published map, 7 by 7
 PUBLISHED_AUDIO = 128
 PUBLISHED_VISUAL = (512, 1024)  # VGG-19 and ResNet maps
 #: Names in the published code that several networks have: (pattern, replacement).
@@ -83,10 +84,15 @@ class Network(nn.Module):
     extra_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, *, visual_channels: int, audio_channels: int, modality: Literal["both", "audio", "visual"] = "both"
+        self,
+        *,
+        visual_channels: int,
+        audio_channels: int,
+        modality: Literal["both", "audio", "visual"] = "both",
+        positions: int = POSITIONS,
     ) -> None:
         super().__init__()
-        self.modality = modality
+        self.modality, self.positions = modality, positions
         fits = visual_channels in PUBLISHED_VISUAL
         self.visual_channels = visual_channels if fits else PUBLISHED_VISUAL[0]
         self.visual_in = None if fits else nn.Linear(visual_channels, self.visual_channels)
@@ -120,20 +126,41 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def inputs(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, 7, 7, C], [B, T, A] -> [B, T, 49, C], [B, T, 128]. The maps are still to go through `visual_in`."""
-        if visual.shape[2] * visual.shape[3] != POSITIONS:
-            raise ValueError(f"visual maps must have 7 by 7 positions, not {visual.shape[2]} by {visual.shape[3]}")
+        """[B, T, H, W, C] (or [B, T, C]: P = 1), [B, T, A] -> [B, T, P, C], [B, T, 128].
+
+        The maps are still to go through `visual_in`.
+
+        Raises:
+            ValueError: another number of positions, P = H·W, than the network was built for.
+        """
+        grid = visual.shape[2:-1]
+        if positions_of(visual.shape[1:]) != self.positions:
+            found = "vectors" if not grid else f"maps of {' by '.join(map(str, grid))} positions"
+            raise ValueError(f"visual features are {found}; this network takes {describe_positions(self.positions)}")
         device = visual.device.type
         dtype = next(self.parameters()).dtype
         # Under autocast the maps are brought to its dtype once, here, and not again by each of their two uses.
         wide = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         visual = torch.zeros_like(visual, dtype=wide) if self.modality == "audio" else visual.to(wide)
         audio = torch.zeros_like(audio, dtype=dtype) if self.modality == "visual" else audio.to(dtype)
-        visual = visual.flatten(2, 3)
+        visual = visual.unsqueeze(2) if not grid else visual.flatten(2, 3)
         if self.audio_in is not None:
             with autocast_disabled(audio):
                 audio = self.audio_in(audio)
         return visual, audio
+
+
+def positions_of(shape: Sequence[int]) -> int:
+    """Of visual features of `shape` [T, H, W, C]: H·W. Of vectors, [T, C]: 1."""
+    return math.prod(shape[1:-1])
+
+
+def describe_positions(positions: int) -> str:
+    """`maps of 49 positions, as 7 by 7`."""
+    if positions == 1:
+        return "vectors, or maps of one position"
+    side = math.isqrt(positions)
+    return f"maps of {positions} positions" + (f", as {side} by {side}" if side * side == positions else "")
 
 
 def start_step(module: nn.Module, progress: float) -> None:
@@ -154,13 +181,13 @@ class AudioGuidedAttention(nn.Module):
     linear layer that maps [..., C'] to [..., C], `visual` is [B, T, P, C'].
     """
 
-    def __init__(self, visual_channels: int, audio_channels: int = PUBLISHED_AUDIO, hidden: int = 512) -> None:
+    def __init__(self, visual_channels: int, positions: int, hidden: int = 512) -> None:
         super().__init__()
-        self.affine_audio = nn.Linear(audio_channels, hidden)
+        self.affine_audio = nn.Linear(PUBLISHED_AUDIO, hidden)
         self.affine_video = nn.Linear(visual_channels, hidden)
-        self.affine_v = nn.Linear(hidden, POSITIONS, bias=False)
-        self.affine_g = nn.Linear(hidden, POSITIONS, bias=False)
-        self.affine_h = nn.Linear(POSITIONS, 1, bias=False)
+        self.affine_v = nn.Linear(hidden, positions, bias=False)
+        self.affine_g = nn.Linear(hidden, positions, bias=False)
+        self.affine_h = nn.Linear(positions, 1, bias=False)
         for layer in (self.affine_audio, self.affine_video, self.affine_v, self.affine_g, self.affine_h):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -173,7 +200,7 @@ class AudioGuidedAttention(nn.Module):
             with autocast_disabled(audio):
                 weight, bias = self.affine_video.weight @ front.weight, self.affine_video(front.bias)
             projected = F.linear(visual, weight, bias)
-        visual_scores = self.affine_v(F.relu(projected))  # [B, T, P, 49]
+        visual_scores = self.affine_v(F.relu(projected))  # [B, T, P, P]
         audio_scores = self.affine_g(F.relu(self.affine_audio(audio)))  # [B, T, P]: one number a position
         scores = self.affine_h(torch.tanh(visual_scores + audio_scores.unsqueeze(-1))).squeeze(-1)
         attention = F.softmax(scores.to(audio.dtype), dim=-1)
@@ -182,6 +209,22 @@ class AudioGuidedAttention(nn.Module):
             with autocast_disabled(audio):
                 attended = front(attended)  # the weights of the positions sum to 1: before or after is the same
         return attended, attention
+
+
+class OnlyPosition(nn.Module):
+    """In the place of an attention where there is one position: nothing to weigh, no parameters."""
+
+    def forward(self, visual: Tensor, audio: Tensor, front: nn.Linear | None = None) -> tuple[Tensor, None]:
+        attended = visual.squeeze(2).to(audio.dtype)
+        if front is not None:
+            with autocast_disabled(audio):
+                attended = front(attended)
+        return attended, None
+
+
+def place_attention(visual_channels: int, positions: int) -> AudioGuidedAttention | OnlyPosition:
+    """The audio-guided attention over `positions`, or what stands for it at one. See `AudioGuidedAttention`."""
+    return AudioGuidedAttention(visual_channels, positions) if positions > 1 else OnlyPosition()
 
 
 class BiLSTM(nn.LSTM):

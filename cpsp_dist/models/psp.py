@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cpsp_dist.models.layers import (
     PUBLISHED_AUDIO,
     PUBLISHED_CLASSIFIERS,
-    AudioGuidedAttention,
     BiLSTM,
     Classifier,
     DropoutSettings,
@@ -20,6 +19,7 @@ from cpsp_dist.models.layers import (
     Output,
     autocast_disabled,
     cosine,
+    place_attention,
 )
 from cpsp_dist.utils.registry import setting
 
@@ -48,19 +48,22 @@ class PSP(Network):
         audio_channels: int,
         categories: int,
         modality: Literal["both", "audio", "visual"],
+        positions: int,
     ) -> None:
-        super().__init__(visual_channels=visual_channels, audio_channels=audio_channels, modality=modality)
+        super().__init__(
+            visual_channels=visual_channels, audio_channels=audio_channels, modality=modality, positions=positions
+        )
         hidden = 128
         self.fa = nn.Sequential(nn.Linear(PUBLISHED_AUDIO, 256, bias=False), nn.Linear(256, hidden, bias=False))
         self.fv = nn.Sequential(nn.Linear(self.visual_channels, 256, bias=False), nn.Linear(256, hidden, bias=False))
-        self.attention = AudioGuidedAttention(self.visual_channels)
+        self.attention = place_attention(self.visual_channels, positions)
         self.lstm_audio = BiLSTM(hidden)
         self.lstm_video = BiLSTM(hidden)
         self.propagation = Propagation(2 * hidden, settings.threshold, settings.dropout)
         self.classifier = Classifier(2 * hidden, categories, supervision)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
-        """[B, T, 7, 7, C], [B, T, A] -> Output with D = 256."""
+        """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)
         with autocast_disabled(audio):
             audio = self.fa(audio)

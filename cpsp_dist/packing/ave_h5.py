@@ -1,7 +1,7 @@
 """The AVE layout: one HDF5 file for each of visual features, audio features and labels, a row for each video.
 
-- `visual_feature.h5` [N, T, 7, 7, C] (or channels first), `audio_feature.h5` [N, T, A], `right_labels.h5` or
-  `labels.h5` [N, T, K+1] one-hot with background last. Key `avadataset` or `dataset`; any float type.
+- `visual_feature.h5` [N, T, H, W, C] (or channels first) or [N, T, C], `audio_feature.h5` [N, T, A], `right_labels.h5`
+  or `labels.h5` [N, T, K+1] one-hot with background last. Key `avadataset` or `dataset`; any float type.
 - Splits from `{train,val,test}_order.h5` (key `order`, row numbers), else from `{train,val,test}Set.txt`, whose lines
   are looked up in `Annotations.txt`.
 - `Annotations.txt` (`Category&VideoID&Quality&StartTime&EndTime`, with or without that header) names row 0, 1, …; a row
@@ -99,8 +99,8 @@ class AveH5:
         """Get ready to read visual maps from `--visual`."""
         self._files.append(path)
         self._visual = _open(path)
-        if self._visual.ndim != 5:
-            raise DataError(f"{path}: shape {list(self._visual.shape)}, expected [N, T, 7, 7, C]")
+        if self._visual.ndim not in (3, 5):
+            raise DataError(f"{path}: shape {list(self._visual.shape)}, expected [N, T, H, W, C] or [N, T, C]")
         is_channels_first(self._visual.shape[1:], self.options.visual_order, f"{path} (after the video axis)")
         _same_videos(self._visual, self._audio)
 

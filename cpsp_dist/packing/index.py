@@ -20,7 +20,7 @@ from crc32c import crc32c
 
 from cpsp_dist.data.encoders import UNKNOWN, Encoders
 from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
-from cpsp_dist.data.shard_index import MAX_NAME, is_split_name
+from cpsp_dist.data.shard_index import MAX_NAME, is_split_name, is_visual_shape
 from cpsp_dist.errors import DataError
 from cpsp_dist.packing.npy import parse_npy
 from cpsp_dist.packing.tar import BLOCK, Fault, members
@@ -189,11 +189,15 @@ def split_order(split: str) -> tuple[int, str]:
 def _check_fields(path: Path, fields: dict[str, Field]) -> None:
     visual, audio, label = (fields[name] for name in ARRAY_FIELDS)
     shapes = [f.shape for f in (visual, audio, label)]
-    fits = (len(visual.shape), len(audio.shape), len(label.shape)) == (4, 2, 1) and len({s[0] for s in shapes}) == 1
+    fits = (
+        is_visual_shape(visual.shape)
+        and (len(audio.shape), len(label.shape)) == (2, 1)
+        and len({s[0] for s in shapes}) == 1
+    )
     types = visual.dtype in ("<f2", "<f4") and (audio.dtype, label.dtype) == ("<f4", "|u1")
-    if not fits or not types or visual.shape[1:3] != (7, 7):
+    if not fits or not types:
         found = ", ".join(f"{name} {f.dtype} {list(f.shape)}" for name, f in fields.items())
-        wanted = "visual <f2 or <f4 [T, 7, 7, C], audio <f4 [T, A], label |u1 [T]"
+        wanted = "visual <f2 or <f4 [T, H, W, C] or [T, C], audio <f4 [T, A], label |u1 [T]"
         raise DataError(f"{path}: holds {found}; shards need {wanted}")
 
 

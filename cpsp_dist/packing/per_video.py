@@ -1,8 +1,9 @@
 """What the layouts with a csv of videos, and arrays of their own for each video, have in common.
 
 - `--csv`: `category,video_id,split` (that header, any order of columns); `--categories`: names, in class order.
-- Visual [T, 7, 7, C] or [T, C, 7, 7] (the published ones of T = 10), audio [t, A], label [1, T] or [T] of 0 and 1. With
-  audio of other than T rows the last one is repeated, or what is beyond T is cut, as the published loader does.
+- Visual [T, H, W, C], [T, C, H, W] or vectors [T, C] (the published ones of T = 10, 7 by 7), audio [t, A], label [1, T]
+  or [T] of 0 and 1. With audio of other than T rows the last one is repeated, or what is beyond T is cut, as the
+  published loader does.
 - `--labels` may also be a json file: `{id: {"label": […]}}`, `{id: […]}`, or a list of such; lists also as text.
 - Or the csv has a column `label` (`"[0, 1, …]"`). Then a video may be in several rows, each with its label, as AVE has
   them.

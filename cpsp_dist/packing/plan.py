@@ -96,7 +96,7 @@ def schema(source: Source, visual_dtype: str) -> dict[str, Field]:
     if len(audio) != 2 or not visual[0] == audio[0] == label[0]:
         raise DataError(
             f"visual {list(visual)}, audio {list(audio)} and label {list(label)} do not fit together; "
-            "expected [T, 7, 7, C], [T, A] and [T]"
+            "expected [T, H, W, C] or [T, C], [T, A] and [T]"
         )
     return fields_of(visual, audio, visual_dtype)
 

@@ -105,8 +105,7 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
             np.frombuffer(read_field(manifest, row, name), field.dtype).reshape(field.shape).astype(np.float32)
             for name, field in manifest.fields.items()
         )
-        strip = np.abs(visual).mean(axis=3).transpose(1, 0, 2)  # the maps of the segments, side by side
-        images = (strip.reshape(len(strip), -1), audio.T, label[None])
+        images = (_picture(visual), audio.T, label[None])
         for axis, image, title in zip(axes[3 * number :], images, ("visual", "audio", "event"), strict=False):
             colours = {"cmap": "gray", "vmin": 0, "vmax": 1} if title == "event" else {"cmap": "viridis"}
             axis.imshow(image, aspect="auto", interpolation="nearest", **colours)
@@ -117,6 +116,14 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError(f"--png {path}: cannot be written ({error})") from None
+
+
+def _picture(visual: np.ndarray) -> np.ndarray:
+    """The maps [T, H, W, C] of the segments, side by side [H, T·W]; of vectors [T, C] their values [C, T]."""
+    if visual.ndim == 2:
+        return visual.T
+    strip: np.ndarray = np.abs(visual).mean(axis=3).transpose(1, 0, 2)
+    return strip.reshape(len(strip), -1)
 
 
 def _encoder_lines(manifest: Manifest) -> list[str]:

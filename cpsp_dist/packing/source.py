@@ -13,8 +13,6 @@ from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.utils.text import is_plain, quoted
 
-GRID = 7  # visual maps are 7 x 7 cells
-
 
 @dataclass(frozen=True)
 class SourceOptions:
@@ -29,7 +27,7 @@ class SourceOptions:
     annotations: Path | None = None
     categories: Path | None = None
     csv: Path | None = None
-    visual_order: str = "auto"  # "last": [T, 7, 7, C]; "first": [T, C, 7, 7]; "auto": by the shape
+    visual_order: str = "auto"  # "last": [T, H, W, C]; "first": [T, C, H, W]; "auto": by the shape
     visual_encoder: str | None = None  # names of those that made the features, where no record says it
     audio_encoder: str | None = None
 
@@ -58,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Features:
-    """visual [T, 7, 7, C] and audio [T, A] of any float type, label [T] of 0 and 1; `note`: what was made fit."""
+    """visual [T, H, W, C] or [T, C], audio [T, A], any float type; label [T] of 0 and 1; `note`: what was made fit."""
 
     visual: np.ndarray
     audio: np.ndarray
@@ -98,25 +96,33 @@ def open_source(options: SourceOptions) -> Source:
 
 
 def channels_last(visual: np.ndarray, order: str, where: str) -> np.ndarray:
-    """A view of `visual` ([T, 7, 7, C] or [T, C, 7, 7]) with its channels last; see `is_channels_first`."""
+    """A view of `visual` ([T, H, W, C] or [T, C, H, W]; vectors [T, C] as they are) with its channels last."""
     return np.moveaxis(visual, 1, 3) if is_channels_first(visual.shape, order, where) else visual
 
 
 def is_channels_first(shape: tuple[int, ...], order: str, where: str) -> bool:
-    """Whether a visual map of `shape` is [T, C, 7, 7] rather than [T, 7, 7, C].
+    """Whether visual features of `shape` are maps [T, C, H, W] rather than [T, H, W, C], or vectors [T, C].
+
+    `auto` knows the grid by its two equal sides.
 
     Raises:
-        DataError: neither, both (C = 7: --visual-order has to say which), or not what `order` says.
+        DataError: none of these; both or, with `auto`, a grid of unequal sides (--visual-order has to say which); or
+            not what `order` says, where only the other order has a grid of equal sides.
     """
+    if len(shape) == 2:
+        return False
     text = f"[{', '.join(map(str, shape))}]"
-    last = len(shape) == 4 and shape[1:3] == (GRID, GRID)
-    first = len(shape) == 4 and shape[2:4] == (GRID, GRID)
+    last = len(shape) == 4 and shape[1] == shape[2]
+    first = len(shape) == 4 and shape[2] == shape[3]
     if order == "auto" and last and first:
         raise DataError(f"{where}: {text} can be read both ways; say --visual-order last or first")
-    if not (first if order == "first" else last if order == "last" else first or last):
-        wanted = {"last": "[T, 7, 7, C]", "first": "[T, C, 7, 7]", "auto": "[T, 7, 7, C] or [T, C, 7, 7]"}[order]
+    wrong = {"last": first and not last, "first": last and not first, "auto": not (first or last)}[order]
+    if len(shape) != 4 or wrong:
+        wanted = {"last": "[T, H, W, C]", "first": "[T, C, H, W]", "auto": "[T, H, W, C] or [T, C, H, W]"}[order]
         hint = "; the other --visual-order fits" if first or last else ""
-        raise DataError(f"{where}: wrong axis order or shape {text}, expected {wanted}{hint}")
+        if order == "auto" and len(shape) == 4:
+            hint = "; of a grid of unequal sides say --visual-order last or first"
+        raise DataError(f"{where}: wrong axis order or shape {text}, expected {wanted}, or vectors [T, C]{hint}")
     return first if order == "auto" else order == "first"
 
 

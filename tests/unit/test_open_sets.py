@@ -40,7 +40,7 @@ class ToyModel(Network):
     published_names = ((r"^old_", ""),)
     published_unused = r"nothing\\."
 
-    def __init__(self, settings, *, supervision, visual_channels, audio_channels, categories, modality):
+    def __init__(self, settings, *, supervision, visual_channels, audio_channels, categories, modality, positions):
         super().__init__(visual_channels=512, audio_channels=128, modality=modality)
         self.visual = nn.Linear(visual_channels, settings.width)
         self.audio = nn.Linear(audio_channels, settings.width)

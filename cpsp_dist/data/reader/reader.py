@@ -18,6 +18,7 @@ import torch
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
+from cpsp_dist.data.shard_index import is_visual_shape
 from cpsp_dist.data.reader.files import LookAhead
 from cpsp_dist.data.reader.options import ReaderOptions
 from cpsp_dist.data.reader.order import rank_slice
@@ -241,8 +242,8 @@ def _check_schema(manifest: Manifest) -> None:
     fits = set(forms) <= set(fields) and all(np.dtype(fields[name].dtype).str in forms[name] for name in forms)
     if fits:
         visual, audio, label = (fields[name].shape for name in ARRAY_FIELDS)
-        fits = len(visual) == 4 and visual[1:3] == (7, 7) and len(audio) == 2 and label == visual[:1] == audio[:1]
+        fits = is_visual_shape(visual) and len(audio) == 2 and label == visual[:1] == audio[:1]
     if not fits:
-        wanted = "visual [T, 7, 7, C] float16 or float32, audio [T, A] float32, label [T] uint8"
+        wanted = "visual [T, H, W, C] or [T, C], float16 or float32, audio [T, A] float32, label [T] uint8"
         found = ", ".join(f"{name} {list(f.shape)} {np.dtype(f.dtype).name}" for name, f in fields.items())
         raise DataError(f"{manifest.place}: the shards hold {found}; needed: {wanted}; pack the features again")

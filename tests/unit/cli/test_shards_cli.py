@@ -198,12 +198,12 @@ AVE_MISTAKES = {
     "wrong axes": (
         lambda s: edit(s / VISUAL, lambda d: np.moveaxis(d, 1, 4)),
         [],
-        rf"{VISUAL} .*: wrong axis order or shape \[7, 7, 3, 10\], expected \[T, 7, 7, C\]",
+        rf"{VISUAL} .*: wrong axis order or shape \[7, 7, 3, 10\], expected \[T, H, W, C\]",
     ),
     "wrong order flag": (
         lambda s: None,
         ["--visual-order", "first"],
-        r"wrong axis order or shape \[10, 7, 7, 3\], expected \[T, C, 7, 7\]; the other --visual-order fits",
+        r"wrong axis order or shape \[10, 7, 7, 3\], expected \[T, C, H, W\].*; the other --visual-order fits",
     ),
     "other data set": (lambda s: edit(s / AUDIO, lambda d: d[:7]), [], rf"{AUDIO}: 7 videos of 10 .* has 12 of 10"),
     "nan": (lambda s: edit(s / VISUAL, put((3, 0, 0, 0, 0), np.nan)), [], r"video3 \(row 3\): visual holds 1 values"),

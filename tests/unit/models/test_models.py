@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -170,7 +171,10 @@ def test_threshold_prunes() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="no model named 'pps'"):
         network("pps")
-    with pytest.raises(ValueError, match="7 by 7"):
+    with pytest.raises(
+        ValueError,
+        match="visual features are maps of 6 by 7 positions; this network takes maps of 49 positions, as 7 by 7",
+    ):
         network()(torch.rand(1, 10, 6, 7, 16), torch.rand(1, 10, 12))
 
 
@@ -206,3 +210,27 @@ def test_layers_in_front_bring_features_to_unit_scale():
     model.requires_grad_(False)
     assert model.visual_in(visual).square().mean().sqrt() == pytest.approx(1, rel=0.02)
     assert model.audio_in(audio).square().mean().sqrt() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("supervision", ["full", pytest.param("weak", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("grid", [(), (3, 5)])
+def test_any_grid(name: str, supervision: str, grid: tuple[int, ...]) -> None:
+    """Attention weighs as many positions as there are; of one, or a vector, there is nothing to weigh, so no layer."""
+    count = math.prod(grid)
+    model = network(name, supervision, positions=count)
+    visual, audio = torch.rand(2, 6, *grid, 16), torch.rand(2, 6, 12)
+    output = model(visual, audio)
+    if count == 1:
+        assert output.attention is None
+        assert torch.equal(model.eval()(visual, audio).fusion, model(visual.reshape(2, 6, 16), audio).fusion)
+        model.train()
+    else:
+        assert output.attention.shape == (2, 6, count)
+        torch.testing.assert_close(output.attention.sum(-1), torch.ones(2, 6))
+    (output.event_logits.square().sum() + output.category_logits.square().sum()).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+    with pytest.raises(ValueError, match="maps of 7 by 7 positions; this network takes"):
+        model(*features(1, 6))

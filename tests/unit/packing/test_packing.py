@@ -306,10 +306,12 @@ def test_seven_channels_need_the_order(tmp_path: Path) -> None:
 
 @given(shape=st.tuples(*[st.sampled_from([1, 7, 10, 512])] * 4), order=st.sampled_from(["auto", "last", "first"]))
 def test_axis_order_rule(shape: tuple[int, ...], order: str) -> None:
-    possible = {name for name, grid in (("last", shape[1:3]), ("first", shape[2:])) if grid == (7, 7)}
-    wanted = possible if order == "auto" else possible & {order}
-    if len(wanted) == 1:
-        assert is_channels_first(shape, order, "x") == (wanted == {"first"})
+    """A grid has two equal sides, unless the order is given and neither of the two readings has such a grid."""
+    square = {name for name, grid in (("last", shape[1:3]), ("first", shape[2:])) if grid[0] == grid[1]}
+    fitting = square if order == "auto" else (square or {order}) & {order}
+    if len(fitting) == 1:
+        assert is_channels_first(shape, order, "x") == (fitting == {"first"})
+        assert not is_channels_first((shape[0], shape[3]), order, "x")  # vectors
     else:
         with pytest.raises(DataError, match=r"^x: "):
             is_channels_first(shape, order, "x")
