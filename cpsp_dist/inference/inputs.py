@@ -42,7 +42,10 @@ class FeatureFiles:
         return UNKNOWN
 
     def load(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """visual [T, H, W, C], audio [T, A]; other than T rows of audio repeat the last one or are cut, as in packing.
+        """visual [T, H, W, C] or [T, C], audio [T, A].
+
+        As in packing, other than T rows of audio repeat the last one or are cut. Maps of a grid of unequal sides have
+        their channels last.
 
         Raises:
             DataError: naming the file.
@@ -50,9 +53,11 @@ class FeatureFiles:
         arrays = []
         for path in (self.visual, self.audio):
             store = ARRAYS[path.suffix](path.parent, "features")
-            arrays.append(np.asarray(store.load(path.name.removesuffix(path.suffix)), dtype=np.float32))
+            arrays.append(np.array(store.load(path.name.removesuffix(path.suffix)), dtype=np.float32))
         visual, audio = arrays
-        visual = channels_last(visual, "auto", str(self.visual))
+        sides = visual.shape[1:]
+        unequal = len(sides) == 3 and sides[0] != sides[1] != sides[2]
+        visual = channels_last(visual, "last" if unequal else "auto", str(self.visual))
         if audio.ndim != 2 or not len(audio):
             raise DataError(f"{self.audio}: shape {list(audio.shape)}, expected [T, A]")
         for array, path in ((visual, self.visual), (audio, self.audio)):

@@ -100,7 +100,7 @@ def figure_of(found: Prediction) -> Any:
     if Path(found.input).suffix.lower() in VIDEOS:
         start = None if count == len(found.event) else 0.0
         clip = read_clip(found.input, ClipForm(count, found.segment_seconds, 1, FRAME, mel.RATE), start)
-    maps = None if found.attention is None else found.attention[:count].reshape(count, 7, 7)
+    maps = None if found.attention is None else found.attention[:count]
     heights = ([1.0] if clip else []) + ([1.0] if maps is not None else []) + ([0.5, 0.7] if clip else []) + [1.2]
     figure = Figure(figsize=(1.2 * count + 1.5, 1.3 * sum(heights) + 0.7), layout="constrained")
     rows = iter(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
@@ -125,11 +125,12 @@ def _strip(axis: Any, frames: np.ndarray, title: str) -> None:
 
 
 def _attention(axis: Any, maps: np.ndarray, frames: np.ndarray | None) -> None:
-    """Weights [n, 7, 7], each map scaled to its largest; over grey frames where there are any."""
+    """Weights [n, H, W], each map scaled to its largest; over grey frames where there are any."""
     from matplotlib import colormaps
 
     scaled = maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
-    coloured = colormaps["inferno"](scaled.repeat(16, 1).repeat(16, 2))[..., :3]
+    down, across = (np.arange(size) * of // size for size, of in zip(FRAME, maps.shape[1:], strict=True))
+    coloured = colormaps["inferno"](scaled[:, down[:, None], across])[..., :3]
     if frames is not None:
         coloured = 0.55 * coloured + 0.45 * frames.mean(axis=3, keepdims=True) / 255
     _strip(axis, coloured, "attention")

@@ -140,7 +140,7 @@ class _Predictor:
         try:
             visual, audio = visual.to(self.device, torch.float32), audio.to(self.device)
             return score(self.model, visual, audio, self.window, self.hop)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{place}: features of [{visual.shape[-1]}] visual and [{audio.shape[-1]}] audio channels do not fit "
                 f"{self.name}: {one_line(error)[:150]}"

@@ -52,7 +52,7 @@ class Prediction:
         event: [n] probability that the segment is an event, 0 to 1.
         spans: runs of segments whose probability is above `THRESHOLD`, cut where the category changes.
         truth: where it is known.
-        attention: [n, H·W] weights of the 7x7 positions of the picture, row by row, where the network has them.
+        attention: [n, H, W] weights of the positions of the picture, where the network has them.
     """
 
     input: str
@@ -77,7 +77,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's probabilities for the n segments of a video: event [n], category [n, K]; attention [n, H·W] or None."""
+    """Probabilities for the n segments of a video: event [n], category [n, K]; attention [n, H, W], if there is one."""
 
     event: Floats
     category: Floats

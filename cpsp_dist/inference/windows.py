@@ -20,7 +20,7 @@ def window_starts(segments: int, window: int, hop: int) -> list[int]:
 
 @torch.no_grad()
 def score(model: torch.nn.Module, visual: Tensor, audio: Tensor, window: int, hop: int) -> list[Scores]:
-    """Of B videos of n segments each, visual [B, n, H, W, C] and audio [B, n, A].
+    """Of B videos of n segments each, visual [B, n, H, W, C] or [B, n, C] and audio [B, n, A].
 
     Of up to `window` segments: the network's, as evaluation has them. Of more: the mean, for each segment, over the
     windows that it is in.
@@ -37,7 +37,7 @@ def score(model: torch.nn.Module, visual: Tensor, audio: Tensor, window: int, ho
             total[:, part] += array
         counts[part] += 1
     event, category, *attention = (total / counts.reshape(1, -1, *[1] * (total.ndim - 2)) for total in totals)
-    maps = attention[0].astype(np.float32) if attention else None
+    maps = attention[0].astype(np.float32).reshape(videos, segments, *visual.shape[2:-1]) if attention else None
     return [Scores(event[i], category[i], None if maps is None else maps[i]) for i in range(videos)]
 
 

@@ -98,7 +98,7 @@ def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     segments = manifest.fields["label"].shape[0]
-    figure = Figure(figsize=(segments, 2.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(segments, 5), 2.4 * len(rows)), layout="constrained")
     axes = figure.subplots(3 * len(rows), 1, squeeze=False, height_ratios=[7, 8, 1] * len(rows))[:, 0]
     for number, row in enumerate(rows):
         visual, audio, label = (

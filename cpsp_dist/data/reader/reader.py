@@ -18,13 +18,13 @@ import torch
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
-from cpsp_dist.data.shard_index import is_visual_shape
 from cpsp_dist.data.reader.files import LookAhead
 from cpsp_dist.data.reader.options import ReaderOptions
 from cpsp_dist.data.reader.order import rank_slice
 from cpsp_dist.data.reader.remote import shard_files
 from cpsp_dist.data.reader.ring import AHEAD, PendingBatch, Ring, Slot
 from cpsp_dist.data.reader.schedule import ReadSchedule
+from cpsp_dist.data.shard_index import is_visual_shape
 from cpsp_dist.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -116,7 +116,7 @@ def test_files_of_features_and_a_program(folder: Path, tmp_path: Path, capsys: p
     (one,) = model.predict(tmp_path / "features" / "visual" / f"{key}.npy")
     assert (one.video, one.category) == (key, expected[0]["category"])
     assert one.attention is not None
-    assert one.attention.shape == (10, 49)
+    assert one.attention.shape == (10, 7, 7)
     assert len(model.predict(folder / "shards", split="val")) == 16
 
 
