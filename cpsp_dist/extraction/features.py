@@ -7,9 +7,6 @@ import numpy as np
 from cpsp_dist.extraction.clip import Clip, ClipForm
 from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, VisualEncoder
 
-#: Positions of the maps that models take, each way.
-GRID = 7
-
 
 def clip_form(visual: VisualEncoder, audio: AudioEncoder, segments: int = 10, segment_seconds: float = 1.0) -> ClipForm:
     """What two encoders need of a clip."""
@@ -18,18 +15,9 @@ def clip_form(visual: VisualEncoder, audio: AudioEncoder, segments: int = 10, se
 
 
 def clip_features(clip: Clip, visual: VisualEncoder, audio: AudioEncoder) -> tuple[Floats, Floats]:
-    """(visual [T, 7, 7, C], the mean over a segment's frames; audio [T, A]), float32.
-
-    Of an encoder that gives one vector for a picture every position of the map has the same.
-    """
-    maps = visual_features(clip, visual)
-    if maps.ndim == 2:
-        maps = np.ascontiguousarray(np.broadcast_to(maps[:, None, None], (len(maps), GRID, GRID, maps.shape[1])))
-    return maps, audio(clip.waveform.reshape(clip.form.segments, -1))
-
-
-def visual_features(clip: Clip, visual: VisualEncoder) -> Floats:
-    """[T, h, w, C], or [T, C] of an encoder of complete pictures: the mean over a segment's frames, float32."""
+    """(visual [T, h, w, C], or [T, C] of an encoder of complete pictures, the mean over a segment's frames;
+    audio [T, A]), float32."""
     encoded = visual(clip.frames)
     by_segment = encoded.reshape(clip.form.segments, -1, *encoded.shape[1:])
-    return np.asarray(by_segment.mean(axis=1, dtype=np.float32))
+    mean = np.asarray(by_segment.mean(axis=1, dtype=np.float32))
+    return mean, audio(clip.waveform.reshape(clip.form.segments, -1))

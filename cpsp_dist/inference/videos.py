@@ -38,7 +38,7 @@ class VideoReader:
         self.visual, self.audio = cast(VisualEncoder, built[0]), cast(AudioEncoder, built[1])
 
     def read(self, path: str, segments: int) -> tuple[Floats, Floats]:
-        """visual [n, H, W, C], audio [n, A] of a video, decoded in clips of `segments` segments.
+        """visual [n, H, W, C] or [n, C], audio [n, A] of a video, decoded in clips of `segments` segments.
 
         A video of about that length is one clip, as in an extraction. What is left of a longer one and shorter than
         half a segment is not used.

@@ -242,8 +242,10 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.several:
+            return attend(self.query(x), self.key(x), self.value(x))
         value: Tensor = self.value(x)
-        return attend(self.query(x), self.key(x), value) if self.several else value
+        return value
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

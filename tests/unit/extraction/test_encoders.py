@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from cpsp_dist.errors import UserError
+from cpsp_dist.extraction.clip import Clip
 from cpsp_dist.extraction.encoders import ENCODERS, build_encoder, encoders_of
 from cpsp_dist.extraction.encoders.encoder import VisualEncoder
 from cpsp_dist.extraction.encoders.mel import log_mel
+from cpsp_dist.extraction.features import clip_features, clip_form
 from tests.support import encoder_reference
 
 
@@ -89,3 +91,18 @@ def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
     """The tests see no GPU."""
     with pytest.raises(UserError, match=f"^--device {device}: .*"):
         build_encoder("logmel", None, device)
+
+
+class Complete(Middle):
+    size = (8, 8)
+
+    def __call__(self, frames):
+        return frames.reshape(len(frames), -1)[:, :5].astype("f4")
+
+
+def test_vectors_of_complete_pictures_stay_vectors() -> None:
+    visual, audio = Complete(None, "cpu"), build_encoder("logmel")
+    form = clip_form(visual, audio, segments=3)
+    frames = np.arange(3 * 8 * 8 * 3).astype(np.uint8).reshape(3, 8, 8, 3)
+    clip = Clip(form, frames, np.zeros(3 * audio.sample_rate, np.float32), fps=1.0, count=3)
+    assert np.array_equal(clip_features(clip, visual, audio)[0], frames.reshape(3, -1)[:, :5])
