@@ -48,7 +48,7 @@ class Extraction:
         return {"encoders": self.encoders.as_json(), "clip": dataclasses.asdict(self.form)}
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a clip's features: visual [T, 7, 7, C] and audio [T, A]; encodes one black and silent segment."""
+        """Visual [T, h, w, C] or [T, C], and audio [T, A], of a clip; encodes one black and silent segment."""
         form = dataclasses.replace(self.form, segments=1)
         frames = np.zeros((form.frames_per_segment, *form.size, 3), np.uint8)
         silence = np.zeros(round(form.segment_seconds * form.sample_rate), np.float32)

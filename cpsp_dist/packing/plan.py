@@ -102,7 +102,7 @@ def schema(source: Source, visual_dtype: str) -> dict[str, Field]:
 
 
 def fields_of(visual: tuple[int, ...], audio: tuple[int, ...], visual_dtype: str) -> dict[str, Field]:
-    """Of samples with visual [T, 7, 7, C] and audio [T, A]."""
+    """Of samples with visual [T, H, W, C] or [T, C], and audio [T, A]."""
     return {
         "visual": Field(np.dtype(visual_dtype).str, visual),
         "audio": Field("<f4", audio),

@@ -38,9 +38,9 @@ class Example:
     """What the network computes inside for a video (row of `Answers`).
 
     Attributes:
-        attention: [T, 7, 7] weights of the map's positions; None where the network has none.
+        attention: [T, H, W] weights of the map's positions; None where the network has none.
         affinity: [T, T] cosine of visual (row) and audio (column) segment features.
-        maps: [T, 7, 7] mean size of the visual features.
+        maps: [T, H, W] mean size of the visual features; of vectors [T].
     """
 
     row: int
@@ -165,6 +165,7 @@ def _examples(model: PlainModel, stream: EvalStream, answers: Answers) -> Iterat
     visual, audio = (torch.nn.functional.normalize(x.double().cpu(), dim=-1) for x in (output.visual, output.audio))
     affinity = (visual @ audio.transpose(1, 2)).numpy()
     maps = batch.visual.float().abs().mean(-1).numpy()
-    attention = None if output.attention is None else output.attention.float().cpu().unflatten(-1, (7, 7)).numpy()
+    grid = batch.visual.shape[2:-1]
+    attention = None if output.attention is None else output.attention.float().cpu().unflatten(-1, grid).numpy()
     for slot, row in enumerate(worst.tolist()):
         yield Example(row, None if attention is None else attention[slot], affinity[slot], maps[slot].copy())

@@ -228,7 +228,7 @@ def _example(data: RunData, example: Example) -> list[Figure]:
 
 
 def _attention(maps: np.ndarray, ends: Sequence[str]) -> Figure:
-    """maps: [T, 7, 7], drawn side by side with a column between."""
+    """maps: [T, H, W], drawn side by side with a column between."""
     count, height, width = maps.shape
     cells = [
         (t * (width + 1) + x, y, round(float(maps[t, y, x]), 4))

@@ -83,6 +83,8 @@ def test_from_files_to_predictions(
     capsys.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)["accuracy"]
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").stat().st_size > 10_000
     assert main(["export", str(run), "--out", str(tmp_path / "model")]) == 0
     network = cpsp_dist.load_model(tmp_path / "model")
     right = []
