@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from pathlib import Path
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
@@ -33,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     for modality, example in (("visual", "efficientnet-lite0"), ("audio", "logmel")):
         parser.add_argument(f"--{modality}", metavar="ENCODER", required=True, help=f"{modality} encoder, as {example}")
         parser.add_argument(f"--{modality}-weights", type=local_path, metavar="FILE", help="its weights")
-    parser.add_argument("--out", type=local_path, metavar="DIR", required=True, help="folder to fill")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder to fill")
     parser.add_argument(
         "--labels",
         type=local_path,
@@ -69,6 +70,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     shards.add_argument("--shards", action="store_true", help="write shards, and no npy files")
     shards.add_argument("--visual-dtype", choices=("float16", "float32"), help="of them (default: float16)")
     shards.add_argument("--shard-mb", type=float, metavar="N", help="megabytes a shard, about (default: 130)")
+    plan = parser.add_argument_group("forecast")
+    plan.add_argument("--plan", action="store_true", help="print bytes and hours that it will take, and write nothing")
+    plan.add_argument("--rate", type=float, metavar="R", help="videos/s of one job (default: measured on a few clips)")
+    plan.add_argument("--clips", type=int, metavar="N", help="to measure on (default: 8)")
+    plan.add_argument("--count", type=int, metavar="N", help="videos to plan for (default: those with a file)")
+    plan.add_argument("--jobs", type=int, metavar="N", help="jobs at once, of a GPU each (default: 16)")
     parser.set_defaults(handler=_extract)
 
 
@@ -81,8 +88,9 @@ def _extract(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers}: has to be 1 or more")
     if not (args.deadline > 0 and math.isfinite(args.deadline)):
         raise UserError(f"--deadline {args.deadline:g}: has to be more than 0")
+    _check_plan(args)
     for flag in ("visual_dtype", "shard_mb"):
-        if getattr(args, flag) is not None and not args.shards:
+        if getattr(args, flag) is not None and not (args.shards or args.plan):
             raise UserError(f"--{flag.replace('_', '-')} is of --shards; give that, too")
     if args.shard_mb is not None and not 0 < args.shard_mb < math.inf:
         raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
@@ -97,6 +105,27 @@ def _extract(args: argparse.Namespace) -> None:
     names = [each.name for each in dataclasses.fields(ExtractOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given["portion"] = (int(number), int(portions)) if args.portion else None
+    if args.plan:
+        from cpsp_dist.extraction.forecast import CLIPS, forecast
+
+        options = ExtractOptions(**({"out": Path()} | given))
+        planned = forecast(options, rate=args.rate, clips=args.clips or CLIPS, count=args.count)
+        echo(planned.text(args.jobs or 16))
+        return
     found = extract(ExtractOptions(**given))
     unfinished = f"; portion {args.portion}, not finished yet" if args.portion else ""
     echo(f"{args.out}: {found.text()}{unfinished}")
+
+
+def _check_plan(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    for flag in ("rate", "clips", "count", "jobs"):
+        value = getattr(args, flag)
+        if value is not None and not args.plan:
+            raise UserError(f"--{flag} is of --plan; give that, too")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{flag} {value:g}: has to be more than 0")
+    if args.plan and args.portion:
+        raise UserError("--plan is about all videos; leave --portion out, and give --jobs")
+    if args.out is None and not args.plan:
+        raise UserError("--out is needed: the folder to fill")

@@ -19,6 +19,7 @@ import torch
 from cpsp_dist.cli import main
 from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import REPO
+from tests.support.extraction import make_folder
 from tests.support.packing_sources import files_under
 from tests.support.runs import audited, loss_history, newest_state, overrides
 from tests.tools.slurm_lab import Lab
@@ -276,3 +277,22 @@ def test_packs_as_an_array(slurm: Any, keypad_features: Path, tmp_path: Path) ->
     job.until(out.exists)
     assert list(tmp_path.glob("cpsp-pack-finish-*.log")), "its log lies beside the others'"
     assert files_under(out) == files_under(tmp_path / "one" / "shards")
+
+
+def test_extracts_as_an_array(slurm: Any, tmp_path: Path) -> None:
+    """Two jobs, finished by one, make the shards of one process of six videos; a broken one is left out."""
+    folder = make_folder(tmp_path / "in", 6)
+    labels = {f"v{number:03d}": [0, 1, 1, 1, 0, 0, 0, 0, 0, 1] for number in range(6)}
+    (folder / "labels.json").write_text(json.dumps(labels))
+    (folder / "videos" / "v004.mp4").write_bytes(b"nothing")
+    options = ["--videos", str(folder / "videos"), "--csv", str(folder / "list.csv"), "--shard-mb", "0.2"]
+    options += ["--labels", str(folder / "labels.json"), "--segment-seconds", "0.1", "--device", "cpu"]
+    options += ["--visual", "efficientnet-lite0", "--audio", "logmel"]
+    assert main(["extract", "--shards", "--on-error", "skip", *options, "--out", str(tmp_path / "one" / "shards")]) == 0
+    out = tmp_path / "array" / "shards"
+    job = Job(slurm, tmp_path, "extract_100k.sh", ["--array=3-4"], [*options, "--out", str(out)])
+    job.until(out.exists, 240)
+    assert list(tmp_path.glob("cpsp-extract-finish-*.log")), "its log lies beside the others'"
+    assert files_under(out) == files_under(tmp_path / "one" / "shards")
+    assert len(list(out.glob("*.tar"))) == 5
+    assert "v004.mp4: cannot be decoded" in (out / "report.jsonl").read_text()

@@ -20,7 +20,6 @@ import numpy as np
 #: audio and one has 11, two are pickled as numpy 2 does, four ids begin with `-` or `_`.
 ZIPPED = ["-pDifqXtGpY", "ZC7YG_ZfJw8", "_WgjyAb0PJ0", "frUuggWct2g", "nlcfx0VIT1Y"]
 ZIPPED += ["_GbcKGONUj0", "57C1MZ5xSDE", "VlZRG_TrsWw"]
-CLIPS = ["ZC7YG_ZfJw8", "_GbcKGONUj0"]
 #: Of the videos whose one run of events is a part of them: the first so many of each split, each of another category.
 MORE = {"train": 7, "val": 1, "test": 2}
 
@@ -74,12 +73,17 @@ def write_zip(source: Path, out: Path) -> None:
     (out / "avdigits.csv").write_text("\n".join([header, *kept]) + "\n")
 
 
-def write_clips(source: Path, rows: list[int], out: Path) -> None:
+def write_clips(source: Path, features: Path, out: Path) -> None:
+    """All of them, and the visual features that the data set has of them, in the order of `labels.json`."""
     out.mkdir()
-    labels = [label for label in json.loads((source / "labels.json").read_text()) if label["video_id"] in CLIPS]
+    labels = json.loads((source / "labels.json").read_text())
+    with h5py.File(features) as file:
+        write(
+            out / "visual_feature.h5", "avadataset", np.stack([file["avadataset"][each["h5_row"]] for each in labels])
+        )
     for label in labels:
         shutil.copyfile(source / label["file"], out / label["file"])
-        label["h5_row"] = rows.index(label["h5_row"])
+        del label["h5_row"]
     (out / "labels.json").write_text("[" + ",\n".join(json.dumps(label) for label in labels) + "]\n")
 
 
@@ -89,7 +93,7 @@ def main(source: Path, out: Path) -> None:
     rows = chosen(videos)
     write_h5(source / "ave_h5", videos, rows, out / "ave_h5")
     write_zip(source / "avel100k_zip", out / "avel100k_zip")
-    write_clips(source / "clips", rows, out / "clips")
+    write_clips(source / "clips", source / "ave_h5/visual_feature.h5", out / "clips")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import h5py
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from cpsp_dist.extraction.video import read_clip
 from tests.support.environment import DATA
 
 CLIPS = DATA / "avdigits" / "clips"
+#: One of 16 frames a second, square; one of 29.97, wider than high; ten more of 16, 25, 29.97 and 30.
+SHORT = ("ZC7YG_ZfJw8", "_GbcKGONUj0")
+LONG = ("_Ulk3vPhqD0", "-dd_6mgsO1o", "_0sUgdq3_bk", "_7d3y6XSVHQ", "aRSTGJk_KxM", "_Vd0fF8QIkQ", "-gJosJZ21MU")
+LONG += ("-nnWSofXrpM", "-pDifqXtGpY", "1x068UnS6dE")
 
 
-@pytest.mark.parametrize("name", ["ZC7YG_ZfJw8", "_GbcKGONUj0"])
+@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_stored_features(name: str) -> None:
-    """One of 16 frames a second, square; one of 29.97, wider than high."""
     visual, audio = build_encoder("efficientnet-lite0"), build_encoder("logmel")
     clip = read_clip(CLIPS / f"{name}.mp4", clip_form(visual, audio))
     found, sound = clip_features(clip, visual, audio)
@@ -28,7 +33,7 @@ def test_stored_features(name: str) -> None:
 
 
 def stored(name: str) -> np.ndarray:
-    rows = (DATA / "avdigits" / "ave_h5" / "videos.csv").read_text().splitlines()
-    names = [row.split(",")[rows[0].split(",").index("video_id")] for row in rows[1:]]
-    with h5py.File(DATA / "avdigits" / "ave_h5" / "visual_feature.h5") as file:
+    names = [label["video_id"] for label in json.loads((CLIPS / "labels.json").read_text())]
+    assert {*names} == {*SHORT, *LONG}
+    with h5py.File(CLIPS / "visual_feature.h5") as file:
         return file["avadataset"][names.index(name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,26 +39,43 @@ def lag(clip: Clip, start: float = 0.0, rate: int = 16000) -> float:
     return 1000 * max(scores, key=lambda k: scores[k]) / rate
 
 
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    [
-        ("16.mp4", Spec(fps=16, frames=32, rate=16000, **H264)),
-        ("25.mkv", Spec(fps=25, frames=50, **H264)),
-        ("ntsc.mp4", Spec(fps=NTSC, frames=59, rate=48000, **H264)),
-        ("30.webm", Spec(fps=30, frames=60, **VP8)),
-        ("50.mp4", Spec(fps=50, frames=100, codec="mpeg4")),
-        ("60.mkv", Spec(fps=60, frames=120, audio_codec="libmp3lame", rate=22050, **H264)),
-        ("variable.mp4", Spec(fps=35, frames=70, times=TIMES, **H264)),
-        ("variable.mkv", Spec(fps=35, frames=70, times=TIMES, audio_codec="flac", **H264)),
-        ("variable.webm", Spec(fps=35, frames=70, times=TIMES, **VP8)),
-        ("later.mkv", Spec(fps=25, frames=50, options={"output_ts_offset": "5"}, **H264)),
-        ("edit.mp4", Spec(fps=25, frames=50, options={"output_ts_offset": "5"}, **H264)),
-        ("offset.ts", Spec(fps=25, frames=50, **H264)),
-        ("ten_bit.mp4", Spec(fps=25, frames=50, pix_fmt="yuv420p10le")),
-        ("odd.mkv", Spec(fps=25, frames=50, pix_fmt="yuv444p", size=(47, 83))),
-        ("6ch.mp4", Spec(fps=25, frames=50, layout="5.1", rate=48000)),
-    ],
-)
+CASES = [
+    ("16.mp4", Spec(fps=16, frames=32, rate=16000, **H264)),
+    ("25.mkv", Spec(fps=25, frames=50, **H264)),
+    ("ntsc.mp4", Spec(fps=NTSC, frames=59, rate=48000, **H264)),
+    ("30.webm", Spec(fps=30, frames=60, **VP8)),
+    ("50.mp4", Spec(fps=50, frames=100, codec="mpeg4")),
+    ("60.mkv", Spec(fps=60, frames=120, audio_codec="libmp3lame", rate=22050, **H264)),
+    ("variable.mp4", Spec(fps=35, frames=70, times=TIMES, **H264)),
+    ("variable.mkv", Spec(fps=35, frames=70, times=TIMES, audio_codec="flac", **H264)),
+    ("variable.webm", Spec(fps=35, frames=70, times=TIMES, **VP8)),
+    ("later.mkv", Spec(fps=25, frames=50, options={"output_ts_offset": "5"}, **H264)),
+    ("edit.mp4", Spec(fps=25, frames=50, options={"output_ts_offset": "5"}, **H264)),
+    ("offset.ts", Spec(fps=25, frames=50, **H264)),
+    ("ten_bit.mp4", Spec(fps=25, frames=50, pix_fmt="yuv420p10le")),
+    ("odd.mkv", Spec(fps=25, frames=50, pix_fmt="yuv444p", size=(47, 83))),
+    ("6ch.mp4", Spec(fps=25, frames=50, layout="5.1", rate=48000)),
+]
+RATES = {
+    "16": {"fps": 16, "frames": 32},
+    "25": {"fps": 25, "frames": 50},
+    "ntsc": {"fps": NTSC, "frames": 59},
+    "30": {"fps": 30, "frames": 60},
+    "50": {"fps": 50, "frames": 100},
+    "variable": {"fps": 35, "frames": 70, "times": TIMES},
+}
+
+
+def every_rate_in_every_container() -> list[Any]:
+    """What `CASES` lacks of it."""
+    codecs: dict[str, dict[str, Any]] = {"mp4": H264, "mkv": H264, "webm": VP8}
+    names = [f"{rate}.{suffix}" for rate in RATES for suffix in codecs]
+    left = [name for name in names if name not in dict(CASES)]
+    specs = {name: Spec(**RATES[name.split(".")[0]], **codecs[name.split(".")[1]]) for name in left}
+    return [pytest.param(name, spec, marks=pytest.mark.long) for name, spec in specs.items()]
+
+
+@pytest.mark.parametrize(("name", "spec"), [*CASES, *every_rate_in_every_container()])
 def test_published_frames_and_sound_in_time(tmp_path: Path, name: str, spec: Spec) -> None:
     clip = read_clip(make_video(tmp_path / name, spec), FORM)
     assert clip.count == spec.frames
