@@ -66,6 +66,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="only the I-th of N portions of the videos (from 0), for an array of N jobs; the same command without "
         "--portion then finishes",
     )
+    _add_shards_and_plan(parser)
+    parser.set_defaults(handler=_extract)
+
+
+def _add_shards_and_plan(parser: argparse.ArgumentParser) -> None:
     shards = parser.add_argument_group("shards")
     shards.add_argument("--shards", action="store_true", help="write shards, and no npy files")
     shards.add_argument("--visual-dtype", choices=("float16", "float32"), help="of them (default: float16)")
@@ -76,7 +81,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     plan.add_argument("--clips", type=int, metavar="N", help="to measure on (default: 8)")
     plan.add_argument("--count", type=int, metavar="N", help="videos to plan for (default: those with a file)")
     plan.add_argument("--jobs", type=int, metavar="N", help="jobs at once, of a GPU each (default: 16)")
-    parser.set_defaults(handler=_extract)
 
 
 def _extract(args: argparse.Namespace) -> None:
