@@ -99,7 +99,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self.points.write()
+        self._warn("lost", self.points.close())
         if self.sender is None:
             return
         stopped = isinstance(value, Stopped)

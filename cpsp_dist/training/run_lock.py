@@ -7,6 +7,7 @@ alive is known at once on its own machine, by its process; elsewhere by the file
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,9 +21,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from cpsp_dist.config import Config
 from cpsp_dist.errors import EXIT_USER_ERROR, UserError
-from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.training.idle_starts import note_checkpoint
 from cpsp_dist.utils import files
+from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,7 @@ NAME = "run.lock"
 #: Seconds between two renewals; without one after which a holder on another machine counts as gone; and that the next
 #: start of the same Slurm job waits for the one before to end.
 RENEW, STALE, WAIT_FOR_OWN_JOB = 5.0, 60.0, 150.0
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,36 @@ def require_unlocked(output: str | Path) -> None:
     holder = read(Path(output) / NAME)
     if holder is not None and holder.machine == _machine() and not _gone(holder):
         raise UserError(_is_taken(Path(output), holder))
+
+
+def save_where_held(config: Config, state: TrainingState, progress: TrainingProgress) -> str:
+    """Write a checkpoint of the run that this process writes; why it could not be written, or ''."""
+    output = config.output
+    what = f"{Checkpoints(output).folder}: cannot write the checkpoint of step {progress.step}"
+    again = "then give the same command again"
+    try:
+        if _is_lost(Path(output)):  # a new folder would be another run
+            return (
+                f"output={output}: this folder was removed or moved away while the run trained ({NAME} is gone), so "
+                "nothing more is saved; put it back, or give the same command again to begin anew"
+            )
+        Checkpoints(output).save(state, progress, config.checkpoint.keep)
+        note_checkpoint()
+    except (OSError, SafetensorError) as error:
+        remedy = "let it be written to" if getattr(error, "errno", 0) in _NOT_PERMITTED else "free some space"
+        return f"{what}: {one_line(error) or repr(error)}; the ones before are complete: {remedy}, {again}"
+    return ""
+
+
+def _is_lost(output: Path) -> bool:
+    """Whether the lock that this process wrote is gone."""
+    try:
+        (output / NAME).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass  # what writes there reports it
+    return False
 
 
 @contextmanager

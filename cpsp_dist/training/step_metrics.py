@@ -111,3 +111,8 @@ class Audit:
         """rows: of the sample table, those that this rank trained on in `step`."""
         if self.file is not None:
             self.lines.append({"step": step, "keys": [self.samples[row]["key"].decode() for row in rows]})
+
+    def close(self) -> None:
+        """Write what a full disk has held up."""
+        if self.file is not None:
+            self._warn(self.lines.close())

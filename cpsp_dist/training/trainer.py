@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
@@ -29,7 +28,7 @@ from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.runs import compare_command
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.agreement import require_same_data
-from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.checkpoint import TrainingProgress
 from cpsp_dist.training.engine import (
     PRECISIONS,
     Engine,
@@ -42,15 +41,13 @@ from cpsp_dist.training.engine import (
 from cpsp_dist.training.evaluate import evaluate, evaluate_best, write_json
 from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all, say_start
-from cpsp_dist.training.idle_starts import note_checkpoint
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import Replay
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
-from cpsp_dist.training.run_lock import run_folder
+from cpsp_dist.training.run_lock import run_folder, save_where_held
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter
-from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +144,6 @@ class Trainer:
     ):
         self.config, self.manifest, self.ranks, self.stream = config, manifest, ranks, stream
         self.engine, self.objectives, self.tracker, self.signals = engine, objectives, tracker, signals
-        self.checkpoints = Checkpoints(config.output)
         self.schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         self.steps = StepRunner(config, ranks, stream.schedule, engine, objectives)
 
@@ -160,16 +156,17 @@ class Trainer:
         """
         try:
             self.begin(progress)
-            for step in range(progress.step, self.schedule.steps):
-                result = self.run_micro_batches(step)
-                self.count_step(step, result)
-                self.log_step(step, result)
-                with self.meter.paused():
-                    self.validate(step)
-                    # One tiny collective: whichever rank a signal reached, all stop after the same step.
-                    stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
-                    self.save_if_due(step, stop_signal)
-                    self.stop_if_requested(stop_signal)
+            with closing(self.audit):
+                for step in range(progress.step, self.schedule.steps):
+                    result = self.run_micro_batches(step)
+                    self.count_step(step, result)
+                    self.log_step(step, result)
+                    with self.meter.paused():
+                        self.validate(step)
+                        # One tiny collective: whichever rank a signal reached, all stop after the same step.
+                        stop_signal = process_group.all_reduce_max(self.signals.received or 0, self.ranks.device)
+                        self.save_if_due(step, stop_signal)
+                        self.stop_if_requested(stop_signal)
         finally:  # a program may continue, and train again
             self.engine.close()
         return self.progress
@@ -247,18 +244,12 @@ class Trainer:
         state = replace(self.engine.capture(), objectives=self.objectives.state())
         problem = ""
         if self.ranks.first:
-            try:
-                progress = replace(self.progress, run_id=self.tracker.run_id)
-                self.checkpoints.save(state, progress, self.config.checkpoint.keep)
-                note_checkpoint()
-            except (OSError, SafetensorError) as error:
-                problem = one_line(error) or repr(error)
+            progress = replace(self.progress, run_id=self.tracker.run_id)
+            problem = save_where_held(self.config, state, progress)
         # All ranks wait for it, and stop together where it failed.
         if process_group.all_reduce_max(bool(problem), self.ranks.device):
             raise UserError(
-                f"{self.checkpoints.folder}: cannot write the checkpoint of step {self.progress.step}"
-                + (f": {problem}" if problem else "")
-                + "; the ones before are complete: free some space, then give the same command again"
+                problem or f"{self.config.output}: cannot write the checkpoint of step {self.progress.step}"
             )
 
     def _handle_nonfinite_step(self, result: StepResult) -> None:

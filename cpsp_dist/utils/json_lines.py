@@ -109,6 +109,11 @@ class JsonLines:
         except OSError as error:
             self._warn(f"{self.file}: {error.strerror}; {self._what} wait in memory, training continues")
 
+    def close(self) -> str:
+        """Write what waits, a last time; a warning where that fails, or ''."""
+        self.write()
+        return f"{self.file}: {len(self.waiting)} {self._what} could not be written and are lost" * bool(self.waiting)
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """The objects of all complete lines. Raises OSError."""
         for line in read_bytes(self.file).splitlines(keepends=True):
