@@ -35,6 +35,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
     preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
     preview.add_argument("--png", type=local_path, metavar="FILE", help="also draw their features and labels")
+    preview.add_argument("--html", type=local_path, metavar="FILE", help="also write a page with them")
     preview.set_defaults(handler=_preview)
 
     _register_plan(actions)
@@ -159,16 +160,27 @@ def _info(args: argparse.Namespace) -> int:
 
 def _preview(args: argparse.Namespace) -> int:
     from cpsp_dist.data.manifest import Manifest
-    from cpsp_dist.packing.preview import draw, preview, select
+    from cpsp_dist.packing.preview import preview, read_samples, select
+    from cpsp_dist.report.page import write
+    from cpsp_dist.report.preview_page import draw, preview_page, require_few
 
     manifest = Manifest.load(args.folder)
     rows = select(manifest, args.split, args.n, args.key)
     if not rows:
         raise UserError(f"-n {args.n}: has to be 1 or more")
+    for flag, path in (("--png", args.png), ("--html", args.html)):
+        if path:
+            require_few(len(rows), flag)
+    seconds = manifest.encoders.segment_seconds
+    samples = [*read_samples(manifest, rows)] if args.png or args.html else []
+    lines = [*preview(manifest, rows)]
     if args.png:
-        draw(manifest, rows, args.png)
-    for line in preview(manifest, rows):
-        echo(line)
+        draw(samples, seconds, args.png)
+        lines.append(f"{args.png}: a picture of {len(samples)} samples")
+    if args.html:
+        write(preview_page(samples, manifest.place, seconds), args.html)
+        lines.append(f"{args.html}: open it in a browser")
+    echo(*lines)
     return 0
 
 

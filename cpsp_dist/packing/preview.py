@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cpsp_dist.data.encoders import encoder_text
 from cpsp_dist.data.manifest import Manifest
@@ -15,7 +17,8 @@ from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
 from cpsp_dist.packing.write import id_in_key
 from cpsp_dist.utils.console import table
-from cpsp_dist.utils.extras import require
+
+Pixels = npt.NDArray[np.floating[Any]]
 
 BACKGROUND, EVENT = "▁", "█"
 BAR = 30  # characters
@@ -78,6 +81,19 @@ def select(manifest: Manifest, split: str | None, count: int, keys: list[str] | 
     return chosen
 
 
+@dataclass(frozen=True)
+class Sample:
+    """visual: [H, W T], the maps of the T segments side by side, mean size over channels (of vectors their values
+    [C, T]); audio: [A, T]; label: [T] of 0 and 1."""
+
+    split: str
+    key: str
+    category: str
+    visual: Pixels
+    audio: Pixels
+    label: list[int]
+
+
 def preview(manifest: Manifest, rows: list[int]) -> Iterator[str]:
     """`train 000012-abc  digit three  ▁▁█████▁▁▁` for each row; raises DataError for a damaged sample."""
     for row in rows:
@@ -87,35 +103,15 @@ def preview(manifest: Manifest, rows: list[int]) -> Iterator[str]:
         yield f"{split:5} {key:24} {category:24} {bar}"
 
 
-def draw(manifest: Manifest, rows: list[int], path: Path) -> None:
-    """A picture of samples: where the visual maps are strong (mean size over channels), the audio, the event segments.
-
-    Raises:
-        DataError: a damaged sample.
-        UserError: `path` cannot be written, or matplotlib is missing.
-    """
-    require("matplotlib", "report", "--png")
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
-
-    segments = manifest.fields["label"].shape[0]
-    figure = Figure(figsize=(max(segments, 5), 2.4 * len(rows)), layout="constrained")
-    axes = figure.subplots(3 * len(rows), 1, squeeze=False, height_ratios=[7, 8, 1] * len(rows))[:, 0]
-    for number, row in enumerate(rows):
-        visual, audio, label = (
-            np.frombuffer(read_field(manifest, row, name), field.dtype).reshape(field.shape).astype(np.float32)
+def read_samples(manifest: Manifest, rows: list[int]) -> Iterator[Sample]:
+    """What a picture shows of each row; raises DataError for a damaged sample."""
+    for row in rows:
+        arrays = {
+            name: np.frombuffer(read_field(manifest, row, name), field.dtype).reshape(field.shape).astype(np.float32)
             for name, field in manifest.fields.items()
-        )
-        images = (_picture(visual), audio.T, label[None])
-        for axis, image, title in zip(axes[3 * number :], images, ("visual", "audio", "event"), strict=False):
-            colours = {"cmap": "gray", "vmin": 0, "vmax": 1} if title == "event" else {"cmap": "viridis"}
-            axis.imshow(image, aspect="auto", interpolation="nearest", **colours)
-            axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(title, rotation=0, ha="right", va="center")
-        axes[3 * number].set_title("  ".join(_names(manifest, row)), loc="left", fontsize=9)
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--png {path}: cannot be written ({error})") from None
+        }
+        label = [int(value > 0) for value in arrays["label"]]
+        yield Sample(*_names(manifest, row), _picture(arrays["visual"]), arrays["audio"].T, label)
 
 
 def _picture(visual: np.ndarray) -> np.ndarray:

@@ -24,8 +24,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Column:
-    """Of a table. kind: "percent" is of shares, 0 to 1; "seconds" of ([probability in %], [truth, 0 or 1]); title: what
-    it means, shown on hover."""
+    """Of a table. kind: "percent" is of shares, 0 to 1; "seconds" of ([probability in %] or None, [truth, 0 or
+    1]); title: what it means, shown on hover."""
 
     name: str
     kind: Literal["text", "number", "percent", "seconds"] = "text"

@@ -19,10 +19,9 @@
   const setTheme = (name) => {
     root.dataset.theme = name;
     button.textContent = name === "dark" ? "Light theme" : "Dark theme";
-    for (const [element, chart] of [...drawn]) {
-      chart.dispose();
-      drawn.delete(element);
-      draw(element);
+    for (const [element, chart] of drawn) {
+      chart.setTheme(chartTheme());
+      chart.setOption(optionOf(element), true);
     }
   };
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
@@ -60,13 +59,15 @@
     };
   };
 
+  const optionOf = (element) => ({ animation: false, ...themed(data.figures[element.dataset.figure].option) });
+
   function draw(element) {
     if (drawn.has(element) || !element.clientWidth) return;
-    const figure = data.figures[element.dataset.figure];
-    const chart = echarts.init(element, chartTheme(), { renderer: figure.canvas ? "canvas" : "svg" });
+    const { canvas } = data.figures[element.dataset.figure];
+    const chart = echarts.init(element, chartTheme(), { renderer: canvas ? "canvas" : "svg" });
     drawn.set(element, chart);
     chart.on("finished", () => { element.dataset.drawn = "yes"; });
-    chart.setOption({ animation: false, ...themed(figure.option) });
+    chart.setOption(optionOf(element));
   }
 
   const seen = new IntersectionObserver((entries) => {
@@ -95,19 +96,23 @@
     return Number.isInteger(value) ? value.toLocaleString("en-US") : String(Number(value.toPrecision(4)));
   };
 
-  /* A video's seconds: [probabilities 0 to 99, truth 0 or 1]. */
+  /* A video's seconds: [probabilities 0 to 99, truth 0 or 1]; [null, truth] without a prediction. */
   const secondsCell = ([probabilities, truth]) => {
     const spans = (flags) => {
       const found = [];
       flags.forEach((on, i) => { if (on && !flags[i - 1]) found.push([i, i]); if (on) found[found.length - 1][1] = i + 1; });
       return found.map(([a, b]) => `${a}-${b}`).join(", ") || "none";
     };
-    const cells = probabilities.map((p, i) => {
-      const cell = make("i", { title: `second ${i}: ${p} %, ${truth[i] ? "event" : "background"}` });
-      cell.className = `${p > 50 ? "e" : ""} ${truth[i] ? "t" : ""}`;
+    const known = probabilities || truth.map((event) => 100 * event);
+    const cells = known.map((p, i) => {
+      const text = truth[i] ? "event" : "background";
+      const cell = make("i", { title: `segment ${i}: ${probabilities ? `${p} %, ` : ""}${text}` });
+      cell.className = `${p > 50 ? "e" : ""} ${probabilities && truth[i] ? "t" : ""}`;
       return cell;
     });
-    const label = `event predicted in seconds ${spans(probabilities.map((p) => p > 50))}; true ${spans(truth)}`;
+    const label = probabilities
+      ? `event predicted in segments ${spans(known.map((p) => p > 50))}; true ${spans(truth)}`
+      : `event in segments ${spans(truth)}`;
     return make("span", { class: "seconds", role: "img", "aria-label": label }, ...cells);
   };
 
@@ -204,8 +209,8 @@
     if (!folded) prepareTable(holder);
     else folded.addEventListener("toggle", () => { if (!holder.firstChild) prepareTable(holder); });
   }
-  document.querySelectorAll(".choice").forEach(prepareChoice);
   setTheme(dark.matches ? "dark" : "light");
+  document.querySelectorAll(".choice").forEach(prepareChoice);
   button.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   dark.addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light"));
   prepareFigures(document);

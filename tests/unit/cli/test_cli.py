@@ -97,6 +97,9 @@ WRITTEN = [
     "shards subset a --first 1 --out",
     "shards split a --part a=1 --out",
     "shards preview a --png",
+    "shards preview a --html",
+    "compare --html",
+    "report a --out",
     "shards keypad --out",
     "configs --copy",
     "slurm --copy",
@@ -135,7 +138,7 @@ def test_every_path_is_checked_for_urls():
 
     flags = [*walk(build_parser(), "")]
     assert not [name for name, action in flags if action.type is Path]
-    outputs = {"--out", "--output", "--copy", "--png", "--plot", "--overlay", "--envs"}
+    outputs = {"--out", "--output", "--copy", "--png", "--html", "--plot", "--overlay", "--envs"}
     found = {(name, flag) for name, action in flags for flag in outputs.intersection(action.option_strings)}
     assert found == {(_command(line), line.split()[-1]) for line in WRITTEN if "--" in line}
 

@@ -68,8 +68,12 @@ def test_pack_info_verify_preview(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines[0].split()[3] == "".join("█" if e else "▁" for e in data["mask"][4])
     assert main(["shards", "preview", str(out), "--split", "test", "-n", "2"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["test", "test"]
-    picture = tmp_path / "preview.png"
-    assert main(["shards", "preview", str(out), "-n", "3", "--png", str(picture)]) == 0
+    picture, page = tmp_path / "preview.png", tmp_path / "preview.html"
+    assert main(["shards", "preview", str(out), "-n", "3", "--png", str(picture), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        f"{picture}: a picture of 3 samples",
+        f"{page}: open it in a browser",
+    ]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (line,) = fails(capsys, "shards", "preview", out, "--png", tmp_path / "nowhere" / "x.png")
     assert_matches(r"--png .*x\.png: cannot be written", line)

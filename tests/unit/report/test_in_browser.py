@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.packing.preview import read_samples, select
 from cpsp_dist.report.collect import collect
 from cpsp_dist.report.comparison_page import comparison_page
 from cpsp_dist.report.page import write
+from cpsp_dist.report.preview_page import preview_page
 from cpsp_dist.report.run_page import run_page
 from tests.support.browser import Browser, find_browser
 from tests.support.models import untrained_run
@@ -88,3 +91,28 @@ def test_large_pages_open_at_once(browser: Browser, tmp_path: Path, page: str) -
     assert browser.run("document.querySelectorAll('tbody tr').length") > 20
     assert browser.draw_all() == []
     assert browser.requests == []
+
+
+def test_the_theme_by_its_button(browser: Browser, report: Path) -> None:
+    browser.open(report)
+    assert browser.draw_all() == []
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before, text = browser.run(colour), "document.querySelector('.chart svg').outerHTML"
+    chart = browser.run(text)
+    browser.run("document.getElementById('theme').focus()")
+    browser.press("Enter")
+    assert browser.run("document.documentElement.dataset.theme") == "dark"
+    assert browser.run(colour) != before
+    assert browser.run(text) != chart, "figures too"
+    assert browser.problems == []
+
+
+def test_a_preview_of_shards(browser: Browser, keypad_shards: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(keypad_shards)
+    samples = [*read_samples(manifest, select(manifest, "test", 3))]
+    write(preview_page(samples, manifest.place, 1.0), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", width=390, theme="dark")
+    assert browser.axe() == []
+    assert browser.draw_all() == []
+    assert browser.requests == []
+    assert browser.problems == []
