@@ -14,7 +14,6 @@ import cpsp_dist
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
-from cpsp_dist.packing.preview import draw
 from tests.support.runs import arguments, loss_history
 
 CATEGORIES = ["bark", "bell", "horn"]
@@ -74,7 +73,8 @@ def test_from_files_to_predictions(
     assert manifest.fields["visual"].shape == shape
     assert main(["shards", "info", str(shards)]) == 0
     assert f"visual float16 [{', '.join(map(str, shape))}]" in capsys.readouterr().out
-    draw(manifest, [0, 1], tmp_path / "drawn.png")
+    pictures = ["--png", str(tmp_path / "drawn.png"), "--html", str(tmp_path / "drawn.html")]
+    assert main(["shards", "preview", str(shards), "-n", "2", *pictures]) == 0
     settings = ["engine.kind=ddp", f"model.name={model}", "train.steps=8", "train.learning_rate=3e-3"]
     prefork.start(arguments(shards, run, *settings), 1).finish()
     losses = [line["loss/total"] for line in loss_history(run)]
