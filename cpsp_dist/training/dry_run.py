@@ -33,7 +33,7 @@ from cpsp_dist.training.run_lock import require_unlocked
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
-from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.text import format_bytes
 
 _size = partial(format_bytes, digits=2)
@@ -244,11 +244,11 @@ def _memory(memory: dict[str, float], parameters: int, config: Config) -> list[s
     }
     if config.engine.kind == "deepspeed" and config.engine.zero:
         remarks["gradients"] = f"ZeRO {config.engine.zero}"
-    width = max(map(len, [*memory, "together"]))
-    lines = [
-        f"{name:{width}}  {_size(size):>10}  {remarks.get(name, '')}".rstrip() for name, size in memory.items() if size
-    ]
-    return [*lines, f"{'together':{width}}  {_size(sum(memory.values())):>10}  without Python and its libraries"]
+    rows = {name: (size, remarks.get(name, "")) for name, size in memory.items() if size}
+    rows["together"] = sum(memory.values()), "without Python and its libraries"
+    # The lines are indented below a title, so that they do not fit a terminal's width.
+    text = table([{"for": name, "bytes": _size(size), "": text} for name, (size, text) in rows.items()], fits=False)
+    return text.splitlines()
 
 
 def _output(config: Config, progress: TrainingProgress, one: int, most: int) -> list[str]:
