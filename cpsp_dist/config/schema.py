@@ -104,6 +104,7 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="before the first milestone")
     milestones: tuple[int, ...] = Field((10, 20, 30), description="epochs after which the learning rate falls")
     gamma: float = Field(0.5, gt=0, le=1, description="factor by which it falls")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises, linearly, from 0")
     max_nonfinite_steps: int = Field(
         10, ge=0, description="steps left out for a loss or gradient that is not finite, before the run stops"
     )

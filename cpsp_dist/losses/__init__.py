@@ -21,6 +21,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     {
         "event": ("event:Event", "whether each segment is an event"),
         "category": ("category:Category", "which event it is"),
+        "presence": ("presence:Presence", "whether a video has an event, found in single segments (weak supervision)"),
         "avps": ("avps:AVPS", "audio-visual pair similarity (pair level)"),
         "psa_s": ("psa_s:PSAS", "event against background segments of a video (segment level)"),
         "psa_v": ("psa_v:PSAV", "a class's videos against the others (video level)"),

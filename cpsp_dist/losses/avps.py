@@ -23,6 +23,7 @@ def avps(similarity: Tensor, event: Tensor) -> Tensor:
 
 class AVPS(Objective):
     weight = 100.0
+    contrastive = True
     inputs = ("similarity",)
     segment_labels = True
 

@@ -35,8 +35,10 @@ def weak_category_loss_published(video_logits: Tensor, category: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class CategorySettings:
-    weak_category: Literal["cross_entropy", "published"] = setting(
-        "cross_entropy", "published: multi-label margin loss of probabilities, as if they were logits"
+    weak_category: Literal["cross_entropy", "published", "ungated"] = setting(
+        "cross_entropy",
+        "published: multi-label margin loss of probabilities, as if they were logits; ungated: cross entropy of the "
+        "logits over all segments, whatever their event scores, to go with `presence`",
     )
 
 
@@ -51,10 +53,11 @@ class Category(Objective):
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
         logits = step.output.category_logits
-        if self.context.supervision == "weak":
+        gated = self.context.supervision == "weak" and self.settings.weak_category != "ungated"
+        if gated:
             if step.output.video_logits is None:
                 raise TypeError("weak supervision needs a network that gives video_logits")
             logits = step.output.video_logits
-        published = self.context.supervision == "weak" and self.settings.weak_category == "published"
+        published = gated and self.settings.weak_category == "published"
         loss = weak_category_loss_published if published else category_loss
         return loss(take(logits, step.rows), step.category), step.batch.has_class

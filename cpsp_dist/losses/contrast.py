@@ -41,6 +41,7 @@ class Contrast(Objective):
     """0 as long as the network gives no views: see its setting `enhanced_from`."""
 
     weight = 0.0
+    contrastive = True
     inputs = ("views",)
     segment_labels = True
     Settings = ContrastSettings

@@ -21,6 +21,9 @@ class SharedSettings:
     background: Literal["masked", "published"] = setting(
         "masked", "a video without event has no class; published: it has class 0 (full supervision)"
     )
+    ramp_epochs: float = setting(
+        0.0, "epochs over which the weights of the contrastive objectives rise, linearly, from 0", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class Objective(ABC):
         weight: the default of `objectives.NAME`.
         inputs: names of the outputs that it takes (fields of `Output`).
         segment_labels: whether it needs a label for each segment, which weak supervision does not have.
+        contrastive: whether it compares features; its weight takes part in `objectives.ramp_epochs`.
         Settings: a frozen dataclass of `setting` fields. Its keys stand in the section `objectives`.
     """
 
     weight: ClassVar[float] = 0.0
     inputs: ClassVar[tuple[str, ...]]
     segment_labels: ClassVar[bool] = False
+    contrastive: ClassVar[bool] = False
     Settings: ClassVar[type] = NoSettings
 
     def __init__(self, settings: object, context: Context) -> None:

@@ -71,7 +71,16 @@ class Objectives:
             for name, objective in OBJECTIVES.items()
             if getattr(settings, name)
         }
-        self._device, self.traffic = torch.device("cpu"), CommStats()
+        self._device, self.traffic, self._ramp = torch.device("cpu"), CommStats(), 1.0
+
+    def start_step(self, epochs_done: float) -> None:
+        """Set the weights for a step that begins after `epochs_done`."""
+        self._ramp = min(epochs_done / self.settings.ramp_epochs, 1.0) if self.settings.ramp_epochs else 1.0
+
+    def weight(self, name: str) -> float:
+        """Of the objective `name` at this step."""
+        weight: float = getattr(self.settings, name)
+        return weight * self._ramp if self.terms[name].contrastive else weight
 
     def prepare(self, labels: GlobalBatch) -> GlobalBatch:
         """`labels` of the global batch, category as in the sample table, for a call: with classes as the settings ask
@@ -91,7 +100,7 @@ class Objectives:
         """
         with torch.autocast(batch.valid.device.type, enabled=False):
             terms = self._compute(Output._make(None if x is None else _precise(x) for x in output), batch, labels)
-            weighted = [getattr(self.settings, name) * value for name, value in terms.items()]
+            weighted = [self.weight(name) * value for name, value in terms.items()]
             # A classifier whose objective is off gets a gradient of zero all the same: DDP and ZeRO wait for it.
             total = sum(weighted, 0 * (output.event_logits.sum() + output.category_logits.sum()))
         return total, {name: value.detach() for name, value in terms.items()} | {"total": total.detach()}

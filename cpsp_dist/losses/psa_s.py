@@ -66,6 +66,7 @@ class PSASSettings:
 
 class PSAS(Objective):
     weight = 0.01
+    contrastive = True
     inputs = ("fusion",)
     segment_labels = True
     Settings = PSASSettings

@@ -72,6 +72,7 @@ class PSAV(Objective):
     """In training order: a bank remembers the rows of earlier steps."""
 
     weight = 1.0
+    contrastive = True
     inputs = ("fusion",)
     Settings = PSAVSettings
 

@@ -37,6 +37,7 @@ class SSPSPSettings:
 
 class SSPSP(Objective):
     inputs = ("audio", "visual")
+    contrastive = True
     Settings = SSPSPSettings
 
     def __init__(self, settings: SSPSPSettings, context: Context) -> None:

@@ -34,7 +34,13 @@ class TrainingSchedule:
 
     def learning_rate(self, step: int) -> float:
         passed = sum(self.epoch(step) >= milestone for milestone in self.settings.milestones)
-        return self.settings.learning_rate * self.settings.gamma**passed
+        rate = self.settings.learning_rate * self.settings.gamma**passed
+        warmup = self.settings.warmup_steps
+        return rate if step + 1 >= warmup else rate * (step + 1) / warmup
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the training split, and the part of one, when step `step` begins."""
+        return step * self.settings.global_batch / self.length
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch, or the run, is over after step `step`."""

@@ -66,6 +66,7 @@ class StepRunner:
         """
         schedule = TrainingSchedule(self.config.train, self.schedule.epoch_length)
         start_step(self.engine.module, schedule.progress(step))
+        self.objectives.start_step(schedule.epochs_done(step))
         if self.objectives.parts > 1:
             return self._run_parts(feed, step, learning_rate, measure)
         grad_norm, diagnostics, micro_losses = math.nan, NonFiniteDiagnostics(), []

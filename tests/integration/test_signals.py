@@ -30,9 +30,11 @@ ASKING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 def test_each_signal_saves_and_asks_for_a_new_start(
     prefork: Any, keypad_shards: Path, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    """Stopped by each signal in turn, sent to one rank only: bit for bit the run that was left alone."""
-    prefork.start(arguments(keypad_shards, tmp_path / "alone"), 2).finish()
-    stopped, before = arguments(keypad_shards, tmp_path / "stopped"), 0
+    """Stopped by each signal in turn, sent to one rank only, in warm-up and ramp: bit for bit the run that was left
+    alone."""
+    rising = ["train.warmup_steps=15", "objectives.ramp_epochs=8"]
+    prefork.start(arguments(keypad_shards, tmp_path / "alone", *rising), 2).finish()
+    stopped, before = arguments(keypad_shards, tmp_path / "stopped", *rising), 0
     for turn, number in enumerate(signals):
         launch = prefork.start(stopped, 2)
         assert launch.until_step(before + 2)

@@ -36,6 +36,7 @@ FORMS = {
     ),
     "weak": WEAK.model_copy(update={"mining": "supcon"}),
     "weak published": WEAK.model_copy(update={"weak_category": "published"}),
+    "weak localized": WEAK.model_copy(update={"weak_category": "ungated", "presence": 0.5, "presence_top": 2}),
 }
 
 

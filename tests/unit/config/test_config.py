@@ -78,6 +78,17 @@ def test_schedule_is_the_published_one(name, milestones, rates):
     assert found == {epoch: pytest.approx(1e-3 * share, rel=1e-12) for epoch, share in rates.items()}
 
 
+def test_warm_up_ends_at_the_full_rate() -> None:
+    settings = load_config(REPO / "configs/ave_full.yaml", ["train.warmup_steps=4"]).train
+    schedule, plain = (
+        TrainingSchedule(settings, 3339),
+        TrainingSchedule(settings.model_copy(update={"warmup_steps": 0}), 3339),
+    )
+    assert [schedule.learning_rate(step) for step in range(6)] == [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3]
+    assert all(schedule.learning_rate(step) == plain.learning_rate(step) for step in range(3, schedule.steps))
+    assert schedule.epochs_done(100) == 6400 / 3339
+
+
 def test_all_mistakes_at_once_with_the_nearest_key(tmp_path):
     path = write(tmp_path, "data: {shards: x}\ntrain: {learing_rate: 1e-3, epochs: '3'}\nmodle: {}\n")
     with pytest.raises(ConfigError) as raised:

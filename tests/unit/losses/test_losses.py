@@ -52,6 +52,9 @@ def cosine(x: Tensor, y: Tensor) -> float:
     return (x @ y / (x.norm() * y.norm())).item()
 
 
+CONTRASTIVE = ("avps", "psa_s", "psa_v", "sspsp", "contrast")
+
+
 def slow_psa_s(fusion: Tensor, event: Tensor, temperature: float) -> float:
     inside = [t for t in range(len(event)) if event[t]]
     outside = [t for t in range(len(event)) if not event[t]]
@@ -122,6 +125,16 @@ def slow_contrast(views: Tensor, event: Tensor, temperature: float) -> float:
     return sum(values) / len(values)
 
 
+def slow_presence(logits: list[float], present: bool, top: int) -> float:
+    """Of segments that are surely events, or surely background."""
+    each = (
+        [math.log1p(math.exp(-x)) for x in sorted(logits)[-top:]]
+        if present
+        else [math.log1p(math.exp(x)) for x in logits]
+    )
+    return sum(each) / len(each)
+
+
 def slow_weak_category(logits: Tensor, category: int, published: bool) -> float:
     shares = logits.softmax(0).tolist()
     if not published:
@@ -140,7 +153,7 @@ def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -
         for b in valid
         for t, x in enumerate(output.event_logits[b].tolist())
     ]
-    if weak:
+    if weak and s.weak_category != "ungated":
         logits, published = output.video_logits.detach(), s.weak_category == "published"
         category = [slow_weak_category(logits[b], int(batch.category[b]), published) for b in classed]
     else:
@@ -169,6 +182,9 @@ def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -
     values = {
         "event": event,
         "category": category,
+        "presence": [
+            slow_presence(output.event_logits[b].tolist(), bool(batch.event[b].any()), s.presence_top) for b in valid
+        ],
         "avps": pairs,
         "psa_s": segments,
         "psa_v": videowise,
@@ -191,6 +207,30 @@ def test_terms_equal_plain_loops(seed: int, size: int, name: str) -> None:
         assert terms[term].item() == pytest.approx(value, rel=1e-9, abs=1e-12), term
     weighted = sum(getattr(FORMS[name], term) * value for term, value in slow.items())
     assert total.item() == pytest.approx(weighted, rel=1e-9, abs=1e-12)
+
+
+def test_presence_knows_of_a_video_only_whether_it_has_an_event() -> None:
+    batch, output = random_batch(3, 8), random_output(3, 8)
+    moved = make_batch(batch.event.any(1, keepdim=True).expand(8, T), batch.category, batch.valid, batch.video)
+    total, other = (form("weak localized")(output, each)[0] for each in (batch, moved))
+    assert torch.equal(total, other)
+
+
+def test_the_ramp_scales_the_contrastive_objectives_alone() -> None:
+    batch, output = random_batch(3, 8), random_output(3, 8)
+    objectives = Objectives(FORMS["full"].model_copy(update={"ramp_epochs": 2.0}), pool="gather")
+    for done, share in ((0.0, 0.0), (0.5, 0.25), (2.0, 1.0), (7.0, 1.0)):
+        objectives.start_step(done)
+        total, terms = objectives(output, batch)
+        expected = sum(
+            getattr(FORMS["full"], name) * value.item() * (share if name in CONTRASTIVE else 1)
+            for name, value in terms.items()
+            if name != "total"
+        )
+        assert total.item() == pytest.approx(expected, rel=1e-12)
+    plain, without = form("full"), form("full")
+    plain.start_step(0.0)
+    assert torch.equal(plain(output, batch)[0], without(output, batch)[0]), "no ramp unless asked for"
 
 
 @quick
