@@ -78,7 +78,10 @@ class PublishedWeights:
                 size = fetch.file_size(self.url, threading.Event(), attempts=2)
                 length = fetch.append_missing(part, self.url, size, threading.Event(), lambda _: None)
             except DataError as error:
-                raise UserError(f"{one_line(error)}; or fetch it elsewhere and put it there: {path}") from None
+                flags = "or give it with --visual-weights, --audio-weights"
+                raise UserError(
+                    f"{one_line(error)}; or fetch it elsewhere and put it there: {path} ({flags})"
+                ) from None
             if length != size or self.differs(part, file_sha256(part)):
                 os.ftruncate(part, 0)
                 raise UserError(

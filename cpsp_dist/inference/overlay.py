@@ -54,7 +54,8 @@ def overlay(found: Prediction, folder: Path) -> Path:
         with files.replacing(path) as part:
             _write(found, part, "mp4" if path.suffix == ".mp4" else "matroska", first.shape)
     except (OSError, ValueError, StopIteration, av.error.FFmpegError) as error:
-        raise UserError(f"--overlay {path}: cannot be written ({one_line(error)[:150]})") from None
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"--overlay {path}: cannot be written ({reason[:150]})") from None
     return path
 
 

@@ -31,9 +31,10 @@ def load_pretrained(folder: Path | None, kind: str, encoder: str, example: str) 
     """
     require("transformers", "encoders", f"the encoder {encoder}")
     if folder is None:
+        modality = "audio" if "Audio" in kind else "visual"
         raise UserError(
             f"the encoder {encoder} needs a folder of weights: put config.json and model.safetensors of "
-            f"https://huggingface.co/{example} into one, and give it"
+            f"https://huggingface.co/{example} into one, and give it with --{modality}-weights"
         )
     config, weights = folder / "config.json", folder / "model.safetensors"
     for path in (config, weights):

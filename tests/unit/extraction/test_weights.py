@@ -79,11 +79,21 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         PublishedWeights(url).obtain()
     assert str(caught.value).startswith(f"{url}: ClientConnectorError (Cannot connect to host 127.0.0.1")
     assert "2 times in a row" in str(caught.value), "soon: there may be no network at all"
-    assert str(caught.value).endswith(f"; or fetch it elsewhere and put it there: {tmp_path}/weights/vgg19.pth")
+    place = f"{tmp_path}/weights/vgg19.pth (or give it with --visual-weights, --audio-weights)"
+    assert str(caught.value).endswith(f"; or fetch it elsewhere and put it there: {place}")
     (tmp_path / "file").touch()
     monkeypatch.setenv("CPSP_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"vgg19\.pth: cannot be written \(.*\); set CPSP_CACHE to another folder"):
         PublishedWeights(url).obtain()
+
+
+@pytest.mark.parametrize(("name", "flag"), [("clip", "--visual-weights"), ("clap", "--audio-weights")])
+def test_folders_of_weights_that_are_missing(name: str, flag: str) -> None:
+    """The line names the files, where they are, and the flag."""
+    with pytest.raises(UserError) as caught:
+        build_encoder(name)
+    assert str(caught.value).startswith(f"the encoder {name} needs a folder of weights: put config.json and model.safe")
+    assert str(caught.value).endswith(f" into one, and give it with {flag}")
 
 
 def test_published_files_are_checked() -> None:

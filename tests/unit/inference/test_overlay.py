@@ -92,7 +92,7 @@ def test_what_has_no_pictures_and_the_source_itself_are_refused(tmp_path: Path) 
     with pytest.raises(UserError, match="shards is no video"):
         overlay(prediction(tmp_path / "shards"), tmp_path / "out")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--overlay .*cannot be written"):
+    with pytest.raises(UserError, match=r"--overlay .*cannot be written \(File exists\)$"):
         overlay(prediction(path), tmp_path / "file")
 
 

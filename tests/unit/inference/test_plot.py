@@ -24,7 +24,15 @@ def prediction(given: str, video: str) -> Prediction:
     attention[[0, 1, 2], [0, 24, 48]] = 1
     truth = Truth("dog & bell", [0, 1, 1])
     return Prediction(
-        given, video, "dog & bell", 0.9, 1.0, EVENT, [Span(1.0, 2.0, "dog & bell", 0.9)], truth, attention
+        given,
+        video,
+        "dog & bell",
+        0.9,
+        1.0,
+        EVENT,
+        [Span(1.0, 2.0, "dog & bell", 0.9)],
+        truth,
+        attention.reshape(3, 7, 7),
     )
 
 
