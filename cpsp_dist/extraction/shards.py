@@ -7,9 +7,7 @@ Which video goes into which shard follows from the list, as in packing, so the s
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -220,6 +218,4 @@ def _kept(out: Path) -> Iterator[None]:
     except UserError as error:
         raise Interrupted(str(error)) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        raise Interrupted(f"{out}: cannot be written ({os.strerror(error.errno)})") from None
+        raise Interrupted(f"{error.filename or out}: {error.strerror or error}") from None

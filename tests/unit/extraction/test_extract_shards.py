@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,7 +20,7 @@ from cpsp_dist.extraction.options import ExtractOptions
 from cpsp_dist.extraction.store import ExtractionStore
 from cpsp_dist.extraction.work import find_work, read_labels
 from cpsp_dist.packing.verify import verify
-from tests.support.extraction import add_cells, arguments, break_files, killed, make_folder
+from tests.support.extraction import add_cells, arguments, break_files, complete, killed, make_folder
 from tests.support.packing_sources import files_under, read_back, write_zip
 
 SMALL = ["--shards", "--shard-mb", "0.06"]
@@ -90,31 +92,40 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    "stage", ["features", *(pytest.param(each, marks=pytest.mark.long) for each in ("shard", "removal"))]
-)
+STAGES = ["features", *(pytest.param(each, marks=pytest.mark.long) for each in ("shard", "removal", "disk"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_ended_at_each_stage_it_ends_with_the_same_bytes(
     videos: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """After some features are written; before a shard is; before the features of a finished one are deleted."""
+    """After some features are written; before a shard is; before the features of a finished one are deleted; by a full
+    disk, which is one line."""
     place: tuple[Any, str] = {
         "features": (ExtractionStore, "add"),
         "shard": (extraction_shards, "make_shard"),
         "removal": (ExtractionStore, "remove"),
+        "disk": (ExtractionStore, "add"),
     }[stage]
     function, calls = getattr(*place), []
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if stage == "disk" else Killed()
 
     def ends(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 4:
-            raise Killed
+            raise error
         return function(*args)
 
+    arguments = command(videos, tmp_path / "packed")
     with monkeypatch.context() as patched:
         patched.setattr(*place, ends)
-        with pytest.raises(Killed):
-            main(command(videos, tmp_path / "packed"))
-    assert main(command(videos, tmp_path / "packed")) == 0
+        if stage == "disk":
+            assert main(arguments) == 2
+        else:
+            with pytest.raises(Killed):
+                main(arguments)
+    assert len(complete(tmp_path / "packed.part" / STORE)) >= 3
+    assert main(arguments) == 0
     assert shards_of(tmp_path / "packed") == expected
 
 
