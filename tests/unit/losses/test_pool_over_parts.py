@@ -16,6 +16,7 @@ from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.distributed import process_group
 from cpsp_dist.losses.objectives import Objectives
+from cpsp_dist.models.layers import start_step
 from cpsp_dist.training import grad_cache, step
 from cpsp_dist.training.engine import build_engine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine
@@ -199,26 +200,33 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "wrong_part": (wrong_part, "published mining"),
     "parts_weighed_alike": (parts_weighed_alike, "published mining"),
 }
-DROPOUT = {"dropout": Run(ALL, [("even", "uneven")], dropout=0.5)}
+CACE = ALL.model_copy(update={"gate": 1.0, "modality": 1.0, "contrast": 1.0})
+#: CACE-Net also draws the noise of its second view.
+DROPOUT = {
+    "dropout": Run(ALL, [("even", "uneven")], dropout=0.5),
+    "cace": Run(CACE, [("even", "uneven")], dropout=0.5, network="cace"),
+}
 
 
-def with_dropout() -> dict[str, Any]:
+def with_dropout(name: str) -> dict[str, Any]:
     """One process: in parts with the cache, and by torch alone with the masks of both parts."""
-    cached = gradients(DROPOUT)
+    run = DROPOUT[name]
+    cached = gradients({name: run})
     with other_dropout():
-        mistaken = gradients(DROPOUT)
-    run, model = DROPOUT["dropout"], network_of(DROPOUT["dropout"])
+        mistaken = gradients({name: run})
+    model = network_of(run)
     model.train()
+    start_step(model, 0.0)
     config, ranks = config_of(run, "fp64", "ddp", 0), process_group.discover()
     outputs, batches = [], [part_of(run, 0, part) for part in (0, 1)]
     for part, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(config, 0, part, ranks))
         outputs.append(model(batch.visual, batch.audio))
     together = type(outputs[0])(*(None if x[0] is None else torch.cat(x) for x in zip(*outputs, strict=True)))
-    total, terms = Objectives(ALL, pool="gather")(together, grad_cache.joined(batches))
+    total, terms = Objectives(run.objectives, pool="gather")(together, grad_cache.joined(batches))
     total.backward()
     grads = {key: p.grad for key, p in model.named_parameters()}
-    return {"cached": cached, "mistaken": mistaken, "plain": {"dropout 0": (terms, grads)}}
+    return {"cached": cached, "mistaken": mistaken, "plain": {f"{name} 0": (terms, grads)}}
 
 
 def everything() -> dict[str, Any]:
@@ -255,11 +263,12 @@ def test_planted_mistake_is_caught(worlds: Any, expected: Any, mistake: str) -> 
     assert max(relative(found[0][key][1], expected[key][1]) for key in found[0]) > 1e-3
 
 
-def test_second_pass_repeats_dropout(ranks: Any) -> None:
+@pytest.mark.parametrize("name", ["dropout", pytest.param("cace", marks=pytest.mark.long)])
+def test_second_pass_repeats_dropout(ranks: Any, name: str) -> None:
     """One process with both parts' dropout masks has the same gradients; other masks in the second pass do not."""
-    (found,) = ranks(with_dropout, 1)
+    (found,) = ranks(with_dropout, 1, name)
     require_equal([found["cached"]], found["plain"], 1e-12)
-    assert relative(found["mistaken"]["dropout 0"][1], found["plain"]["dropout 0"][1]) > 1e-3
+    assert relative(found["mistaken"][f"{name} 0"][1], found["plain"][f"{name} 0"][1]) > 1e-3
 
 
 def under_zero(stage: int) -> dict[str, Any]:
