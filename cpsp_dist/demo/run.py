@@ -70,7 +70,7 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     echo(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
     echo(f"  {command_of('cpsp-dist')} compare --experiment demo --uri {store}")
     echo(f"  {command_of('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
-    echo("The same on real videos, from mp4 files to predicted events, in a minute:\n")
+    echo("The same on real videos, from mp4 files to predicted events, in a minute or two:\n")
     echo(f"  {command_of('cpsp-dist')} demo --videos\n")
 
 
