@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cpsp_dist.distributed.process_group import discover
 from cpsp_dist.errors import UserError
 from cpsp_dist.models import Network, Output, model_for
 from cpsp_dist.report.answers import Answers, Floats, measure, trivial
+from cpsp_dist.tracking.store import Store, StoreError, sqlite_file, tracking_uri
 from cpsp_dist.training.checkpoint import require_encoders
 from cpsp_dist.training.engine import PlainModel, set_numerics
 from cpsp_dist.training.setup import TrainedRun, load_run, open_manifest
@@ -63,6 +64,7 @@ class RunData:
         history: the lines of metrics.jsonl.
         results: of all metrics, from `answers`. others: by name, what stands beside them: answers without a look at the
             features, and those of the same weights with one modality blanked.
+        tags: of the run in MLflow.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class RunData:
     results: dict[str, Any]
     others: dict[str, Measured]
     examples: list[Example]
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 def collect(folder: Path, split: str | None = None, shards: str | None = None) -> RunData:
@@ -106,7 +109,20 @@ def collect(folder: Path, split: str | None = None, shards: str | None = None) -
     beside = trivial(answers) | {f"{name} alone": each for name, each in zip(modalities, found[1:], strict=True)}
     others = {name: Measured(each, measure(each)) for name, each in beside.items()}
     history = read_history(folder)
-    return RunData(folder, run, manifest, chosen, history, answers, measure(answers), others, examples)
+    return RunData(folder, run, manifest, chosen, history, answers, measure(answers), others, examples, read_tags(run))
+
+
+def read_tags(run: TrainedRun) -> dict[str, str]:
+    """What MLflow knows of a run, as host, launcher, restarts; none where its store is no file of this machine."""
+    uri = tracking_uri(run.config)
+    file = sqlite_file(uri)
+    if run.progress.run_id is None or file is None or not file.is_file():
+        return {}
+    try:
+        return dict(Store(uri).get_run(run.progress.run_id).data.tags)
+    except StoreError as error:
+        logger.warning("%s; the page lacks what MLflow knows of the machine", error)
+        return {}
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def cost(groups: Sequence[Group]) -> list[Table | Figure]:
     for group in groups:
         speed = [run.metrics["videos_per_second"] for run in group.runs if "videos_per_second" in run.metrics]
         hours = [(run.end - run.start) / 3600 for run in group.runs if run.start and run.end]
-        ranks = [int(run.tags["ranks"]) for run in group.runs if run.tags.get("ranks", "").isdecimal()]
+        ranks = [int(n) for run in group.runs if (n := run.params.get("world_size", "")).isdecimal()]
         mean_hours = float(np.mean(hours)) if hours else None
         total = mean_hours * float(np.mean(ranks)) if mean_hours is not None and ranks else None
         mean_speed = float(np.mean(speed)) if speed else None

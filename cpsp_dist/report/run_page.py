@@ -27,6 +27,10 @@ CURVES = (
 )
 
 
+#: Tags of the run in MLflow that say what it ran on, and how often it was started again.
+OF_THE_MACHINE = ("host", "nodes", "device", "launcher", "restarts", "command", "version.torch", "git.commit")
+
+
 def run_page(data: RunData) -> Page:
     """What the run was, how it went, and what its best weights predict for `data.split`."""
     results = data.results
@@ -85,6 +89,7 @@ def _facts(data: RunData) -> list[Facts | Table]:
         ("ranks", f"{progress.world:,}"),
         ("engine", f"{engine}, {config.train.precision}"),
         ("global batch", f"{config.train.global_batch:,} videos"),
+        *((name, data.tags[name]) for name in OF_THE_MACHINE if name in data.tags),
     ]
     records = manifest.encoders
     shards = [

@@ -25,7 +25,7 @@ from cpsp_dist.errors import Stopped
 from cpsp_dist.tracking import pages
 from cpsp_dist.tracking.describe import Start, run_tags
 from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
-from cpsp_dist.tracking.predictions import STORED_TAG, predictions_file
+from cpsp_dist.tracking.predictions import STORED_TAG, flags_of, predictions_file
 from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
@@ -139,6 +139,7 @@ class Tracker:
             for name in (f"evaluation_{split}.json", predictions_file(split)):
                 if (self.folder / name).is_file():
                     self.keep(self.folder / name)
+            self.add_tags(flags_of(self.folder, split))
         self.add_tags({STORED_TAG: ",".join(s for s in splits if (self.folder / predictions_file(s)).is_file())})
 
     def page(self) -> str:

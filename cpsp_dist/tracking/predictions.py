@@ -26,6 +26,15 @@ def predictions_file(split: str) -> str:
     return f"predictions_{split}.npz"
 
 
+def flags_of(folder: Path, split: str) -> dict[str, str]:
+    """A tag where the answers of a run on a split are trivial, by its evaluation: what is wrong with them."""
+    try:
+        found = json.loads(read_bytes(folder / f"evaluation_{split}.json", limit=1 << 24))["flags"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return {f"flags.{split}": "; ".join(found)} if found else {}
+
+
 def stored_predictions(uri: str) -> Stored:
     """What reads the predictions of runs in the store at `uri`, each file once. None where a run has none."""
 

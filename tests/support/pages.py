@@ -81,7 +81,8 @@ def some_comparison(kinds: int, seeds: int, *, videos: int = 60, categories: int
             values |= {"accuracy/val": 61 + kind % 9 + seed / 3}
             params = {"train.seed": str(seed), "train.learning_rate": str(10 ** -(kind % 4)), "pool.bank": str(kind)}
             params |= {"model.name": ("psp", "avel", "cmran")[kind % 3], "train.global_batch": "64"}
-            tags = {"ranks": "4", "predictions": "test"}
+            params["world_size"] = "4"
+            tags = {"predictions": "test"}
             runs.append(
                 TrackedRun(one, f"kind{kind}-seed{seed}", "FINISHED", "cpsp", 1e9, 1e9 + 7200, params, values, tags)
             )

@@ -116,3 +116,12 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "no complete checkpoint here" in capsys.readouterr().err
     assert main(["report", str(run), "--split", "tset"]) == 2
     assert "no split 'tset'" in capsys.readouterr().err
+
+
+def test_trivial_answers_are_a_tag(tmp_path: Path) -> None:
+    from cpsp_dist.tracking.predictions import flags_of
+
+    (tmp_path / "evaluation_test.json").write_text('{"flags": ["the model never predicts background", "another"]}')
+    (tmp_path / "evaluation_val.json").write_text('{"flags": []}')
+    assert flags_of(tmp_path, "test") == {"flags.test": "the model never predicts background; another"}
+    assert flags_of(tmp_path, "val") == flags_of(tmp_path, "none") == {}
