@@ -11,6 +11,9 @@ from cpsp_dist.cli.paths import local_path
 from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
 
+#: Segments of a clip, more than a day of seconds; decoding processes.
+MOST_SEGMENTS, MOST_WORKERS = 100_000, 1024
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
@@ -84,12 +87,12 @@ def _add_shards_and_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    if args.segments < 1:
-        raise UserError(f"--segments {args.segments}: has to be 1 or more")
+    if not 1 <= args.segments <= MOST_SEGMENTS:
+        raise UserError(f"--segments {args.segments}: has to be from 1 to {MOST_SEGMENTS}")
     if not 0.01 <= args.segment_seconds <= 3600:
         raise UserError(f"--segment-seconds {args.segment_seconds:g}: has to be from 0.01 to 3600")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: has to be 1 or more")
+    if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
+        raise UserError(f"--workers {args.workers}: has to be from 1 to {MOST_WORKERS}")
     if not (args.deadline > 0 and math.isfinite(args.deadline)):
         raise UserError(f"--deadline {args.deadline:g}: has to be more than 0")
     _check_plan(args)

@@ -123,14 +123,12 @@ def _pack(args: argparse.Namespace) -> int:
     number, _, portions = (args.portion or "").partition("/")
     if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
         raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
-    if args.shard_mb <= 0:
-        raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: has to be 1 or more")
+    options = PackOptions(args.visual_dtype, args.shard_mb, args.seed, args.on_error)
     source = open_source(SourceOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SourceOptions)}))
     for note in source.notes:
         logger.info(f"note: {note}")
-    options = PackOptions(args.visual_dtype, args.shard_mb, args.seed, args.on_error)
     if args.portion:
         made, shards = pack_portion(
             source, args.out, options, int(number), int(portions), overwrite=args.overwrite, workers=args.workers

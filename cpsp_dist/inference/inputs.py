@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from cpsp_dist.packing.encoders import read_record
 from cpsp_dist.packing.npy_files import NpyFolder
 from cpsp_dist.packing.per_video import ArrayStore
 from cpsp_dist.packing.source import channels_last
+
+logger = logging.getLogger(__name__)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
 ARRAYS: dict[str, type[ArrayStore]] = {".npy": NpyFolder, ".zip": ZipFolder}
@@ -63,6 +66,9 @@ class FeatureFiles:
         for array, path in ((visual, self.visual), (audio, self.audio)):
             if not np.isfinite(array).all():
                 raise DataError(f"{path}: holds values that are NaN or infinite")
+        if len(audio) != len(visual):
+            done = "the rest is left out" if len(audio) > len(visual) else "the last one is repeated"
+            logger.warning(f"{self.audio}: {len(audio)} segments, but {len(visual)} of {self.visual.name}: {done}")
         return visual, audio[np.minimum(np.arange(len(visual)), len(audio) - 1)]
 
 

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from cpsp_dist.data.manifest import FORMAT_VERSION, Field
-from cpsp_dist.errors import DataError
+from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import split_order
 from cpsp_dist.packing.source import Entry, Source
@@ -33,6 +33,11 @@ class PackOptions:
     shard_mb: float = 130.0  # a megabyte is 10^6 bytes
     seed: int = 0
     on_error: str = "raise"  # or "skip": leave out what cannot be packed
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a size that none can have."""
+        if not 0 < self.shard_mb < math.inf:
+            raise UserError(f"--shard-mb {self.shard_mb:g}: has to be more than 0, and finite")
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,17 @@ def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_a_finished_run_trains_more_epochs(prefork, keypad_shards, tmp_path):
+    """Asked for more, it continues after its last step."""
+    output = tmp_path / "run"
+    settings = arguments(keypad_shards, output, "engine.kind=ddp", "train.steps=null", "train.milestones=[]")
+    prefork.start([*settings, "train.epochs=1"], 1).finish()
+    assert Checkpoints(output).newest_valid()[0] == 6
+    prefork.start([*settings, "train.epochs=3", "--allow-config-change"], 1).finish()
+    assert Checkpoints(output).newest_valid()[0] == 18
+
+
 def test_a_pool_over_parts_trains_as_one_part(ranks: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """Two ranks, a global batch in four parts, a bank, an epoch's padded end, and a resume halfway: losses and weights
     of one rank with one part."""

@@ -92,6 +92,15 @@ def test_the_same_again_keeps_everything(videos, undisturbed, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (undisturbed / "visual").iterdir()}
 
 
+@pytest.mark.parametrize("flag", ["--segments", "--workers"])
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 30])
+def test_numbers_out_of_range_are_refused_before_anything_begins(videos, tmp_path, capsys, flag, number):
+    found = run(capsys, arguments(videos, tmp_path / "out", f"{flag}={number}"), 2).err
+    assert found.startswith(f"error: {flag} {number}: has to be from 1 to ")
+    assert found.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_encoders_are_refused(videos, undisturbed, capsys):
     found = run(capsys, arguments(videos, undisturbed, "--segments", "5"), 2).err
     assert "features of another extraction are in it (other clip.segments); choose another --out" in found
