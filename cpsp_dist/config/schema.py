@@ -133,7 +133,7 @@ class EngineSettings(Section):
     ignore_conflicts: bool = Field(
         False, description="train although the launcher, or engine.deepspeed, asks for other settings than these"
     )
-    timeout: int = Field(600, ge=10, description="seconds a rank waits for the others before it gives up")
+    timeout: int = Field(600, ge=10, le=1_000_000, description="seconds a rank waits for the others before it gives up")
     heartbeat_timeout: int = Field(
         60, ge=5, description="seconds without a rank's heartbeat after which the others end"
     )

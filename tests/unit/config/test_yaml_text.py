@@ -156,6 +156,7 @@ def test_mistakes_of_yaml_and_of_settings_at_once(tmp_path: Path) -> None:
         ("train.learning_rate=[" + "1," * 9000 + "1]", "train.learning_rate=(1, 1, 1"),
         ("\x1b[31m=1", "'\\u001b[31m=1': write it as"),
         ("output=a\udcff", "not printable"),
+        ("engine.timeout=999999999999999", "less than or equal to 1000000"),
         ("train.seed=1e3", "train.seed=1000.0: input should be a valid integer"),
     ],
 )

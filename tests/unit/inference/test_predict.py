@@ -81,9 +81,7 @@ def test_metrics_of_its_lines_are_those_of_evaluate(
         assert (events == (np.array(each["event_probability"]) > 0.5)).all()
 
 
-def test_files_of_features_and_a_program(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_features_and_a_program(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In each form the numbers of the same sample in the shards, but for rounding (a batch of one); from Python too."""
     manifest = Manifest.load(folder / "shards")
     expected = predicted(capsys, folder / "model", folder / "shards")
@@ -109,9 +107,9 @@ def test_files_of_features_and_a_program(
         np.testing.assert_allclose(one["event_probability"], expected[0]["event_probability"], rtol=0, atol=5e-6)
     audio = tmp_path / f"{key}.audio.npy"
     np.save(audio, np.load(audio)[:7])
-    with caplog.at_level("WARNING"):
-        predicted(capsys, folder / "model", tmp_path / f"{key}.visual.npy")
-    assert f"{audio}: 7 segments, but 10 of {key}.visual.npy: the last one is repeated" in caplog.text
+    assert main(["predict", str(folder / "model"), str(tmp_path / f"{key}.visual.npy")]) == 0
+    expected_text = f"warning: {audio}: 7 segments, but 10 of {key}.visual.npy: the last one is repeated\n"
+    assert expected_text in capsys.readouterr().err
     known = expected[0]["truth"]
     (tmp_path / "labels.json").write_text(json.dumps({key: {"label": known["event"]}}))
     (tmp_path / "list.csv").write_text(f"video_id,category,split\n{key},{known['category']},test\n")
