@@ -17,6 +17,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.launchers import EXPORTED, read_place
 from cpsp_dist.distributed.signals import StopSignals
+from cpsp_dist.inference.export import tracked_model
 from cpsp_dist.training import evaluate as evaluation
 from cpsp_dist.training import trainer
 from cpsp_dist.training.agreement import facts
@@ -93,7 +94,8 @@ def train(
         group = process_group.connected(place, ranks, settings, signals)
     try:
         with console_by_default(), run_log(config.output, ranks.rank), group:
-            results = trainer.train(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)
+            choices = {"fresh": fresh, "allow_config_change": allow_config_change}
+            results = trainer.train(config, ranks, signals, **choices, export=tracked_model)
     finally:
         if not joined:
             if ranks.world == 1 and dist.is_initialized():  # after an exception

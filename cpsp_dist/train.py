@@ -118,9 +118,11 @@ def run(args: argparse.Namespace) -> int:
 
                     dry_run(config, ranks, args.world or ranks.world, Choices(args.fresh, args.allow_config_change))
                     return
+                from cpsp_dist.inference.export import tracked_model
                 from cpsp_dist.training.trainer import train
 
-                train(config, ranks, signals, fresh=args.fresh, allow_config_change=args.allow_config_change)
+                choices = {"fresh": args.fresh, "allow_config_change": args.allow_config_change}
+                train(config, ranks, signals, **choices, export=tracked_model)
 
     with gc_control.reduced_gc():
         return run_command(work, stdout=True, debug=getattr(args, "debug", False), doing="training")

@@ -6,6 +6,7 @@ beside these.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -158,6 +159,10 @@ class EvaluationSettings(Section):
     global_batch: int = Field(64, ge=1, description="videos a step, over all ranks")
 
 
+# What it shadows is a class method of ABCMeta, which nothing calls here.
+warnings.filterwarnings("ignore", message='Field name "register" in "TrackingSettings" shadows')
+
+
 class TrackingSettings(Section):
     """MLflow."""
 
@@ -171,6 +176,14 @@ class TrackingSettings(Section):
     run_name: str | None = Field(None, description="MLflow run; by default the name of the output folder")
     parent: str | None = Field(None, description="MLflow run under which this one is listed; a sweep sets it")
     every_steps: int = Field(10, ge=1, description="steps between two logged points")
+    system_metrics: bool = Field(
+        True,
+        description="log CPU, memory, network and GPUs of each node at these points; "
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING counts where it is set",
+    )
+    register: str | None = Field(
+        None, description="MLflow's registered model of which the best weights become a version at the run's end"
+    )
     flush_timeout: float = Field(
         30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points"
     )

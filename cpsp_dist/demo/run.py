@@ -15,7 +15,7 @@ from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.compare import Question, compare_runs
 from cpsp_dist.tracking.compare_formats import as_text
-from cpsp_dist.tracking.runs import find_runs
+from cpsp_dist.tracking.runs import experiment_page, find_runs
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.extras import require
 
@@ -69,7 +69,7 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     echo(as_text(found))
     echo(f"\nDone in {time.monotonic() - began:.0f} s. Each run for itself, and the MLflow page:\n")
     echo(f"  {command_of('cpsp-dist')} compare --experiment demo --uri {store}")
-    echo(f"  {command_of('mlflow')} ui --backend-store-uri {store}    then open http://127.0.0.1:5000\n")
+    echo(f"  {command_of('mlflow')} ui --backend-store-uri {store}    then open {experiment_page(store, 'demo')}\n")
     echo("The same on real videos, from mp4 files to predicted events, in a minute or two:\n")
     echo(f"  {command_of('cpsp-dist')} demo --videos\n")
 

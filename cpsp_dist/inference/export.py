@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from cpsp_dist.config import Config
 from cpsp_dist.data.encoders import Encoders, encoder_text
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.errors import UserError
 from cpsp_dist.inference.model import (
     CARD,
@@ -26,9 +27,11 @@ from cpsp_dist.inference.model import (
     digest_of,
     load_model,
 )
+from cpsp_dist.inference.pyfunc import INPUTS, OUTPUTS
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.models import MODELS, model_for, sizes_for
 from cpsp_dist.models.weights import save_tensors
+from cpsp_dist.tracking.models import ModelFolder
 from cpsp_dist.training.checkpoint import TrainingProgress, require_encoders
 from cpsp_dist.training.setup import TrainedRun, load_run, open_manifest
 from cpsp_dist.utils import files
@@ -105,6 +108,24 @@ def export(run: str | Path, out: str | Path) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
     return out
+
+
+def tracked_model(run: str, folder: Path) -> ModelFolder:
+    """A run's model exported to `folder`/model, and what MLflow shows of it.
+
+    Raises:
+        UserError: see `export`.
+    """
+    trained = load_run(run)
+    manifest = open_manifest(trained.config)
+    shapes = {name: manifest.fields[name].shape for name in INPUTS}
+    segments, split = manifest.fields["label"].shape[0], next(iter(manifest.splits))
+    with EvalStream(manifest, split, batch=1) as stream:
+        batch = next(iter(stream))
+        example = {name: getattr(batch, name).float().numpy().round(4).tolist() for name in INPUTS}
+    outputs = dict(zip(OUTPUTS, ((segments,), (len(manifest.categories),)), strict=True))
+    name, register = trained.config.model.name, trained.config.tracking.register
+    return ModelFolder(export(run, folder / "model"), name, shapes, outputs, example, register)
 
 
 def _card(run: Path, config: Config, manifest: Manifest, progress: TrainingProgress, step: int) -> str:

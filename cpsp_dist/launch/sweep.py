@@ -11,6 +11,7 @@ from typing import Any
 
 from cpsp_dist.config import Config, check_config, flat
 from cpsp_dist.errors import ConfigError
+from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.store import tracking_uri
 
 #: Settings that a sweep makes for each of its runs.
@@ -43,6 +44,7 @@ def plan_runs(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[
         name = _name(swept)
         config, found = check_config(path, [*overrides, *(f"{key}={value}" for key, value in swept.items())])
         if config is not None:
+            config = with_environment(config, sweep=bool(sweeps))
             found += _secrets(config)
             runs.append(Planned(name, config))
         for mistake in found:

@@ -20,8 +20,8 @@ from cpsp_dist.metrics.statistics import (
 )
 from cpsp_dist.tracking.runs import TRAINING, TrackedRun, nearest
 
-#: Settings that differ between runs but get no column: the run's name has them.
-NOT_COMPARED = ("output", "tracking.run_name", "tracking.parent", "tracking.uri")
+#: Settings that change no result and get no column, by their beginning.
+NOT_COMPARED = ("output", "tracking.")
 SEED, BATCH = "train.seed", "train.global_batch"
 #: Shown where nothing else is asked for: test, best epoch on val and its number, last epoch, loss, speed.
 METRICS = ("accuracy/test", "accuracy/best_val", "best_epoch", "accuracy/val", "loss/total", "videos_per_second")
@@ -152,7 +152,7 @@ def compare_runs(runs: Sequence[TrackedRun], question: Question, stored: Stored 
 
 
 def _keys(runs: Iterable[TrackedRun]) -> list[str]:
-    return sorted({key for run in runs for key in run.params} - set(NOT_COMPARED))
+    return sorted({key for run in runs for key in run.params if not key.startswith(NOT_COMPARED)})
 
 
 def _known_metrics(runs: Sequence[TrackedRun], asked: Sequence[str]) -> tuple[str, ...]:

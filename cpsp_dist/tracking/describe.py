@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.shard_index import fingerprint
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.tracking.git import git_source, git_state
+from cpsp_dist.tracking.models import ModelFolder
 from cpsp_dist.tracking.store import NOTE
 from cpsp_dist.utils.redact import without_secrets
 
@@ -32,12 +33,17 @@ _PACKAGES = ("torch", "deepspeed", "numpy", "webdataset")
 CONTEXTS = {"train": "training", "val": "val", "test": "test"}
 
 
+#: Writes the model of a run's folder below another folder.
+Export = Callable[[str, Path], ModelFolder]
+
+
 @dataclass(frozen=True)
 class Start:
     """This start of a run. began: seconds since the epoch; tags: where it runs, as host, launcher, device."""
 
     began: float = field(default_factory=time.time)
     tags: Mapping[str, str] = field(default_factory=dict)
+    export: Export | None = None
 
 
 def run_tags(config: Config, manifest: Manifest, world: int) -> dict[str, str]:
@@ -46,13 +52,19 @@ def run_tags(config: Config, manifest: Manifest, world: int) -> dict[str, str]:
     tags |= {"version.cpsp_dist": __version__, "version.python": platform.python_version()}
     command = repeat_command(world)
     tags |= {"command": without_secrets(" ".join(sys.argv))} | git_state()
-    tags |= {"mlflow.source.name": command, "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL"}
-    tags |= git_source() | {NOTE: run_note(config, manifest, world, command)}
-    with contextlib.suppress(Exception):  # a user id without a name
-        tags["mlflow.user"] = getpass.getuser()
+    tags |= started_tags(command) | {NOTE: run_note(config, manifest, world, command)}
     tags |= {"data.fingerprint": manifest.fingerprint}
     if manifest.encoders.known:
         tags["data.encoders"] = ", ".join(encoder_text(manifest.encoders[name]) for name in MODALITIES)
+    return tags
+
+
+def started_tags(command: str) -> dict[str, str]:
+    """Who started it, with which command, from which sources, as MLflow's own tags have it."""
+    kind = "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL"
+    tags = {"mlflow.source.name": command, "mlflow.source.type": kind} | git_source()
+    with contextlib.suppress(Exception):  # a user id without a name
+        tags["mlflow.user"] = getpass.getuser()
     return tags
 
 

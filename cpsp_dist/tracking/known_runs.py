@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config, flat
 from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError, tracking_uri
-from cpsp_dist.utils.json_lines import read_bytes
+from cpsp_dist.utils.json_lines import JsonLines, read_bytes
 from cpsp_dist.utils.redact import without_secrets
 
 #: The points of a run, in its folder.
@@ -23,8 +24,20 @@ class RunRecord:
     def __init__(self, config: Config, data: str):
         """data: the shards' fingerprint."""
         self.file = Path(config.output) / RUN_FILE
+        self._starts = JsonLines(self.file.with_name("starts.jsonl"), lambda text: None)
         store = without_secrets(tracking_uri(config))
         self._identity: dict[str, Any] = {"store": store, "config": flat(config), "data": data}
+
+    def note_start(self, step: int) -> None:
+        """Count a start, which trains from `step`; also one that ends before MLflow answers. Nothing depends on it."""
+        self._starts.append({"step": step, "time": round(time.time(), 3)})
+
+    def restarts(self) -> int:
+        """Starts after the first."""
+        try:
+            return max(0, sum(1 for _ in self._starts.lines()) - 1)
+        except OSError:
+            return 0
 
     def read(self) -> str | None:
         """The run's id, if it was the same run."""

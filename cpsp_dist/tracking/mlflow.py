@@ -10,10 +10,11 @@ import contextlib
 import logging
 import math
 import re
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,13 @@ from typing import Any
 
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import Stopped
+from cpsp_dist.errors import Stopped, UserError
 from cpsp_dist.tracking import pages
 from cpsp_dist.tracking.describe import Start, run_tags
 from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
+from cpsp_dist.tracking.models import log_model
 from cpsp_dist.tracking.predictions import STORED_TAG, flags_of, predictions_file
-from cpsp_dist.tracking.store import PARENT, Store, StoreError, experiment_id, page_of, tracking_uri
+from cpsp_dist.tracking.store import PARENT, Store, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets, without_secrets
 
@@ -88,6 +90,8 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         if self.enabled:
+            if not self.finished:
+                self.record.note_start(self.step)
             try:
                 self._warn("read", truncate_after_step(self.file, self.step))
             except OSError as error:
@@ -133,14 +137,24 @@ class Tracker:
         if self.sender is not None:
             self._further.append((file.name, lambda: self.store.log_artifact(self.run_id, str(file))))
 
-    def keep_results(self, splits: Iterable[str]) -> None:
-        """`keep` what evaluations of these splits left in the run's folder."""
-        for split in splits:
+    def keep_results(self, step: int) -> None:
+        """`keep` what evaluations left in the run's folder, and log the model; step: of its weights."""
+        kept = []
+        for split in ("val", "test"):
             for name in (f"evaluation_{split}.json", predictions_file(split)):
                 if (self.folder / name).is_file():
                     self.keep(self.folder / name)
+                    kept += [split] if name == predictions_file(split) else []
             self.add_tags(flags_of(self.folder, split))
-        self.add_tags({STORED_TAG: ",".join(s for s in splits if (self.folder / predictions_file(s)).is_file())})
+        self.add_tags({STORED_TAG: ",".join(kept)})
+        if self.start.export is not None and self.sender is not None:
+            self._further.append(("the model", lambda: self._log_model(step)))
+
+    def _log_model(self, step: int) -> None:
+        assert self.start.export is not None
+        with tempfile.TemporaryDirectory() as part:
+            model = self.start.export(self.config.output, Path(part))
+            log_model(self.store, self.experiment, str(self.run_id), model, step)
 
     def page(self) -> str:
         """Where the run is to be seen; the store, where it has no run yet."""
@@ -250,8 +264,7 @@ class Tracker:
             pages.set_params(store, run_id, flat(self.config) | {"world_size": self.world})
             # In a plain install the version is of the package mlflow-skinny.
             tags |= run_tags(self.config, self.manifest, self.world) | {"version.mlflow": mlflow_version}
-        if not self.finished:
-            tags["restarts"] = str(int(run.data.tags.get("restarts", -1)) + 1)
+        tags["restarts"] = str(self.record.restarts())
         pages.set_tags(store, run_id, tags)
         if not (run.inputs and run.inputs.dataset_inputs):
             self._further.append(("the data sets", lambda: pages.log_datasets(store, run_id, self.manifest)))
@@ -265,7 +278,7 @@ class Tracker:
             what, call = self._further.popleft()
             try:
                 call()
-            except StoreError as error:
+            except (UserError, OSError) as error:
                 missing.append((what, call))
                 self._warn(what, f"MLflow does not take {what}: {error}; it is tried again")
         self._further.extendleft(reversed(missing))

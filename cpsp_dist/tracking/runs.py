@@ -14,7 +14,7 @@ from typing import Any
 
 from cpsp_dist.config import Config
 from cpsp_dist.errors import UserError
-from cpsp_dist.tracking.store import PARENT, SWEEP, Store, StoreError, sqlite_file, tracking_uri
+from cpsp_dist.tracking.store import PARENT, SWEEP, UI, Store, StoreError, sqlite_file, tracking_uri
 from cpsp_dist.utils.redact import without_secrets
 
 #: Where runs are looked for without flags and MLFLOW_TRACKING_URI.
@@ -93,7 +93,7 @@ def find_runs(
             where = f"experiment '{', '.join(experiments)}'"
             raise UserError(f"no sweep '{parent}' in {where} at {shown}; there are: {names}")
         runs = [(name, r) for name, r in runs if r.data.tags.get(PARENT) == chosen[-1]]
-    return _chosen([_tracked(name, run) for name, run in runs], wanted)
+    return _chosen([tracked_run(name, run) for name, run in runs], wanted)
 
 
 def _experiment(store: Store, name: str, shown: str) -> str:
@@ -104,6 +104,11 @@ def _experiment(store: Store, name: str, shown: str) -> str:
     return str(found.experiment_id)
 
 
+def experiment_page(uri: str, name: str) -> str:
+    """The address of an experiment's runs where `mlflow ui` serves the store. Raises UserError."""
+    return f"{UI}/#/experiments/{_experiment(Store(uri), name, without_secrets(uri))}/runs"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`did you mean 'a'? there are: a, b`: for an error about a name that is none of `names`."""
     listed = sorted(names)
@@ -111,7 +116,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return (f"did you mean '{near[0]}'? " if near else "") + f"there are: {', '.join(listed) or 'none'}"
 
 
-def _tracked(experiment: str, run: Any) -> TrackedRun:
+def tracked_run(experiment: str, run: Any) -> TrackedRun:
+    """Of MLflow's own object."""
     info, data = run.info, {}
     for each in (run.inputs and run.inputs.dataset_inputs) or ():
         context = {tag.key: tag.value for tag in each.tags or ()}.get("mlflow.data.context", TRAINING)

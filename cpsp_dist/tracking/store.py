@@ -42,6 +42,8 @@ EXPERIMENT_TAGS = {
     "percentages of segments that the weights which were best on val label right; `accuracy/val` is the course of it. "
     "`cpsp-dist compare` prints the runs side by side, with intervals.",
 }
+#: Where `mlflow ui` serves its pages.
+UI = "http://127.0.0.1:5000"
 #: In a run's folder: which MLflow run it belongs to.
 RUN_FILE = "mlflow_run.json"
 
@@ -219,7 +221,7 @@ def page_of(uri: str, experiment: str, run: str = "") -> str:
     shown = without_secrets(uri)
     if shown.startswith(("http://", "https://")):
         return shown.rstrip("/") + place
-    return f"http://127.0.0.1:5000{place} after `mlflow ui --backend-store-uri {shlex.quote(shown)}`"
+    return f"{UI}{place} after `mlflow ui --backend-store-uri {shlex.quote(shown)}`"
 
 
 def reach(uri: str, limit: float) -> None:

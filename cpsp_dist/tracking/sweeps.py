@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from cpsp_dist.config import Config
 from cpsp_dist.errors import UserError
-from cpsp_dist.tracking.runs import search
-from cpsp_dist.tracking.store import PARENT, SWEEP, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.tracking.compare import Question, compare_runs
+from cpsp_dist.tracking.compare_formats import as_csv, as_text
+from cpsp_dist.tracking.describe import repeat_command, started_tags
+from cpsp_dist.tracking.pages import LONGEST_VALUE
+from cpsp_dist.tracking.runs import TrackedRun, search, tracked_run
+from cpsp_dist.tracking.store import NOTE, PARENT, SWEEP, Store, StoreError, experiment_id, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,8 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
                 store.set_tag(run.info.run_id, SWEEP, str(runs))
                 store.update_run(run.info.run_id, "RUNNING")
                 return str(run.info.run_id)
-        tags = {SWEEP: str(runs), "output": place}
+        note = f"A sweep of {runs} runs in `{place}`; they are listed below it, their table is `comparison.csv`."
+        tags = {SWEEP: str(runs), "output": place, NOTE: note} | started_tags(repeat_command(1))
         return str(store.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id)
     except StoreError as error:
         raise UserError(
@@ -50,8 +56,9 @@ def close_sweep(config: Config, status: str | None = None) -> None:
     try:
         store = Store(tracking_uri(config))
         above = store.get_run(parent)
+        below = search(store, above.info.experiment_id, f"tags.`{PARENT}` = '{parent}'")
+        _log_table(store, above, [tracked_run(config.tracking.experiment, run) for run in below])
         if status is None:
-            below = search(store, above.info.experiment_id, f"tags.`{PARENT}` = '{parent}'")
             states = {run.info.status for run in below}
             planned = above.data.tags.get(SWEEP, "")
             if not planned.isdecimal() or len(below) < int(planned) or not states <= {"FINISHED", "FAILED"}:
@@ -61,3 +68,15 @@ def close_sweep(config: Config, status: str | None = None) -> None:
             store.set_terminated(parent, status)
     except StoreError as error:
         logger.warning(f"MLflow: {error}; the sweep's own run {parent} stays as it is")
+
+
+def _log_table(store: Store, above: Any, runs: list[TrackedRun]) -> None:
+    """The comparison of a sweep's runs, as artifacts of the run above them and in its note."""
+    found = compare_runs(runs, Question())
+    if not found.groups:
+        return
+    parent, text = above.info.run_id, as_text(found)
+    store.log_text(parent, as_csv(found) + "\n", "comparison.csv")
+    store.log_text(parent, text + "\n", "comparison.txt")
+    first = above.data.tags.get(NOTE, "").partition("\n\n")[0]
+    store.set_tag(parent, NOTE, f"{first}\n\n```\n{text}\n```\n"[:LONGEST_VALUE])

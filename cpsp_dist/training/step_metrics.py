@@ -18,6 +18,7 @@ from cpsp_dist.data.reader import TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.training.system_metrics import SystemMeter
 from cpsp_dist.utils.json_lines import JsonLines, truncate_after_step
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Meter:
 
     def __init__(self, config: Config, schedule: TrainingSchedule, ranks: Ranks, stream: TrainStream, step: int):
         self.config, self.schedule, self.ranks, self.stream = config, schedule, ranks, stream
+        self.system = SystemMeter(config, ranks)
         self._start(step)
 
     def _start(self, step: int) -> None:
@@ -72,6 +74,7 @@ class Meter:
             "videos_per_second": rate,
             "data_wait_share": wait,
             "skipped_samples": float(self.stream.skipped),
+            **self.system.read(),
         }
 
 

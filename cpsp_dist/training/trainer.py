@@ -22,7 +22,7 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.metrics import reported
 from cpsp_dist.models import Output, model_for
 from cpsp_dist.models.layers import start_step
-from cpsp_dist.tracking.describe import Start
+from cpsp_dist.tracking.describe import Export, Start
 from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.runs import compare_command
@@ -59,6 +59,7 @@ def train(
     *,
     fresh: bool = False,
     allow_config_change: bool = False,
+    export: Export | None = None,
 ) -> dict[str, float]:
     """Train as configured, or resume the run in `config.output`; the results, also in its `results.json`.
 
@@ -69,8 +70,7 @@ def train(
         Stopped: a signal asked for it; all is saved.
     """
     began, signals = time.time(), signals or StopSignals()
-    if ranks.first:
-        config = with_environment(config)
+    config = with_environment(config) if ranks.first else config
     process_group.raise_if_stop_requested(signals, ranks.device, "before anything was begun")
     manifest = open_manifest(config)
     require_same_data(manifest)
@@ -94,7 +94,7 @@ def train(
             step=progress.step,
             finished=progress.finished,
             enabled=ranks.first,
-            start=Start(began, about),
+            start=Start(began, about, export),
         )
         results = _trained(tracker, ranks, signals, stream, model, state, progress)
         if ranks.first:
@@ -124,7 +124,7 @@ def _trained(
         signals.allow_exit()
         results = evaluate_best(config, manifest, ranks, progress, signals)
         tracker.log(progress.step, results)
-        tracker.keep_results([split for split in ("val", "test") if split in manifest.splits])
+        tracker.keep_results(progress.best_step or progress.step)
     return results
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ def test_bf16_trains_and_every_zero_stage_agrees(ranks, keypad_shards, tmp_path,
 
 @pytest.mark.long
 def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
-    """SIGKILL before the first checkpoint and later, started again each time: one run with every step once."""
+    """SIGKILL three times, before the first checkpoint and later, started again each time: one run with every step
+    once, that lasts from the first start to the end of the last."""
+    began = time.time()
     more = ["tracking.every_steps=1", "checkpoint.every_steps=6"]
     run = arguments(keypad_shards, tmp_path / "killed", *more)
-    for step in (2, 8):
+    for step in (2, 8, 14):
         # Rank 1 falls asleep there, so that MLflow has the time it takes to make a new store.
         launch = prefork.start(run, 2, patch="tests.integration.test_signals:sleep_before_step", patch_args=[step, 1])
         assert launch.until_step(step), launch.outputs()
@@ -136,7 +139,11 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
         launch.wait()
     assert "resuming from" in prefork.start(run, 2).finish()
     runs = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
-    assert [run.status for run in runs] == ["FINISHED"]
+    assert [(run.status, run.tags["restarts"]) for run in runs] == [("FINISHED", "3")]
+    first = json.loads((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()[0])["time"]
+    assert began < runs[0].start < first
+    last = (tmp_path / "killed" / "predictions_test.npz").stat().st_mtime
+    assert last < runs[0].end < time.time()
     assert logged_steps(tmp_path / "mlflow.db") == list(range(1, 21))
     # Once finished, it says so and trains no more.
     again = prefork.start(run, 2).finish()

@@ -20,8 +20,9 @@ PACKAGE = REPO / "cpsp_dist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"launch", "doctor", "demo", "bench", "inference"},
+    {"launch", "doctor", "demo", "bench"},
     {"train", "api"},
+    {"inference"},
     {"training", "report"},
     {"packing", "extraction", "tracking"},
     {"config"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickletools
@@ -415,6 +416,10 @@ def test_a_sweep_is_one_run_with_its_runs_below(prefork, keypad_shards, tmp_path
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     below = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.info.run_name for run in below} == {"seed=1", "seed=2"}
+    rows = list(csv.DictReader(Path(client.download_artifacts(parent, "comparison.csv")).read_text().splitlines()))
+    accuracies = {run.info.run_name: run.data.metrics["accuracy/test"] for run in below}
+    assert {row["run"]: float(row["accuracy/test"]) for row in rows} == accuracies
+    assert "seed=1" in client.get_run(parent).data.tags["mlflow.note.content"]
     # The same sweep launched again, of more runs: the same run above it. One of its jobs fails before MLflow knows of
     # it, and those that followed the jobs see it.
     assert open_sweep(runs[0].config, str(output), 3) == parent

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy import stats
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.inference.model import load_model
 from cpsp_dist.losses.diagnostics import POOL_METRICS
-from cpsp_dist.metrics.predictions import Predictions
+from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions
 from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.tracking.runs import find_runs
@@ -75,7 +77,7 @@ def points_of(store: Path, step: int) -> int:
 def two_runs(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     runs = {
-        "gathered": ["tracking.run_name=a-seed1"],
+        "gathered": ["tracking.run_name=a-seed1", "tracking.register=keypad-model"],
         "other": ["tracking.run_name=a-seed2", "train.seed=2"],
         "local": ["objectives.psa_v=0", "train.seed=2"],
     }
@@ -102,6 +104,7 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     settings = ["train.global_batch=8", "train.steps=6", "tracking.every_steps=2", "engine.kind=ddp", "pool.bank=16"]
     settings += ["checkpoint.every_steps=3"]
     settings += [f"data.shards={keypad_shards}", f"output={output}", "tracking.run_name=a-seed1"]
+    settings.append("tracking.register=keypad-model")
     config = load_config(CONFIG, settings)
     assert run.data.params == {key: str(value) for key, value in flat(config).items()} | {"world_size": "2"}
     for name in ("event", "category", "avps", "psa_s", "psa_v", "total"):
@@ -159,10 +162,37 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     where = client.download_artifacts(run.info.run_id, "predictions_test.npz")
     right, total = Predictions.load(Path(where)).parts("accuracy")
     assert 100 * right.sum() / total.sum() == pytest.approx(run.data.metrics["accuracy/test"], abs=1e-12)
+    system = [f"system/{name}" for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes")]
+    for name in system:
+        assert [p.step for p in client.get_metric_history(run.info.run_id, name)] == [2, 4, 6]
+        assert all(p.value > 0 for p in client.get_metric_history(run.info.run_id, name))
     page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id} after `mlflow ui --backend-store-uri"
     assert page in (two_runs / "gathered.log").read_text()
     artifact = client.download_artifacts(run.info.run_id, "config.json")
     assert json.loads(Path(artifact).read_text()) == config.model_dump(mode="json")
+
+
+def test_evaluate_gives_the_same_on_any_ranks(
+    prefork: Any, two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of the run's own evaluation, and the same predictions, whose metrics these figures are."""
+    run, expected = str(two_runs / "gathered"), json.loads((two_runs / "gathered" / "evaluation_test.json").read_text())
+    stored = Predictions.load(two_runs / "gathered" / "predictions_test.npz")
+    files = {1: tmp_path / "one.npz", 3: tmp_path / "three.npz"}
+    assert main(["evaluate", run, "--json", "--predictions", str(files[1])]) == 0
+    found = {1: json.loads(capsys.readouterr().out)}
+    arguments = ["evaluate", run, "--json", "--predictions", str(files[3])]
+    printed = prefork.start(arguments, 3, command="cpsp_dist.cli").finish()
+    found[3] = json.loads(printed[printed.index("{") :])
+    for world, file in files.items():
+        assert {key: found[world][key] for key in expected} == expected
+        again = Predictions.load(file)
+        assert again.key.tolist() == sorted(again.key.tolist()) == stored.key.tolist()
+        assert len(again) == expected["videos"]
+        assert (again.label == stored.label).all()
+        for metric in FROM_PREDICTIONS:
+            parts, totals = again.parts(metric)
+            assert parts.sum() / totals.sum() == pytest.approx(expected[metric], abs=1e-12)
 
 
 def test_a_killed_run_is_one_run_with_each_point_once(two_runs: Path) -> None:
@@ -175,6 +205,31 @@ def test_a_killed_run_is_one_run_with_each_point_once(two_runs: Path) -> None:
     assert run.info.status == "FINISHED"
     for name in ("loss/total", "grad_norm", "pool/size"):
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [2, 4, 6], name
+
+
+def test_the_model_is_loaded_by_mlflow(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its signature and for its example, as the exported model predicts; and as a version of a registered one."""
+    import mlflow
+
+    uri = f"sqlite:///{two_runs / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id], order_by=["start_time ASC"])
+    (output,) = runs[0].outputs.model_outputs
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    example = model.input_example
+    found = model.predict(example)
+    exported = load_model(two_runs / "gathered")
+    expected = exported(*(torch.from_numpy(example[name]) for name in ("visual", "audio")))
+    assert found["event_probability"] == pytest.approx(expected.event_logits.sigmoid().detach().numpy())
+    assert found["category_probability"] == pytest.approx(expected.category_logits.softmax(1).detach().numpy())
+    names = {each.name: each.shape for each in model.metadata.signature.inputs}
+    assert [*names] == ["visual", "audio"]
+    assert names["visual"][1:] == example["visual"].shape[1:]
+    (version_,) = client.search_model_versions("name = 'keypad-model'")
+    assert version_.run_id == runs[0].info.run_id
+    with pytest.raises(mlflow.MlflowException, match="audio"):
+        model.predict({"visual": example["visual"]})
 
 
 def test_git_state_names_the_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
