@@ -88,11 +88,23 @@ def bootstrap_interval(
 
 
 def bootstrap_difference(
-    first: Array, second: Array, totals: Array, confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0
+    first: Array,
+    first_totals: Array,
+    second: Array,
+    second_totals: Array,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Interval:
-    """Of (sum(first) - sum(second)) / sum(totals), both of the same videos: each draw takes the same for both."""
-    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    return bootstrap_interval(difference, totals, confidence, draws, seed)
+    """Of sum(first) / sum(first_totals) - sum(second) / sum(second_totals), by the percentile bootstrap.
+
+    Args:
+        first, second: [V], of the same videos in the same order: each draw takes the same for both. first_totals,
+            second_totals: [V]; those of the two need not be equal.
+    """
+    value = share_of(first, first_totals) - share_of(second, second_totals)
+    own, other = (_resampled(*each, draws, seed) for each in ((first, first_totals), (second, second_totals)))
+    return _percentiles(value, own - other, confidence, len(first))
 
 
 def paired_test(first: Sequence[float] | Array, second: Sequence[float] | Array) -> PairedTest:
@@ -190,7 +202,7 @@ def _away_from_zero(value: float, tiny: float) -> float:
 
 
 def _resampled(parts: Array, totals: Array, draws: int, seed: int) -> npt.NDArray[np.float64]:
-    """The share of each draw of as many videos, with replacement. [draws]"""
+    """The share of each draw of as many videos, with replacement; of one seed the same draws. [draws]"""
     x, n = np.asarray(parts, np.float64), np.asarray(totals, np.float64)
     random, shares = np.random.default_rng(seed), []
     each = max(1, CHUNK // max(1, len(x)))

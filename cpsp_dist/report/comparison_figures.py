@@ -11,7 +11,7 @@ from cpsp_dist.metrics.predictions import Array, Predictions
 from cpsp_dist.metrics.statistics import ASSUMPTIONS, mcnemar
 from cpsp_dist.report import charts
 from cpsp_dist.report.page import Column, Facts, Figure, Table
-from cpsp_dist.tracking.compare import Group
+from cpsp_dist.tracking.groups import Group
 
 #: Categories in the figure of differences, those that differ most; the table has all.
 SHOWN = 40

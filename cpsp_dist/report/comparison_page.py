@@ -15,7 +15,8 @@ from cpsp_dist.metrics.predictions import Predictions
 from cpsp_dist.metrics.statistics import ASSUMPTIONS, t_interval
 from cpsp_dist.report import charts, comparison_figures
 from cpsp_dist.report.page import Column, Figure, Page, PageSection, Table
-from cpsp_dist.tracking.compare import Comparison, Group, lower_is_better, short
+from cpsp_dist.tracking.compare import Comparison, lower_is_better
+from cpsp_dist.tracking.groups import Group, short
 from cpsp_dist.tracking.history import History
 
 #: Rows with curves and figures of their own, the first ones; others are in the tables.
@@ -105,7 +106,8 @@ def runs_table(data: ComparedRuns) -> Table:
             columns += [Column(f"- {baseline.name}", "number"), Column("p", "number")]
     rows = []
     for group in found.groups:
-        row: list[Any] = [group.name, group.runs[0].status.lower(), len(group.runs)]
+        seeds = len(group.by_seed(found.metrics[0])) if found.metrics else len(group.runs)
+        row: list[Any] = [group.name, group.runs[0].status.lower(), seeds]
         row += [group.settings.get(key) for key in found.settings]
         for metric in found.metrics:
             row += interval_of(group, metric)

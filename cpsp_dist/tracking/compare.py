@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cpsp_dist.errors import UserError
-from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions
-from cpsp_dist.metrics.statistics import (
-    Interval,
-    PairedTest,
-    bootstrap_difference,
-    bootstrap_interval,
-    paired_by_seed,
-    t_interval,
-)
+from cpsp_dist.metrics.statistics import PairedTest, bootstrap_difference, paired_by_seed, t_interval
+from cpsp_dist.tracking.groups import SEED, Group, Stored, percent, separate, settings_of, shared
 from cpsp_dist.tracking.runs import TRAINING, TrackedRun, nearest
 
-#: Settings that change no result and get no column, by their beginning.
-NOT_COMPARED = ("output", "tracking.")
-SEED, BATCH = "train.seed", "train.global_batch"
+BATCH = "train.global_batch"
 #: Shown where nothing else is asked for: test, best epoch on val and its number, last epoch, loss, speed.
 METRICS = ("accuracy/test", "accuracy/best_val", "best_epoch", "accuracy/val", "loss/total", "videos_per_second")
 #: What has to be the same for figures to mean the same: name -> where a run has it.
@@ -33,8 +23,6 @@ COMPARABLE: dict[str, Callable[[TrackedRun], str | None]] = {
     "the encoders": lambda run: run.tags.get("data.encoders"),
     BATCH: lambda run: run.params.get(BATCH),
 }
-#: (run, split) -> what the run answered there, where that is stored.
-Stored = Callable[[TrackedRun, str], Predictions | None]
 
 
 @dataclass(frozen=True)
@@ -57,45 +45,6 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs that share a row: one, or several seeds. settings: those in which rows differ."""
-
-    name: str
-    settings: dict[str, str]
-    runs: tuple[TrackedRun, ...]
-    stored: Stored = field(default=lambda run, split: None, repr=False, compare=False)
-
-    def by_seed(self, metric: str) -> dict[str, float]:
-        """The value of each seed (of a run without one: of its id); of two runs with one seed, the later run's."""
-        return {run.params.get(SEED, run.id): run.metrics[metric] for run in self.runs if metric in run.metrics}
-
-    def over_seeds(self, metric: str) -> Interval | None:
-        """The mean and its t interval; None where no run has the metric."""
-        values = [*self.by_seed(metric).values()]
-        return t_interval(values) if values else None
-
-    def over_videos(self, metric: str) -> Interval | None:
-        """The bootstrap interval over videos, in percent; None where no predictions are stored."""
-        found = self.videos(metric)
-        return _percent(bootstrap_interval(found[1], found[2])) if found else None
-
-    def videos(self, metric: str) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-        """Keys, and for each video what is right and out of how many, on average over the runs."""
-        name, _, split = metric.partition("/")
-        if name not in FROM_PREDICTIONS or split not in ("test", "best_val"):
-            return None
-        found = [self.stored(run, split.removeprefix("best_")) for run in self.runs]
-        complete = [each for each in found if each is not None]
-        if not complete or len(complete) < len(found):
-            return None
-        keys = complete[0].key.tolist()
-        if any(each.key.tolist() != keys for each in complete):
-            return None
-        parts = [each.parts(name) for each in complete]
-        return keys, np.mean([part for part, _ in parts], axis=0), np.mean([total for _, total in parts], axis=0)
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The answer. grouped: whether a row may be of several runs. baseline: None where none is asked for."""
 
@@ -110,21 +59,22 @@ class Comparison:
         """To the baseline, paired by seed; where only one seed is shared, by the bootstrap over videos (p is nan)."""
         if self.baseline is None or group is self.baseline:
             return None
-        seeds = paired_by_seed(group.by_seed(metric), self.baseline.by_seed(metric))
-        if seeds is None and len(group.runs) == len(self.baseline.runs) == 1:  # other settings than the seed, or this
-            own, other = ([*each.by_seed(metric).values()] for each in (group, self.baseline))
-            seeds = PairedTest(t_interval(np.subtract(own, other)), np.nan) if own and other else None
-        if seeds is None or seeds.difference.count > 1:
-            return seeds
-        mine, theirs = group.videos(metric), self.baseline.videos(metric)
+        first, second = group, self.baseline
+        own, other = first.by_seed(metric), second.by_seed(metric)
+        test = paired_by_seed(own, other)
+        if test is not None and test.difference.count > 1:
+            return test
+        if test is not None:
+            (seed,) = own.keys() & other.keys()
+            first, second = first.of_seed(seed), second.of_seed(seed)
+        elif own and other and len(first.runs) == len(second.runs) == 1:  # other settings than the seed, or this
+            test = PairedTest(t_interval(np.subtract([*own.values()], [*other.values()])), np.nan)
+        else:
+            return None
+        mine, theirs = first.videos(metric), second.videos(metric)
         if mine is None or theirs is None or mine[0] != theirs[0]:
-            return seeds
-        interval = bootstrap_difference(mine[1], theirs[1], mine[2])
-        return PairedTest(_percent(interval), seeds.p)
-
-
-def _percent(interval: Interval) -> Interval:
-    return Interval(100 * interval.mean, 100 * interval.low, 100 * interval.high, interval.count)
+            return test
+        return PairedTest(percent(bootstrap_difference(mine[1], mine[2], theirs[1], theirs[2])), test.p)
 
 
 def compare_runs(runs: Sequence[TrackedRun], question: Question, stored: Stored | None = None) -> Comparison:
@@ -134,14 +84,14 @@ def compare_runs(runs: Sequence[TrackedRun], question: Question, stored: Stored 
         UserError: a metric, setting or baseline that no run has; the text names the nearest.
     """
     metrics = _known_metrics(runs, question.metrics)
-    keys = [key for key in _keys(runs) if len({run.params.get(key) for run in runs}) > 1]
+    keys = [key for key in settings_of(runs) if len({run.params.get(key) for run in runs}) > 1]
     grouped = question.mean or bool(question.by)
     if grouped:
         chosen = [_setting(runs, name) for name in question.by] or [key for key in keys if key != SEED]
-        groups, lines = _groups(runs, chosen)
+        groups, lines = shared(runs, chosen)
         keys = chosen
     else:
-        groups, lines = [Group(run.name, {key: run.params.get(key, "-") for key in keys}, (run,)) for run in runs], []
+        groups, lines = separate(runs, keys), []
     if stored is not None:
         groups = [replace(group, stored=stored) for group in groups]
     shown = [run for group in groups for run in group.runs]
@@ -149,10 +99,6 @@ def compare_runs(runs: Sequence[TrackedRun], question: Question, stored: Stored 
     groups = _sorted(groups, question.sort, metrics, runs)
     baseline = _baseline(groups, question.baseline) if question.baseline is not None else None
     return Comparison(metrics, tuple(keys), tuple(groups), grouped, baseline, tuple(lines))
-
-
-def _keys(runs: Iterable[TrackedRun]) -> list[str]:
-    return sorted({key for run in runs for key in run.params if not key.startswith(NOT_COMPARED)})
 
 
 def _known_metrics(runs: Sequence[TrackedRun], asked: Sequence[str]) -> tuple[str, ...]:
@@ -165,39 +111,12 @@ def _known_metrics(runs: Sequence[TrackedRun], asked: Sequence[str]) -> tuple[st
 
 def _setting(runs: Sequence[TrackedRun], name: str) -> str:
     """The full key of a setting that is given by it, or by its last parts."""
-    keys = _keys(runs)
+    keys = settings_of(runs)
     found = [key for key in keys if key == name] or [key for key in keys if key.endswith(f".{name}")]
     if len(found) != 1:
         hint = f"it may be {' or '.join(found)}" if found else nearest(name, keys).partition(" there are:")[0]
         raise UserError(f"'{name}': no setting of these runs; {hint}" if runs else f"'{name}': there are no runs")
     return found[0]
-
-
-def _groups(runs: Sequence[TrackedRun], keys: Sequence[str]) -> tuple[list[Group], list[str]]:
-    """Of the runs that have finished; and what is doubtful about them."""
-    members: dict[tuple[str, ...], list[TrackedRun]] = {}
-    for run in runs:
-        if run.status == "FINISHED":
-            members.setdefault(tuple(run.params.get(key, "-") for key in keys), []).append(run)
-    groups, lines = [], []
-    for values, group in members.items():
-        settings = dict(zip(keys, values, strict=True))
-        names = {_without_seed(run) for run in group}
-        shown = ", ".join(f"{short(key)}={value}" for key, value in settings.items())
-        name = names.pop() if len(names) == 1 else shown
-        groups.append(Group(name or shown or "all", settings, tuple(group)))
-        seeds = [run.params.get(SEED, run.id) for run in group]
-        if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-            lines.append(f"{groups[-1].name}: several runs of seed {', '.join(twice)}; only the last of them counts")
-        mixed = [key for key in _keys(group) if key != SEED and len({run.params.get(key) for run in group}) > 1]
-        if mixed:
-            lines.append(f"{groups[-1].name}: its runs also differ in {', '.join(map(short, mixed))}")
-    return groups, lines
-
-
-def _without_seed(run: TrackedRun) -> str:
-    """As the demo and sweeps name them."""
-    return re.sub(rf"[-,]?\bseed=?{re.escape(run.params.get(SEED, ''))}$", "", run.name)
 
 
 def incomparable(runs: Sequence[TrackedRun], ignore: Sequence[str] = ()) -> list[str]:
@@ -242,7 +161,7 @@ def _sorted(groups: list[Group], sort: str | None, metrics: Sequence[str], runs:
         values = {id(g): [*g.by_seed(key).values()] for g in groups}
         return sorted(groups, key=lambda g: (not values[id(g)], sign * float(np.mean(values[id(g)] or [0]))))
     known = {name for run in runs for name in run.metrics} | {"run", "start"}
-    if not any(name == key or name.endswith(f".{key}") for name in _keys(runs)):
+    if not any(name == key or name.endswith(f".{key}") for name in settings_of(runs)):
         raise UserError(f"--sort {key}: neither a metric nor a setting of these runs; {nearest(key, known)}")
     setting = _setting(runs, key)
     return sorted(groups, key=lambda g: _natural(g.runs[0].params.get(setting, "")))
@@ -260,12 +179,3 @@ def _baseline(groups: Sequence[Group], name: str) -> Group:
         if name == group.name or name in {run.id for run in group.runs}:
             return group
     raise UserError(f"--baseline {name}: no such row; {nearest(name, [group.name for group in groups])}")
-
-
-def short(key: str) -> str:
-    """A setting as a column calls it."""
-    return key.removeprefix("objectives.").removeprefix("train.")
-
-
-def short_settings(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"{short(key)}={value}" for key, value in settings.items())

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cpsp_dist.metrics.statistics import ASSUMPTIONS, Interval
-from cpsp_dist.tracking.compare import Comparison, Group, short, short_settings
+from cpsp_dist.tracking.compare import Comparison
+from cpsp_dist.tracking.groups import Group, experiments, short, short_settings
 from cpsp_dist.utils.console import table
 
 #: What a column is called where its metric's name is long.
@@ -41,7 +42,7 @@ def _row(found: Comparison, group: Group, *, merge: bool) -> dict[str, Any]:
     if any(
         len({run.experiment for run in each.runs} | {found.groups[0].runs[0].experiment}) > 1 for each in found.groups
     ):
-        row["experiment"] = ", ".join(sorted({run.experiment for run in group.runs}))
+        row["experiment"] = experiments(group)
     if any(run.status != "FINISHED" for each in found.groups for run in each.runs):
         row["state"] = group.runs[0].status.lower()
     if found.grouped:

@@ -81,17 +81,19 @@ def find_runs(
         raise UserError(f"no MLflow store at {shown}; give --uri or set MLFLOW_TRACKING_URI{_others(file)}")
     try:
         store = Store(uri)
-        every = [(name, run) for name in experiments for run in search(store, _experiment(store, name, shown))]
+        names = dict.fromkeys(experiments)
+        every = [(name, run) for name in names for run in search(store, _experiment(store, name, shown))]
     except StoreError as error:
         raise UserError(f"MLflow at {error}; see to the store, or give another with --uri") from None
+    every.sort(key=lambda found: found[1].info.start_time or 0)
     runs = [(name, run) for name, run in every if SWEEP not in run.data.tags]
     if parent is not None:
         above = {r.info.run_id: r.info.run_name for _, r in every if SWEEP in r.data.tags}
         chosen = [run_id for run_id, name in above.items() if parent in (run_id, name)]
         if not chosen:
-            names = ", ".join(sorted({*above.values()})) or "none"
+            there = ", ".join(sorted({*above.values()})) or "none"
             where = f"experiment '{', '.join(experiments)}'"
-            raise UserError(f"no sweep '{parent}' in {where} at {shown}; there are: {names}")
+            raise UserError(f"no sweep '{parent}' in {where} at {shown}; there are: {there}")
         runs = [(name, r) for name, r in runs if r.data.tags.get(PARENT) == chosen[-1]]
     return _chosen([tracked_run(name, run) for name, run in runs], wanted)
 

@@ -74,9 +74,25 @@ def test_the_bootstrap_over_videos_is_scipys() -> None:
     again = statistics.bootstrap_interval(right, totals, draws=5000)
     assert again == found
     # A constant gain in every video: no uncertainty about the difference, though there is about each.
-    gain = statistics.bootstrap_difference(right + 0.1 * totals, right, totals, draws=200)
+    gain = statistics.bootstrap_difference(right + 0.1 * totals, totals, right, totals, draws=200)
     assert (gain.low, gain.high) == pytest.approx((0.1, 0.1))
     assert math.isnan(statistics.bootstrap_interval(right[:1], totals[:1]).low)
+
+
+def test_the_bootstrap_of_a_difference_takes_each_sides_totals() -> None:
+    """As of boundary_f1, where the totals count what each run found."""
+    random = np.random.default_rng(7)
+    totals, other_totals = random.integers(5, 11, 60), random.integers(2, 5, 60)
+    right, other = random.binomial(totals, 0.8), random.binomial(other_totals, 0.6)
+    found = statistics.bootstrap_difference(right, totals, other, other_totals, draws=4000)
+    assert found.mean == right.sum() / totals.sum() - other.sum() / other_totals.sum()
+    drawn = []
+    for _ in range(4000):
+        videos = random.choice(60, 60)
+        own = sum(right[videos]) / sum(totals[videos])
+        drawn.append(own - sum(other[videos]) / sum(other_totals[videos]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
 
 
 def test_mcnemar_is_scipys_binomial_test() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cpsp_dist.config import load_config
 from cpsp_dist.report.comparison_figures import f1_by_label, mcnemar_parts
 from cpsp_dist.report.comparison_page import ComparedRuns, comparison_page, runs_table
 from cpsp_dist.report.page import Figure, PageSection, Table
+from cpsp_dist.tracking.compare import Question, compare_runs
 from cpsp_dist.tracking.history import curves_of, read_histories
 from cpsp_dist.tracking.runs import TrackedRun
 from cpsp_dist.tracking.store import Store, experiment_id
@@ -59,6 +61,34 @@ def test_curves_are_means_over_seeds_with_a_band(data: ComparedRuns) -> None:
     low = np.array(drawn[1]["data"])[-1, 1]
     assert low == pytest.approx(
         stats.t.interval(0.95, 2, np.mean([r[299] for r in own]), stats.sem([r[299] for r in own]))[0]
+    )
+
+
+def test_rows_of_one_name_each_have_their_own_figures() -> None:
+    made = some_comparison(2, 1)
+    runs = [replace(group.runs[0], name="same") for group in made.found.groups]
+    found = compare_runs(runs, Question(("accuracy/test",), baseline=runs[1].id), made.found.groups[0].stored)
+    page = ComparedRuns(found, made.histories, made.curves)
+    assert [*page.stored] == [group.name for group in found.groups]
+    curve: Any = sections(page)["Learning curves"].parts[0]
+    for group in found.groups:
+        (line,) = [series for series in curve.option["series"] if series["name"] == group.name]
+        assert line["data"][-1][1] == pytest.approx(made.histories[group.runs[0].id]["accuracy/val"][-1][1])
+        assert np.array_equal(page.stored[group.name].event, group.stored(group.runs[0], "test").event)  # type: ignore[union-attr]
+    assert len(sections(page)["Which run is right where"].parts) == 2
+
+
+def test_a_repeated_seed_is_counted_once_and_not_drawn() -> None:
+    made = some_comparison(1, 2)
+    first, second = made.found.groups[0].runs
+    again = replace(second, params=first.params, name=first.name)
+    page = ComparedRuns(
+        compare_runs([first, again], Question(("accuracy/test",), mean=True)), made.histories, made.curves
+    )
+    assert runs_table(page).rows[0][2] == 1
+    curve: Any = sections(page)["Learning curves"].parts[0]
+    assert curve.option["series"][0]["data"][-1] == pytest.approx(
+        [299, made.histories[second.id]["accuracy/val"][-1][1]]
     )
 
 

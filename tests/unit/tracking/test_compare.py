@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.metrics.predictions import Predictions
+from cpsp_dist.tracking import runs as runs_module
 from cpsp_dist.tracking.compare import Comparison, Question, compare_runs
 from cpsp_dist.tracking.compare_formats import as_csv, as_json, as_latex, as_text
-from cpsp_dist.tracking.runs import DEFAULT_STORE, TrackedRun, compare_command
+from cpsp_dist.tracking.runs import DEFAULT_STORE, TrackedRun, compare_command, find_runs
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.utils import console
 from tests.support.runs import KEYPAD
@@ -139,6 +141,76 @@ def test_one_seed_has_the_interval_over_videos() -> None:
     difference = rows_of(found)["b"]["metrics"]["accuracy/test"]["difference"]
     assert difference == {"mean": pytest.approx(10), "interval": pytest.approx([10, 10]), "p": None}
     assert "bootstrap interval: the videos are a random sample" in as_text(found)
+
+
+def some_answers(shares: dict[str, float]) -> dict[str, Predictions]:
+    """Of 30 videos by each run, by its name: so many segments right, in percent, the others by chance."""
+    random, keys = np.random.default_rng(1), [f"v{n}" for n in range(30)]
+    return {name: answers(random.binomial(10, share / 100, 30).tolist(), keys) for name, share in shares.items()}
+
+
+def test_one_shared_seed_compares_its_two_runs_alone() -> None:
+    stored = some_answers({"a-seed1": 70, "a-seed2": 40, "b-seed2": 60, "b-seed3": 20})
+    share = {name: 10 * float(each.parts("accuracy")[0].mean()) for name, each in stored.items()}
+    runs = [
+        run(name, share[name], seed=int(name[-1]), params={"objectives.psa_v": name[0]}) for name in stored
+    ]  # fmt: skip
+    question = Question(("accuracy/test",), mean=True, baseline="a")
+    rows = rows_of(compare_runs(runs, question, lambda each, split: stored[each.name]))
+    difference = rows["b"]["metrics"]["accuracy/test"]["difference"]
+    assert difference["mean"] == pytest.approx(share["b-seed2"] - share["a-seed2"])
+    alone = compare_runs([runs[1], runs[2]], replace(question, mean=False, baseline="a-seed2"),
+                         lambda each, split: stored[each.name])  # fmt: skip
+    assert rows_of(alone)["b-seed2"]["metrics"]["accuracy/test"]["difference"] == difference
+
+
+def test_of_a_repeated_seed_only_the_last_run_counts_anywhere() -> None:
+    stored = some_answers({"a-seed1": 70, "again-seed1": 40})
+    runs = [replace(run(name, 50.0), name="a-seed1") for name in stored]
+    found = compare_runs(runs, Question(("accuracy/test",), mean=True), lambda each, split: stored[each.id[3:]])
+    assert [each.id for each in found.groups[0].runs] == ["id-again-seed1"]
+    assert found.warnings == ("a: several runs of seed 1; only the last of them counts",)
+    expected = stored["again-seed1"].parts("accuracy")[0].mean()
+    interval = found.groups[0].over_videos("accuracy/test")
+    assert interval is not None
+    assert interval.mean == pytest.approx(10 * expected)
+
+
+def test_rows_of_one_name_get_distinct_names() -> None:
+    """By experiment, then by id; for the baseline, whose name alone means none of them."""
+    runs = [run("a", 70.0), replace(run("a", 71.0), id="0123456789"), replace(run("a", 72.0), experiment="other")]
+    found = compare_runs(runs, Question(sort="start"))
+    names = ["a (cpsp) (id-a)", "a (cpsp) (01234567)", "a (other)"]
+    assert [group.name for group in found.groups] == names
+    assert [row["metrics"]["accuracy/test"]["mean"] for row in rows_of(found).values()] == [70, 71, 72]
+    kinds = [run("a-seed1", 70.0), replace(run("a-seed1", 60.0, params={"objectives.psa_v": "0"}), id="other")]
+    found = compare_runs(kinds, Question(mean=True, baseline="a (other)"))
+    assert [group.name for group in found.groups] == ["a (id-a-see)", "a (other)"]
+    with pytest.raises(UserError, match=r"--baseline a: no such row; .*there are: a \(id-a-see\), a \(other\)"):
+        compare_runs(kinds, Question(mean=True, baseline="a"))
+
+
+def test_runs_of_several_experiments_are_in_the_order_of_their_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {"one": [1000, 4000], "two": [2000, 3000]}
+
+    def made(start: int) -> SimpleNamespace:
+        info = SimpleNamespace(run_id=str(start), run_name="a", status="FINISHED", start_time=start, end_time=None)
+        return SimpleNamespace(info=info, inputs=None, data=SimpleNamespace(params={}, metrics={}, tags={}))
+
+    def experiment(name: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id=name)
+
+    def search(ids: list[str], *rest: Any, **more: Any) -> list[SimpleNamespace]:
+        return Page(made(start) for start in started[ids[0]])
+
+    monkeypatch.setattr(runs_module, "Store", lambda uri: SimpleNamespace(
+        get_experiment_by_name=experiment, search_runs=search))  # fmt: skip
+    found = find_runs("http://store", ["one", "two", "one"])
+    assert [each.id for each in found] == ["1000", "2000", "3000", "4000"]
+
+
+class Page(list[Any]):
+    token = None
 
 
 def test_it_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
