@@ -66,12 +66,13 @@ def find_work(options: ExtractOptions) -> Work:
     """Read the list, the labels and the folder's names.
 
     Raises:
-        UserError: one of them cannot be read or is of no known form.
+        UserError: one of them cannot be read or is of no known form; with labels by id, an id of several rows.
     """
     found = read_list(options.csv, options.segments, options.segment_seconds)
     categories = found.categories if options.categories is None else read_categories(options.categories)
     listed, wrong = found.videos, {}
     if options.labels is not None:
+        _check_one_row_each(options.csv, listed)
         labels = read_labels(options.labels, {video.video_id for video in listed}, options.segments)
         given = {name: label for name, label in labels.items() if not isinstance(label, str)}
         listed = [replace(video, label=given.get(video.video_id)) for video in listed]
@@ -95,9 +96,25 @@ def find_work(options: ExtractOptions) -> Work:
     return Work(listed, categories, jobs, wrong, missing)
 
 
+def _check_one_row_each(path: Path, listed: list[ListedVideo]) -> None:
+    """Labels by id are the same in each row of a video, even in two splits. Raises DataError."""
+    first: dict[str, int] = {}
+    for video in listed:
+        before = first.setdefault(video.video_id, video.line)
+        if before != video.line:
+            raise DataError(
+                f"{path}: line {video.line}: {quoted(video.video_id)} is there twice, first in line {before}; --labels "
+                "has one label of a video: leave one of the lines out, or --labels where the list has labels"
+            )
+
+
 def _job(videos: Path, folder: VideoFolder, video: ListedVideo) -> ClipJob:
+    """Raises DataError: no such file, or it cannot be read: a dangling link, or removed since the folder was listed."""
     name, start = folder.find(video)
-    stat = os.stat(videos / name)
+    try:
+        stat = os.stat(videos / name)
+    except OSError as error:
+        raise DataError(f"{videos / name}: cannot be read ({error.strerror})") from None
     return ClipJob(video.video_id, videos / name, start, (stat.st_size, stat.st_mtime_ns))
 
 

@@ -112,7 +112,9 @@ def figure_of(found: Prediction) -> Any:
         _waveform(next(rows), clip)
         _spectrum(next(rows), clip)
     _events(next(rows), found, count)
-    figure.suptitle(f"{found.video}: {found.category} ({found.probability:.0%})", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(
+        f"{found.video}: {found.category} ({found.probability:.0%})", x=0.01, ha="left", fontsize=11, parse_math=False
+    )
     return figure
 
 
@@ -175,7 +177,7 @@ def _events(axis: Any, found: Prediction, count: int) -> None:
     axis.set(xlim=(0, count), ylim=(0, 1.45), yticks=[0, 0.5, 1], xticks=ticks)
     axis.set_xticklabels([f"{tick * found.segment_seconds:g}" for tick in ticks])
     axis.set_ylabel("event", rotation=0, ha="right", va="center")
-    axis.set_xlabel(f"seconds   {_summary(found)}", fontsize=9)
+    axis.set_xlabel(f"seconds   {_summary(found)}", fontsize=9, parse_math=False)
 
 
 def _summary(found: Prediction) -> str:

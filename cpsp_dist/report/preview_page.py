@@ -112,7 +112,8 @@ def _draw(axis: Any, sample: Sample, seconds: float) -> None:
     axis.set_xticks(np.arange(count + 1) * seconds)
     axis.tick_params(labelsize=7, length=2)
     axis.set_xlabel("seconds", fontsize=7, labelpad=1)
-    axis.set_title(f"{sample.split}  {sample.key}  {sample.category}", loc="left", fontsize=8, pad=3)
+    title = f"{sample.split}  {sample.key}  {sample.category}"
+    axis.set_title(title, loc="left", fontsize=8, pad=3, parse_math=False)
 
 
 def _legend(picture: Any, height: float) -> None:

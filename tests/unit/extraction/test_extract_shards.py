@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.errors import DataError
 from cpsp_dist.extraction import shards as extraction_shards
 from cpsp_dist.extraction.options import ExtractOptions
 from cpsp_dist.extraction.store import ExtractionStore
+from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder
 from cpsp_dist.extraction.work import find_work, read_labels
 from cpsp_dist.packing.verify import verify
 from tests.support.extraction import add_cells, arguments, break_files, complete, killed, make_folder
@@ -189,6 +192,45 @@ def test_labels_are_needed_and_checked(videos: Path, tmp_path: Path, capsys: pyt
         f"line 8: no file {tmp_path}/labels/v006.zip",
     ]
     assert {video.label for video in work.right} == {(1,) * 10}
+
+
+def test_labels_by_id_need_one_row_a_video(videos: Path, tmp_path: Path) -> None:
+    """The rows of a video, of other seconds or splits, would all have the label of its id."""
+    rows = [
+        "category,video_id,split,label",
+        *(f'dog,v00{k % 2},{s},"{[1] * 10}"' for k, s in ((0, "train"), (1, "val"))),
+    ]
+    options = ExtractOptions(videos / "videos", tmp_path / "list.csv", tmp_path, "", "", videos / "labels.json")
+    options.csv.write_text("\n".join(rows) + "\n")
+    assert len(find_work(options).jobs) == 2
+    options.csv.write_text("\n".join([*rows, rows[1].replace("train", "test")]) + "\n")
+    assert len(find_work(replace(options, labels=None)).right) == 3
+    with pytest.raises(DataError, match=r"list\.csv: line 4: 'v000' is there twice, first in line 2; --labels has one"):
+        find_work(options)
+
+
+def test_a_file_that_is_gone_is_one_videos_problem(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dangling link, and a file that is removed after the folder was listed."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"v{number:03d}.mp4").symlink_to(videos / "videos" / f"v{number:03d}.mp4")
+    (folder / "v003.mp4").unlink()
+    (folder / "v003.mp4").symlink_to(tmp_path / "none")
+    find = VideoFolder.find
+
+    def found(files: VideoFolder, video: ListedVideo) -> tuple[str, float | None]:
+        if video.video_id == "v005":
+            (folder / "v005.mp4").unlink()
+        return find(files, video)
+
+    monkeypatch.setattr(VideoFolder, "find", found)
+    work = find_work(ExtractOptions(folder, videos / "list.csv", tmp_path, "", "", videos / "labels.json"))
+    reason = "cannot be read (No such file or directory)"
+    assert work.missing == {name: f"{folder}/{name}.mp4: {reason}" for name in ("v003", "v005")}
+    assert len(work.jobs) == 10
 
 
 def test_the_published_forms_of_labels(videos: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import ClipForm
 from cpsp_dist.extraction.video import read_clip
-from cpsp_dist.inference.plot import FRAME, figure_of, pictures
+from cpsp_dist.inference.plot import FRAME, draw, figure_of, pictures
 from cpsp_dist.inference.prediction import Prediction, Span, Truth
 from tests.support.videos import Spec, make_video
 
@@ -71,6 +72,14 @@ def test_a_page_holds_all_of_it(tmp_path: Path) -> None:
     assert [base64.b64decode(each)[:4] for each in images] == [b"\x89PNG"] * 2
     assert not re.findall('(?:src|href)=(?!"data:)', page)
     assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_dollar_signs_are_no_formula() -> None:
+    found = replace(prediction("shards", "$100 & $200_^"), category=r"a$\frac$b", spans=[Span(0, 1, "$^$ \\$", 0.9)])
+    figure = figure_of(found)
+    assert figure.get_suptitle() == r"$100 & $200_^: a$\frac$b (90%)"
+    assert r"0-1 $^$ \$   true" in figure.axes[-1].get_xlabel()
+    assert draw(found)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def test_each_sample_costs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sizes[count] = struct.unpack(">II", (tmp_path / "x.png").read_bytes()[16:24])
     assert sizes[2][0] == sizes[4][0] == sizes[8][0] / 2
     assert sizes[8][1] == sizes[4][1] == sizes[2][1] + 2 * round(100 * module.HEIGHT)
+
+
+def test_dollar_signs_are_no_formula(tmp_path: Path) -> None:
+    (sample,) = some_samples(1)
+    module.draw([replace(sample, key="$a_^$", category=r"$\frac$")], 1.0, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_too_many_for_a_picture(
