@@ -132,6 +132,8 @@ def _check_plan(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is of --plan; give that, too")
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag} {value:g}: has to be more than 0")
+    if args.rate is not None and args.clips is not None:
+        raise UserError(f"--clips {args.clips}: with --rate nothing is measured; leave one of them out")
     if args.plan and args.portion:
         raise UserError("--plan is about all videos; leave --portion out, and give --jobs")
     if args.out is None and not args.plan:

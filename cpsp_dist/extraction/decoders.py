@@ -20,6 +20,8 @@ Channel: TypeAlias = "Connection[Any, Any]"
 
 #: Seconds that decoding a clip may take; a process that ends is given the same clip so many times.
 DEADLINE, TRIES = 300.0, 2
+#: Problems that may be the machine's, and not the file's: no memory left, a slow disk.
+ENDED, LATE = "the decoding process ended", "not decoded after"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Decoded:
     clip: Clip | None
     problem: str
     seconds: float
+
+
+def may_pass(problem: str) -> bool:
+    """Whether the video may be decoded the next time: its decoder was killed, or took too long."""
+    return any(f": {text} " in problem for text in (ENDED, LATE))
 
 
 class Decoders:
@@ -114,11 +121,11 @@ class Decoders:
                 result = self._receive(worker)
             except (EOFError, OSError):
                 code = worker.close()
-                problem = f"{job.path}: the decoding process ended ({_ending(code)})"
+                problem = f"{job.path}: {ENDED} ({_ending(code)})"
                 continue
             if result is None:
                 worker.close()
-                return Decoded(job, None, f"{job.path}: not decoded after {self.deadline:g} s", self.deadline)
+                return Decoded(job, None, f"{job.path}: {LATE} {self.deadline:g} s", self.deadline)
             clip, problem, seconds = result
             return Decoded(job, clip, problem, seconds)
         return Decoded(job, None, problem, time.monotonic() - began)

@@ -26,14 +26,22 @@ CLIPS, HEADER_BYTES = 8, 128
 class Rates:
     """Videos a second of one job: what its `workers` decode, what its encoders encode, each alone; measured on `clips`.
 
+    ran: processes that decoded the clips, at most one a clip; the rate is multiplied up to that of `workers`.
     shared: the encoders compute on the cores that decode.
     """
 
     decoding: float
     encoding: float
     workers: int
+    ran: int
     clips: int
     shared: bool
+
+    @property
+    def processes(self) -> str:
+        if self.ran == self.workers:
+            return f"{self.workers} processes"
+        return f"measured with {self.ran} processes, multiplied by {self.workers / self.ran:g} for {self.workers}"
 
     @property
     def together(self) -> float:
@@ -75,7 +83,7 @@ class Forecast:
             how = "both on the same cores" if rates.shared else "the slower of the two"
             lines += [
                 f"measured {rates.clips} clips: decoding alone {rates.decoding:.2f} videos/s "
-                f"({rates.workers} processes), encoding alone {rates.encoding:.2f} videos/s",
+                f"({rates.processes}), encoding alone {rates.encoding:.2f} videos/s",
                 f"{rate}: {how}",
             ]
         npy, shards = format_bytes(self.npy_bytes), format_bytes(self.shard_bytes)
@@ -124,7 +132,8 @@ def _measure(extraction: Extraction, work: Work, clips: int) -> Rates:
     if not chosen:
         raise DataError(f"{options.videos}: none of the listed videos is there; give --rate, and --count")
     workers = options.workers or usable_cores()
-    with Decoders(extraction.form, min(workers, len(chosen)), options.deadline) as decoders:
+    ran = min(workers, len(chosen))
+    with Decoders(extraction.form, ran, options.deadline) as decoders:
         decoded = [*decoders.decode(chosen)]
     ready = [each.clip for each in decoded if each.clip is not None]
     if not ready:
@@ -135,4 +144,4 @@ def _measure(extraction: Extraction, work: Work, clips: int) -> Rates:
     for clip in ready:
         clip_features(clip, extraction.visual, extraction.audio)
     encoding = len(ready) / (time.perf_counter() - began)
-    return Rates(decoding, encoding, workers, len(decoded), extraction.visual.device.type == "cpu")
+    return Rates(decoding, encoding, workers, ran, len(decoded), extraction.visual.device.type == "cpu")

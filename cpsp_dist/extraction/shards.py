@@ -18,7 +18,7 @@ import numpy as np
 from cpsp_dist.data.encoders import MODALITIES
 from cpsp_dist.data.manifest import FORMAT_VERSION
 from cpsp_dist.errors import DataError, UserError
-from cpsp_dist.extraction.decoders import ClipJob
+from cpsp_dist.extraction.decoders import ClipJob, may_pass
 from cpsp_dist.extraction.options import REPORT_NAME, Extracted, problems_text
 from cpsp_dist.extraction.run import Extraction, is_done, source_of
 from cpsp_dist.extraction.store import ExtractionStore
@@ -91,7 +91,8 @@ class _Shards:
         self.source.notes_of |= {name: found.notes for name, found in done.items()}
         left: dict[str, ClipJob] = {}
         for planned in plans:
-            if outcome := finished_shard(self.job, planned, self.source.stamp(planned)):
+            outcome = finished_shard(self.job, planned, self.source.stamp(planned))
+            if outcome and not any(map(may_pass, outcome.problems)):
                 self._finish(planned, outcome, done)
                 continue
             names = [entry.video_id for entry in planned.entries if entry.video_id in jobs]
@@ -117,9 +118,13 @@ class _Shards:
             self._finish(planned, make_shard(self.job, planned, self.source.stamp(planned)), names)
 
     def _finish(self, planned: ShardPlan, outcome: Outcome, there: Collection[str]) -> None:
-        """there: videos whose features are in the store, or some more."""
+        """there: videos whose features are in the store, or some more.
+
+        They stay where a video's problem may pass: the same command makes the shard again, and decodes that one alone.
+        """
         self.outcomes[planned.name] = outcome
-        self.store.remove({e.video_id for e in planned.entries if e.video_id in there} - self.repeated)
+        if not any(map(may_pass, outcome.problems)):
+            self.store.remove({e.video_id for e in planned.entries if e.video_id in there} - self.repeated)
 
 
 def extract_shards(extraction: Extraction, work: Work) -> Extracted:

@@ -90,6 +90,10 @@ class _Predictor:
 
     def run(self, inputs: Iterable[str]) -> Iterator[Prediction]:
         found = [(given, resolved) for given in inputs for resolved in resolve(given)]  # mistakes first
+        if all(kind == "shards" for _, (kind, _) in found):
+            for flag, path in (("--labels", self.options.labels), ("--csv", self.options.csv)):
+                if path is not None:
+                    raise UserError(f"{flag} {path}: is about videos and features; shards have their own, leave it out")
         for given, (kind, what) in found:
             if kind == "shards":
                 yield from self._of_shards(given)

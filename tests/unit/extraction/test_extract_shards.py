@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import pytest
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.errors import DataError
+from cpsp_dist.extraction import run
 from cpsp_dist.extraction import shards as extraction_shards
+from cpsp_dist.extraction.decoders import ClipJob, Decoded, Decoders
 from cpsp_dist.extraction.options import ExtractOptions
 from cpsp_dist.extraction.store import ExtractionStore
+from cpsp_dist.extraction.video import read_clip
 from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder
 from cpsp_dist.extraction.work import find_work, read_labels
 from cpsp_dist.packing.verify import verify
@@ -152,6 +156,32 @@ def test_broken_files_are_left_out_and_reported(
     assert [line["video_id"] for line in lines] == [*broken]
     assert all(broken[line["video_id"]] in line["problem"] for line in lines)
     assert {sample["json"]["video_id"] for sample in read_back(tmp_path / "out")} == {"v010", "v011"}
+
+
+def test_a_video_that_was_late_is_tried_again(
+    videos: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is one whose decoder was killed; alone, for the features beside it are kept."""
+    problems = {"v000": "not decoded after 1 s", "v001": "the decoding process ended (signal 9)"}
+    decoded: list[str] = []
+
+    class Here(Decoders):
+        def decode(self, jobs: Iterable[ClipJob]) -> Iterator[Decoded]:
+            for job in jobs:
+                decoded.append(job.name)
+                problem = f"{job.path}: {problems[job.name]}" if job.name in problems else ""
+                yield Decoded(job, None if problem else read_clip(job.path, self.form), problem, 0.1)
+
+    monkeypatch.setattr(run, "Decoders", Here)
+    arguments = command(videos, tmp_path / "packed", "--on-error", "skip")
+    for portion in ("0/2", "1/2"):
+        assert main([*arguments, "--portion", portion]) == 0
+    assert len({*decoded}) == len(decoded) == 12
+    decoded.clear()
+    problems.clear()
+    assert main(arguments) == 0
+    assert sorted(decoded) == ["v000", "v001"]
+    assert shards_of(tmp_path / "packed") == expected
 
 
 def test_what_stops_it_loses_nothing(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

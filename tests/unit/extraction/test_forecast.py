@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cpsp_dist.cli import main
+from cpsp_dist.extraction import forecast as module
+from cpsp_dist.extraction.decoders import ClipJob, Decoded, Decoders
+from cpsp_dist.extraction.video import read_clip
 from tests.support.extraction import add_cells, arguments, make_folder
 
 
@@ -62,10 +67,45 @@ def test_measured_rates(videos: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("workers", "expected", "rate"),
+    [
+        ("1", "decoding alone 2.00 videos/s (1 processes), encoding alone 0.50", "0.40"),
+        ("64", "decoding alone 128.00 videos/s (measured with 2 processes, multiplied by 32 for 64), encoding", "0.50"),
+    ],
+)
+def test_more_workers_than_clips_are_multiplied_up(
+    videos: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    workers: str,
+    expected: str,
+    rate: str,
+) -> None:
+    """Two clips of half a second each, encoded in 4 s."""
+    counts = []
+
+    class Timed(Decoders):
+        def decode(self, jobs: Iterable[ClipJob]) -> Iterator[Decoded]:
+            counts.append(self.count)
+            return (Decoded(job, read_clip(job.path, self.form), "", 0.5) for job in jobs)
+
+    monkeypatch.setattr(module, "Decoders", Timed)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter((1.0, 5.0)).__next__))
+    found = planned(videos, capsys, "--clips", "2", "--workers", workers)
+    assert expected in found
+    assert f"rate     {rate} videos/s of one job" in found
+    assert counts == [min(int(workers), 2)]
+
+
+@pytest.mark.parametrize(
     ("flags", "text"),
     [
         (["--rate", "1"], "--rate is of --plan; give that, too"),
         (["--plan", "--rate", "0"], "--rate 0: has to be more than 0"),
+        (
+            ["--plan", "--rate", "1", "--clips", "2"],
+            "--clips 2: with --rate nothing is measured; leave one of them out",
+        ),
         (["--plan", "--portion", "0/2"], "--plan is about all videos; leave --portion out, and give --jobs"),
     ],
 )

@@ -173,6 +173,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "text.txt").touch()
     (tmp_path / "empty").mkdir()
     model, shards = str(folder / "model"), str(folder / "shards")
+    (tmp_path / "labels.json").write_text('{"a": {"label": [1]}}')
     for given, expected_text in (
         ([str(tmp_path / "empty"), shards], "empty: not a model of `cpsp-dist export` (config.json is missing); give"),
         ([model, str(tmp_path / "none.mp4")], "none.mp4: no such file or folder"),
@@ -187,6 +188,10 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         ([model, shards, "--device", "cuda:7"], "--device cuda:7: cannot be used"),
         ([model, shards, "--csv", "list.csv"], "--csv list.csv: names categories; --labels with the seconds of"),
         ([model, shards, "--labels", str(tmp_path / "none.json")], "none.json: cannot be read (No such file or"),
+        (
+            [model, shards, "--labels", str(tmp_path / "labels.json")],
+            "labels.json: is about videos and features; shards",
+        ),
         ([model, shards, "--plot", str(tmp_path / "a.png")], "a.png: give a folder, where each video has a picture"),
         ([model, shards, "--out", str(tmp_path / "no" / "file")], "cannot be written (No such file or directory)"),
     ):
