@@ -12,6 +12,7 @@ from cpsp_dist.utils.console import echo
 
 if TYPE_CHECKING:
     from cpsp_dist.tracking.compare import Comparison
+    from cpsp_dist.tracking.store import AskedStore
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +71,23 @@ def _compare(args: argparse.Namespace) -> None:
     from cpsp_dist.tracking.compare_formats import FORMATS, as_text
     from cpsp_dist.tracking.predictions import stored_predictions
     from cpsp_dist.tracking.runs import default_store, find_runs
+    from cpsp_dist.tracking.store import AskedStore
     from cpsp_dist.utils.console import is_terminal
 
     uri = args.uri or default_store()
     runs = find_runs(uri, args.experiment, parent=args.parent, wanted=args.runs)
     question = Question(args.metrics, args.by, args.mean, args.sort, args.baseline)
-    found = compare_runs(runs, question, stored_predictions(uri))
+    store = AskedStore(uri)
+    found = compare_runs(runs, question, stored_predictions(store))
     width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
     echo(FORMATS[args.form](found) if args.form else as_text(found, width))
     for line in found.warnings:
         logger.warning("%s", line)
     if args.html:
-        _write_page(args, uri, found)
+        _write_page(args, store, found)
 
 
-def _write_page(args: argparse.Namespace, uri: str, found: Comparison) -> None:
+def _write_page(args: argparse.Namespace, store: AskedStore, found: Comparison) -> None:
     from cpsp_dist.report.comparison_page import ComparedRuns, comparison_page
     from cpsp_dist.report.page import write
     from cpsp_dist.tracking.history import curves_of, read_histories
@@ -93,6 +96,6 @@ def _write_page(args: argparse.Namespace, uri: str, found: Comparison) -> None:
         raise UserError("--html: there are no runs to write a page of")
     runs = [run for group in found.groups for run in group.runs]
     names = curves_of(runs)
-    data = ComparedRuns(found, read_histories(uri, runs, names), names)
+    data = ComparedRuns(found, read_histories(store, runs, names), names)
     write(comparison_page(data, f"Comparison of {', '.join(args.experiment)}"), args.html)
     echo(f"{args.html}: open it in a browser")

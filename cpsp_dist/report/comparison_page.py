@@ -120,10 +120,9 @@ def runs_table(data: ComparedRuns) -> Table:
 
 def interval_of(group: Group, metric: str) -> list[float | None]:
     """Mean, low and high, as far as known."""
-    seeds = group.over_seeds(metric)
-    if seeds is None:
+    seeds, sure = group.over_seeds(metric), group.interval(metric)
+    if seeds is None or sure is None:
         return [None, None, None]
-    sure = seeds if seeds.count > 1 else group.over_videos(metric) or seeds
     return [seeds.mean, None if math.isnan(sure.low) else sure.low, None if math.isnan(sure.high) else sure.high]
 
 

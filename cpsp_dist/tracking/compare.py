@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cpsp_dist.errors import UserError
 from cpsp_dist.metrics.statistics import PairedTest, bootstrap_difference, paired_by_seed, t_interval
-from cpsp_dist.tracking.groups import SEED, Group, Stored, percent, separate, settings_of, shared
+from cpsp_dist.tracking.groups import SEED, Group, Stored, percent, separate, settings_of, shared, some
 from cpsp_dist.tracking.runs import TRAINING, TrackedRun, nearest
 
 BATCH = "train.global_batch"
@@ -54,27 +54,37 @@ class Comparison:
     grouped: bool
     baseline: Group | None
     warnings: tuple[str, ...]
+    _differences: dict[tuple[str, str], PairedTest | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def difference(self, group: Group, metric: str) -> PairedTest | None:
-        """To the baseline, paired by seed; where only one seed is shared, by the bootstrap over videos (p is nan)."""
+        """To the baseline, paired by seed; where only one seed is shared, by the bootstrap over videos (p is nan).
+        Computed once."""
         if self.baseline is None or group is self.baseline:
             return None
-        first, second = group, self.baseline
-        own, other = first.by_seed(metric), second.by_seed(metric)
-        test = paired_by_seed(own, other)
-        if test is not None and test.difference.count > 1:
-            return test
-        if test is not None:
-            (seed,) = own.keys() & other.keys()
-            first, second = first.of_seed(seed), second.of_seed(seed)
-        elif own and other and len(first.runs) == len(second.runs) == 1:  # other settings than the seed, or this
-            test = PairedTest(t_interval(np.subtract([*own.values()], [*other.values()])), np.nan)
-        else:
-            return None
-        mine, theirs = first.videos(metric), second.videos(metric)
-        if mine is None or theirs is None or mine[0] != theirs[0]:
-            return test
-        return PairedTest(percent(bootstrap_difference(mine[1], mine[2], theirs[1], theirs[2])), test.p)
+        key = group.name, metric
+        if key not in self._differences:
+            self._differences[key] = _difference(group, self.baseline, metric)
+        return self._differences[key]
+
+
+def _difference(first: Group, second: Group, metric: str) -> PairedTest | None:
+    own, other = first.by_seed(metric), second.by_seed(metric)
+    test = paired_by_seed(own, other)
+    if test is not None and test.difference.count > 1:
+        return test
+    if test is not None:
+        (seed,) = own.keys() & other.keys()
+        first, second = first.of_seed(seed), second.of_seed(seed)
+    elif own and other and len(first.runs) == len(second.runs) == 1:  # other settings than the seed, or this
+        test = PairedTest(t_interval(np.subtract([*own.values()], [*other.values()])), np.nan)
+    else:
+        return None
+    mine, theirs = first.videos(metric), second.videos(metric)
+    if mine is None or theirs is None or mine[0] != theirs[0]:
+        return test
+    return PairedTest(percent(bootstrap_difference(mine[1], mine[2], theirs[1], theirs[2])), test.p)
 
 
 def compare_runs(runs: Sequence[TrackedRun], question: Question, stored: Stored | None = None) -> Comparison:
@@ -128,21 +138,17 @@ def incomparable(runs: Sequence[TrackedRun], ignore: Sequence[str] = ()) -> list
             if (value := find(run)) is not None:
                 having.setdefault(value, []).append(run.name)
         if len(having) > 1 and what not in ignore:
-            parts = "; ".join(f"{value[:40]}: {_some(names)}" for value, names in having.items())
+            parts = "; ".join(f"{value[:40]}: {some(names)}" for value, names in having.items())
             lines.append(f"{what} differs between these runs, so their figures do not compare: {parts}")
     if unfinished := [run.name for run in runs if run.status != "FINISHED"]:
-        lines.append(f"not finished, with the figures of the step they reached: {_some(unfinished)}")
+        lines.append(f"not finished, with the figures of the step they reached: {some(unfinished)}")
     return lines
 
 
 def _lacking(runs: Sequence[TrackedRun], metrics: Sequence[str]) -> list[str]:
     finished = [run for run in runs if run.status == "FINISHED"]
     found = {metric: [run.name for run in finished if metric not in run.metrics] for metric in metrics}
-    return [f"without {metric}: {_some(names)}" for metric, names in found.items() if names]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [f"without {metric}: {some(names)}" for metric, names in found.items() if names]
 
 
 def lower_is_better(metric: str) -> bool:

@@ -60,10 +60,9 @@ def _row(found: Comparison, group: Group, *, merge: bool) -> dict[str, Any]:
 
 
 def _figure(group: Group, metric: str) -> str | None:
-    seeds = group.over_seeds(metric)
-    if seeds is None:
+    seeds, interval = group.over_seeds(metric), group.interval(metric)
+    if seeds is None or interval is None:
         return None
-    interval = seeds if seeds.count > 1 else group.over_videos(metric) or seeds
     return number(seeds.mean, metric) + _half(interval)
 
 

@@ -30,6 +30,7 @@ class Group:
     settings: dict[str, str]
     runs: tuple[TrackedRun, ...]
     stored: Stored = field(default=lambda run, split: None, repr=False, compare=False)
+    _over_videos: dict[str, Interval | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_seed(self, metric: str) -> dict[str, float]:
         """The value of each seed (of a run without one: of its id)."""
@@ -45,9 +46,16 @@ class Group:
         return t_interval(values) if values else None
 
     def over_videos(self, metric: str) -> Interval | None:
-        """The bootstrap interval over videos, in percent; None where no predictions are stored."""
-        found = self.videos(metric)
-        return percent(bootstrap_interval(found[1], found[2])) if found else None
+        """The bootstrap interval over videos, in percent; None where no predictions are stored. Computed once."""
+        if metric not in self._over_videos:
+            found = self.videos(metric)
+            self._over_videos[metric] = percent(bootstrap_interval(found[1], found[2])) if found else None
+        return self._over_videos[metric]
+
+    def interval(self, metric: str) -> Interval | None:
+        """The one to show: over seeds where there are several, else over videos where predictions are stored."""
+        seeds = self.over_seeds(metric)
+        return seeds if seeds is None or seeds.count > 1 else self.over_videos(metric) or seeds
 
     def videos(self, metric: str) -> Videos | None:
         """Keys, and for each video what is right and out of how many, on average over the runs."""
@@ -97,7 +105,7 @@ def shared(runs: Sequence[TrackedRun], keys: Sequence[str]) -> tuple[list[Group]
         latest = tuple({seed_of(run): run for run in group}.values())
         rows.append(Group(_name(latest, settings), settings, latest))
         twice.append(sorted(seed for seed, count in seeds.items() if count > 1))
-    lines, groups = [], _distinct(rows)
+    lines, groups = _left_out(runs), _distinct(rows)
     for row, repeated in zip(groups, twice, strict=True):
         if repeated:
             lines.append(f"{row.name}: several runs of seed {', '.join(repeated)}; only the last of them counts")
@@ -105,6 +113,16 @@ def shared(runs: Sequence[TrackedRun], keys: Sequence[str]) -> tuple[list[Group]
         if mixed:
             lines.append(f"{row.name}: its runs also differ in {', '.join(map(short, mixed))}")
     return groups, lines
+
+
+def _left_out(runs: Iterable[TrackedRun]) -> list[str]:
+    found = [f"{run.name} ({run.status.lower()})" for run in runs if run.status != "FINISHED"]
+    return [f"left out, as only finished runs are averaged: {some(found, 20)}"] if found else []
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first ones, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _name(runs: Sequence[TrackedRun], settings: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cpsp_dist.tracking.predictions import belongs
 from cpsp_dist.tracking.runs import TrackedRun
-from cpsp_dist.tracking.store import Store, StoreError
+from cpsp_dist.tracking.store import AskedStore, StoreError
 from cpsp_dist.utils.json_lines import parse_line, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,19 +24,15 @@ def curves_of(runs: Iterable[TrackedRun]) -> list[str]:
     return [*on_val, *(name for name in known if name.startswith("loss/")), *({"videos_per_second"} & {*known})]
 
 
-def read_histories(uri: str, runs: Iterable[TrackedRun], metrics: Sequence[str]) -> dict[str, History]:
+def read_histories(store: AskedStore, runs: Iterable[TrackedRun], metrics: Sequence[str]) -> dict[str, History]:
     """Of each run, by its id, the points of those metrics that it has. What cannot be read is left out with a
     warning."""
-    store: Store | None = None
     found: dict[str, History] = {}
     for run in runs:
         wanted = [name for name in metrics if name in run.metrics]
         try:
             local = _of_folder(run, wanted)
-            if local is None:
-                store = store or Store(uri)
-                local = {name: _of_store(store, run.id, name) for name in wanted}
-            found[run.id] = local
+            found[run.id] = _of_store(store, run.id, wanted) if local is None else local
         except (StoreError, OSError) as error:
             logger.warning("%s, its history: %s", run.name, error)
     return found
@@ -55,5 +51,6 @@ def _of_folder(run: TrackedRun, metrics: Sequence[str]) -> History | None:
     return {name: points for name, points in history.items() if points}
 
 
-def _of_store(store: Store, run_id: str, metric: str) -> list[tuple[int, float]]:
-    return sorted((point.step, point.value) for point in store.get_metric_history(run_id, metric))
+def _of_store(store: AskedStore, run_id: str, metrics: Sequence[str]) -> History:
+    answers = {name: store.ask("get_metric_history", run_id, name) for name in metrics}
+    return {name: sorted((p.step, p.value) for p in points) for name, points in answers.items() if points is not None}

@@ -12,7 +12,7 @@ from cpsp_dist.errors import DataError
 from cpsp_dist.metrics.predictions import Predictions
 from cpsp_dist.tracking.groups import Stored
 from cpsp_dist.tracking.runs import TrackedRun
-from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError
+from cpsp_dist.tracking.store import RUN_FILE, AskedStore, StoreError
 from cpsp_dist.utils.json_lines import read_bytes
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def flags_of(folder: Path, split: str) -> dict[str, str]:
     return {f"flags.{split}": "; ".join(found)} if found else {}
 
 
-def stored_predictions(uri: str) -> Stored:
-    """What reads the predictions of runs in the store at `uri`, each file once. None where a run has none."""
+def stored_predictions(store: AskedStore) -> Stored:
+    """What reads the predictions of runs in a store, each file once. None where a run has none."""
 
     @functools.cache
     def read(run_id: str, output: str, split: str) -> Predictions | None:
@@ -45,7 +45,8 @@ def stored_predictions(uri: str) -> Stored:
             if output and file.is_file() and belongs(Path(output), run_id):
                 return Predictions.load(file)
             with tempfile.TemporaryDirectory() as folder:
-                return Predictions.load(Path(Store(uri).download_artifacts(run_id, file.name, folder)))
+                path = store.ask("download_artifacts", run_id, file.name, folder)
+                return None if path is None else Predictions.load(Path(path))
         except (StoreError, DataError, OSError) as error:
             logger.warning("%s, predictions of %s: %s", run_id, split, error)
             return None

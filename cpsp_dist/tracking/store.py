@@ -53,11 +53,13 @@ class StoreError(UserError):
 
     Attributes:
         code: MLflow's own word for it, such as RESOURCE_DOES_NOT_EXIST; '' where it has none.
+        silent: no answer came, or only failures of the server until the client gave up; the next request would wait
+            as long.
     """
 
-    def __init__(self, text: str, code: str = ""):
+    def __init__(self, text: str, code: str = "", *, silent: bool = False):
         super().__init__(text)
-        self.code = code
+        self.code, self.silent = code, silent
 
 
 def tracking_uri(config: Config) -> str:
@@ -115,7 +117,7 @@ class Store:
         if failure:
             raise self._error(failure[0]) from None
         if not result:
-            raise StoreError(f"{without_secrets(self._uri)}: no answer within {ANSWER_SECONDS:.0f} s")
+            raise StoreError(f"{without_secrets(self._uri)}: no answer within {ANSWER_SECONDS:.0f} s", silent=True)
         return result[0]
 
     def _error(self, error: BaseException) -> StoreError:
@@ -124,7 +126,50 @@ class Store:
         text = first_line(error) if isinstance(error, Exception) else repr(error)
         # A server that is no MLflow server answers with pages.
         code = getattr(error, "error_code", "")
-        return StoreError(f"{without_secrets(self._uri)}: {text[:300]}", str(code or ""))
+        silent = code == "TEMPORARILY_UNAVAILABLE" or _unanswered(error)
+        return StoreError(f"{without_secrets(self._uri)}: {text[:300]}", str(code or ""), silent=silent)
+
+
+class AskedStore:
+    """A store that is opened when it is first asked, and asked no more after a request without an answer: for what
+    many requests would fetch, of which each would wait again."""
+
+    def __init__(self, uri: str):
+        self._uri, self._silent = uri, False
+        self._store: Store | None = None
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """What `Store`'s method returns; None where there is no answer, now or before: one warning for all.
+
+        Raises:
+            StoreError: the answer is an error.
+        """
+        if self._silent:
+            return None
+        try:
+            self._store = self._store or self._opened()
+            return getattr(self._store, method)(*args)
+        except StoreError as error:
+            if not error.silent:
+                raise
+            self._silent = True
+            logger.warning("MLflow at %s; it is asked no more: what only it has of these runs is left out", error)
+            return None
+
+    def _opened(self) -> Store:
+        try:
+            return Store(self._uri)
+        except StoreError as error:
+            raise StoreError(str(error), error.code, silent=True) from None
+
+
+def _unanswered(error: BaseException | None) -> bool:
+    """Whether an exception of `requests` without a response is among those that led to this one."""
+    while error is not None:
+        if isinstance(error, OSError) and getattr(error, "response", error) is None:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _client(uri: str) -> Any:

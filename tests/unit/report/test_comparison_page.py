@@ -19,7 +19,7 @@ from cpsp_dist.report.page import Figure, PageSection, Table
 from cpsp_dist.tracking.compare import Question, compare_runs
 from cpsp_dist.tracking.history import curves_of, read_histories
 from cpsp_dist.tracking.runs import TrackedRun
-from cpsp_dist.tracking.store import Store, experiment_id
+from cpsp_dist.tracking.store import AskedStore, Store, experiment_id
 from tests.support.pages import predictions, some_answers, some_comparison
 from tests.support.runs import KEYPAD
 
@@ -135,7 +135,8 @@ def test_the_command_and_histories(tmp_path: Path, capsys: pytest.CaptureFixture
     runs = [TrackedRun(i, i, "FINISHED", metrics={"accuracy/val": 1.0}, tags={"output": str(tmp_path / n)})
             for i, n in zip(ids, "ab", strict=True)]  # fmt: skip
     assert curves_of(runs) == ["accuracy/val"]
-    assert read_histories(uri, runs, ["accuracy/val"]) == {one: {"accuracy/val": [(1, 51.0), (2, 52.0)]} for one in ids}
+    found = read_histories(AskedStore(uri), runs, ["accuracy/val"])
+    assert found == {one: {"accuracy/val": [(1, 51.0), (2, 52.0)]} for one in ids}
     page = tmp_path / "page.html"
     assert main(["compare", "--uri", uri, "--html", str(page)]) == 0
     assert capsys.readouterr().out.endswith(f"{page}: open it in a browser\n")

@@ -17,7 +17,9 @@ from scipy import stats
 from cpsp_dist.config import load_config
 from cpsp_dist.errors import UserError
 from cpsp_dist.launch.sweep import plan_runs
+from cpsp_dist.metrics import statistics
 from cpsp_dist.metrics.predictions import Predictions
+from cpsp_dist.report.comparison_page import ComparedRuns, comparison_page
 from cpsp_dist.tracking import runs as runs_module
 from cpsp_dist.tracking.compare import Comparison, Question, compare_runs
 from cpsp_dist.tracking.compare_formats import as_csv, as_json, as_latex, as_text
@@ -71,6 +73,16 @@ def test_rows_by_a_setting_name_what_they_mix() -> None:
         "cpsp: several runs of seed 3; only the last of them counts",
         "cpsp: its runs also differ in learning_rate",
     )
+
+
+def test_runs_that_are_left_out_of_the_means_are_named() -> None:
+    odd = [run("a", 1.0, status="FAILED"), run("b", status="RUNNING"), run("c", 2.0, status="KILLED")]
+    line = "left out, as only finished runs are averaged: a (failed), b (running), c (killed)"
+    for question in (Question(mean=True), Question(by=("psa_v",))):
+        found = compare_runs([*two_kinds(), *odd], question)
+        assert found.warnings == (line,)
+        assert [group.name for group in found.groups] == ["cpsp", "psp"]
+    assert compare_runs(odd, Question(mean=True)).warnings == (line,)
 
 
 def test_the_best_comes_first_and_any_metric_or_setting_sorts() -> None:
@@ -211,6 +223,28 @@ def test_runs_of_several_experiments_are_in_the_order_of_their_starts(monkeypatc
 
 class Page(list[Any]):
     token = None
+
+
+def test_a_bootstrap_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tables and pages show it."""
+    stored = some_answers({"a": 70, "b": 40, "c": 60})
+    question = Question(("accuracy/test", "event_accuracy/test"), baseline="a")
+    runs = [run(name, 50.0) for name in stored]
+    for each in runs:
+        each.metrics["event_accuracy/test"] = 50.0
+    drawn: list[float] = []
+
+    def resampled(parts: Any, *rest: Any) -> Any:
+        drawn.append(float(np.sum(parts)))
+        return bootstrap(parts, *rest)
+
+    bootstrap = statistics._resampled
+    monkeypatch.setattr(statistics, "_resampled", resampled)
+    found = compare_runs(runs, question, lambda each, split: stored[each.name])
+    texts = [as_text(found, 20), as_json(found), as_csv(found), as_latex(found)]
+    comparison_page(ComparedRuns(found, {}, []), "All")
+    assert texts == [as_text(found, 20), as_json(found), as_csv(found), as_latex(found)]
+    assert len(drawn) == 3 * 2 + 2 * 2 * 2  # of each row and metric, and both sides of each difference
 
 
 def test_it_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
