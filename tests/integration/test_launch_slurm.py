@@ -98,7 +98,7 @@ def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_s
         expected, found = newest_state(alone), newest_state(output / name)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
         results = json.loads((alone / "results.json").read_text())
-        assert rows[name]["accuracy/test"] == results["accuracy/test"]
+        assert rows[name]["metrics"]["accuracy/test"]["mean"] == results["accuracy/test"]
 
 
 def test_two_nodes_give_the_same_loss(slurm, prefork, keypad_shards, tmp_path):
