@@ -110,7 +110,7 @@ def _records(found: Comparison) -> list[dict[str, Any]]:
     rows = []
     for group in found.groups:
         row: dict[str, Any] = {"runs": group.name} if found.grouped else {"run": group.name}
-        row |= {"ids": [run.id for run in group.runs], "experiment": group.runs[0].experiment}
+        row |= {"ids": [run.id for run in group.runs], "experiment": experiments(group)}
         row |= {"state": group.runs[0].status.lower(), "settings": group.settings, "metrics": {}}
         for metric in found.metrics:
             seeds, videos, test = group.over_seeds(metric), group.over_videos(metric), found.difference(group, metric)
@@ -135,39 +135,64 @@ def _plain(value: float) -> float | None:
 
 
 def as_json(found: Comparison) -> str:
-    return json.dumps({"rows": _records(found), "warnings": found.warnings}, indent=1)
+    baseline = None if found.baseline is None else found.baseline.name
+    return json.dumps({"rows": _records(found), "baseline": baseline, "warnings": found.warnings}, indent=1)
 
 
 def as_csv(found: Comparison) -> str:
-    """A row each; of a metric the mean, the ends of its interval over seeds, and how many seeds there are."""
+    """A row each; of a metric the mean, the ends of the interval that the table shows, what that is over (seeds,
+    videos), how many seeds there are, and with a baseline the difference to it, its ends and its p."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    ends = [f"{metric}{end}" for metric in found.metrics for end in ("", " low", " high", " seeds")]
-    writer.writerow(["runs" if found.grouped else "run", "experiment", "state", *found.settings, *ends])
+    names = ["", " low", " high", " over", " seeds"]
+    names += [" difference", " difference low", " difference high", " p"] if found.baseline is not None else []
+    columns = [f"{metric}{name}" for metric in found.metrics for name in names]
+    writer.writerow(["runs" if found.grouped else "run", "experiment", "state", *found.settings, *columns])
     for group in found.groups:
-        row: list[Any] = [group.name, group.runs[0].experiment, group.runs[0].status.lower()]
+        row: list[Any] = [group.name, experiments(group), group.runs[0].status.lower()]
         row += [group.settings[key] for key in found.settings]
         for metric in found.metrics:
-            seeds = group.over_seeds(metric)
-            row += [None] * 4 if seeds is None else [seeds.mean, *(_ends(seeds) or (None, None)), seeds.count]
+            row += _csv_figure(group, metric)
+            if found.baseline is not None:
+                test = found.difference(group, metric)
+                row += _mean_and_ends(test.difference if test else None) + [_plain(test.p) if test else None]
         writer.writerow(row)
     return text.getvalue().rstrip("\n")
 
 
+def _csv_figure(group: Group, metric: str) -> list[Any]:
+    seeds, shown = group.over_seeds(metric), group.interval(metric)
+    if seeds is None:
+        return [None] * 5
+    over = None if _ends(shown) is None else "seeds" if seeds.count > 1 else "videos"
+    return [seeds.mean, *_mean_and_ends(shown)[1:], over, seeds.count]
+
+
+def _mean_and_ends(interval: Interval | None) -> list[float | None]:
+    return [None] * 3 if interval is None else [interval.mean, *(_ends(interval) or (None, None))]
+
+
 def as_latex(found: Comparison) -> str:
-    """A `tabular` for the package booktabs."""
+    """A `tabular` for the package booktabs; with a baseline, the difference to it in the first metric, and its p."""
     names = ["runs" if found.grouped else "run", *map(short, found.settings), *found.metrics]
-    lines = [r"% \usepackage{booktabs}; after ±: half of the 95 % interval"]
-    lines += [rf"\begin{{tabular}}{{l{'l' * len(found.settings)}{'r' * len(found.metrics)}}}", r"\toprule"]
-    lines += [_latex_row(names), r"\midrule"]
+    texts = 1 + len(found.settings)
+    if found.baseline is not None and found.metrics:
+        names[texts + 1 : texts + 1] = [f"- {found.baseline.name}", "p"]
+    rows = []
     for group in found.groups:
-        figures = [_figure(group, metric) or "--" for metric in found.metrics]
-        lines.append(_latex_row([group.name, *(group.settings[key] for key in found.settings), *figures]))
+        cells: list[str | None] = [group.name, *(group.settings[key] for key in found.settings)]
+        cells += [_figure(group, metric) for metric in found.metrics]
+        if found.baseline is not None and found.metrics:
+            cells[texts + 1 : texts + 1] = _difference(found, group, found.metrics[0]).values()
+        rows.append([cell or "--" for cell in cells])
+    lines = [r"% \usepackage{booktabs}; after ±: half of the 95 % interval"]
+    lines += [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(names) - texts)}}}", r"\toprule"]
+    lines += [_latex_row(names), r"\midrule", *map(_latex_row, rows)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
 _LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX |= {c: f"\\{c}" for c in "&%$#_{}"}
+_LATEX |= {c: f"${c}$" for c in "<>|"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def _latex_row(cells: Sequence[str]) -> str:

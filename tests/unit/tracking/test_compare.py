@@ -280,6 +280,43 @@ def test_csv_and_latex() -> None:
     assert r"$\pm$" in latex[5]
 
 
+def test_csv_and_latex_have_the_difference_to_the_baseline() -> None:
+    found = compare_runs(two_kinds(), Question(mean=True, baseline="psp"))
+    cpsp, psp = csv.DictReader(io.StringIO(as_csv(found)))
+    oracle = stats.ttest_rel(CPSP, PSP)
+    assert float(cpsp["accuracy/test difference"]) == pytest.approx(np.mean(CPSP) - np.mean(PSP))
+    ends = [float(cpsp[f"accuracy/test difference {end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx([*oracle.confidence_interval()])
+    assert float(cpsp["accuracy/test p"]) == pytest.approx(oracle.pvalue)
+    assert float(cpsp["loss/total difference"]) == 0
+    assert (cpsp["accuracy/test over"], psp["accuracy/test difference"], psp["accuracy/test p"]) == ("seeds", "", "")
+    header, _, *rows = as_latex(found).splitlines()[3:]
+    assert header.startswith(r"runs & psa\_v & accuracy/test & - psp & p & best\_epoch & ")
+    half = (ends[1] - ends[0]) / 2
+    assert rf"& +2.83 $\pm$ {half:.2f} & {oracle.pvalue:.3f} &" in rows[0]
+    assert "& -- & -- &" in rows[1]
+    assert as_latex(found).splitlines()[1] == r"\begin{tabular}{llrrrrr}"
+    assert json.loads(as_json(found))["baseline"] == "psp"
+    sure = two_kinds()
+    for number, accuracy in enumerate(PSP):
+        sure[3 + number].metrics["accuracy/test"] = accuracy + 9 + number / 99
+    assert " & $<$0.001 " in as_latex(compare_runs(sure, Question(("accuracy/test",), mean=True, baseline="psp")))
+
+
+def test_csv_of_one_seed_has_the_interval_over_videos() -> None:
+    stored = some_answers({"a": 70, "b": 40})
+    runs = [run(name, 10 * float(each.parts("accuracy")[0].mean())) for name, each in stored.items()]
+    question = Question(("accuracy/test", "loss/total"), baseline="b")
+    found = compare_runs(runs, question, lambda each, split: stored[each.name])
+    row = next(csv.DictReader(io.StringIO(as_csv(found))))
+    interval = found.groups[0].over_videos("accuracy/test")
+    assert interval is not None
+    assert (float(row["accuracy/test low"]), float(row["accuracy/test high"])) == (interval.low, interval.high)
+    assert (row["accuracy/test over"], row["accuracy/test seeds"], row["accuracy/test p"]) == ("videos", "1", "")
+    assert float(row["accuracy/test difference low"]) < float(row["accuracy/test difference"])
+    assert (row["loss/total"], row["loss/total low"], row["loss/total over"]) == ("1.5", "", "")
+
+
 def test_no_runs(tmp_path: Path) -> None:
     assert as_text(compare_runs([], Question())) == "no runs yet"
     assert as_text(compare_runs([run("a", status="RUNNING")], Question(mean=True))) == "no run has finished yet"
