@@ -25,6 +25,11 @@ if [ -f .venv/bin/activate ]; then
     . .venv/bin/activate
 fi
 
+if [ $((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1)) != "$SLURM_ARRAY_TASK_COUNT" ]; then
+    echo "error: --array of $SLURM_ARRAY_TASK_COUNT numbers from $SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX has gaps;" \
+        "give a range, as --array 0-15: each job makes one portion, and the same command again keeps what is finished"
+    exit 2
+fi
 portion=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
 extract=(python -m cpsp_dist extract --shards --on-error skip --workers "${SLURM_CPUS_PER_TASK:-1}" "$@")
 
@@ -35,6 +40,7 @@ if [ $portion = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
     # Runs when all portions are made; never, where one of them failed. Its log goes beside this one.
     log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
     CPSP_FINISH=1 sbatch --export=ALL --array=0 --job-name="$SLURM_JOB_NAME-finish" --kill-on-invalid-dep=yes \
+        ${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} \
         --dependency="afterok:$SLURM_ARRAY_JOB_ID" --output="${log%/*}/%x-%j.log" "$0" "$@" ||
         echo "cannot submit the last job: when all are done, give this command: ${extract[*]}"
 fi

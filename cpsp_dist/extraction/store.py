@@ -60,8 +60,11 @@ class ExtractionStore:
 
     def __enter__(self) -> ExtractionStore:
         with contextlib.ExitStack() as stack:
-            for name in (*MODALITIES, JOURNAL):
-                files.make_folder(self.folder / name)
+            try:
+                for name in (*MODALITIES, JOURNAL):
+                    files.make_folder(self.folder / name)
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
             self._lock(stack, LOCK, fcntl.LOCK_SH if self._portion else fcntl.LOCK_EX)
             if self._portion:
                 self._lock(stack, f"{LOCK}-{self._portion[0]}-{self._portion[1]}", fcntl.LOCK_EX)

@@ -1,4 +1,7 @@
-"""What is known of videos that shards do not hold: labels and categories, as `cpsp-dist extract` takes them."""
+"""What is known of videos that shards do not hold: labels in a json file, categories in a csv with header.
+
+`cpsp-dist extract` takes these forms and others.
+"""
 
 from __future__ import annotations
 

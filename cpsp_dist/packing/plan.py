@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from cpsp_dist.data.manifest import FORMAT_VERSION, Field
+from cpsp_dist.data.shard_index import is_visual_shape
 from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import split_order
@@ -107,7 +108,16 @@ def schema(source: Source, visual_dtype: str) -> dict[str, Field]:
 
 
 def fields_of(visual: tuple[int, ...], audio: tuple[int, ...], visual_dtype: str) -> dict[str, Field]:
-    """Of samples with visual [T, H, W, C] or [T, C], and audio [T, A]."""
+    """Of samples with visual [T, H, W, C] or [T, C], and audio [T, A].
+
+    Raises:
+        DataError: maps that shards do not hold, for readers would take them for [T, C, H, W].
+    """
+    if not is_visual_shape(visual):
+        raise DataError(
+            f"visual {list(visual)}, channels last: as many channels as one side of a grid of unequal sides would be "
+            "read as channels first; shards do not hold it: pack vectors [T, C], or another grid"
+        )
     return {
         "visual": Field(np.dtype(visual_dtype).str, visual),
         "audio": Field("<f4", audio),

@@ -101,6 +101,13 @@ def test_numbers_out_of_range_are_refused_before_anything_begins(videos, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_refused(videos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        found = run(capsys, arguments(videos, out, "--workers", "1"), 2).err
+        assert found == f"error: --out {out}: cannot be written (Not a directory)\n"
+
+
 def test_other_encoders_are_refused(videos, undisturbed, capsys):
     found = run(capsys, arguments(videos, undisturbed, "--segments", "5"), 2).err
     assert "features of another extraction are in it (other clip.segments); choose another --out" in found

@@ -317,6 +317,17 @@ def test_axis_order_rule(shape: tuple[int, ...], order: str) -> None:
             is_channels_first(shape, order, "x")
 
 
+def test_a_grid_that_shards_do_not_hold_is_refused_before_packing(tmp_path: Path) -> None:
+    """9 x 16 cells of 16 channels, which only their order given as `first` makes known."""
+    source = tmp_path / "source"
+    visual = np.moveaxis(np.zeros((10, 9, 16, 16), np.float32), 3, 1)
+    write_avel(source, 1)
+    write_zip(source / "video" / f"{video_id(0)}.zip", visual)
+    with pytest.raises(DataError, match=r"^visual \[10, 9, 16, 16\], channels last: as many channels as one side"):
+        packed(tmp_path / "out", "avel100k-zip", source, visual_order="first")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # --- the shards ------------------------------------------------------------------------------------------------------
 
 
