@@ -151,6 +151,8 @@ def _leave_early(error: BaseException, ranks: Ranks, heartbeat: Heartbeat | None
     """Report why to the other ranks, and raise what this one has to say."""
     meant = explain(error, ranks.device)
     if heartbeat is None:
+        if isinstance(error, UserError) and dist.is_initialized():  # a program may call other commands then
+            dist.destroy_process_group()
         raise meant or error from None
     of_others = isinstance(error, RuntimeError) and (meant is None or isinstance(error, dist.DistBackendError))
     if of_others and (lost := heartbeat.find_dead_ranks()):

@@ -16,7 +16,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The path of a hidden file beside `path` to write to, which takes the name `path` at the end."""
+    """The path of a hidden file beside `path` to write to, which takes the name `path` at the end.
+
+    A device or a pipe, such as /dev/stdout, is written to itself: it stays what it is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         yield part

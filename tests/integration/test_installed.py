@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,6 @@ def test_a_plain_install_trains_and_tracks(plain: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert "warning" not in trained.stderr
-    assert "finished" in run([cpsp, "compare"], tmp_path).lower()
+    assert re.search(r"^a +\d+\.\d\d", run([cpsp, "compare"], tmp_path), re.MULTILINE)
     run([cpsp, "export", "runs/a", "--out", "model"], tmp_path)
     run([cpsp, "evaluate", "runs/a"], tmp_path)

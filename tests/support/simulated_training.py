@@ -20,11 +20,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cpsp_dist.config import load_config
 from cpsp_dist.data.reader import ring
 from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.metrics import reported
 from cpsp_dist.training import trainer
 from tests.support.runs import KEYPAD
 from tests.support.simulated_gpu import CUDA, GpuTensor, Record, SimulatedGpu, simulated_gpu
 
 WORLD = 2
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @dataclass
@@ -168,14 +170,14 @@ def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bo
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_group())
-        stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD)))
+        stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD), **ADDRESS))
         for name, value in collectives.replaced().items():
             stack.enter_context(mock.patch.object(dist, name, value))
         stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))
         stack.enter_context(mock.patch.object(trainer, "load_latest_checkpoint", _find_as_one_rank))
         stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
         if not evaluation:
-            stack.enter_context(mock.patch.object(trainer, "evaluate", return_value={"accuracy": 0.0}))
+            stack.enter_context(mock.patch.object(trainer, "evaluate", return_value=dict.fromkeys(reported(), 0.0)))
             stack.enter_context(mock.patch.object(trainer, "evaluate_best", return_value={}))
         machine = stack.enter_context(simulated_gpu())
         stack.enter_context(mock.patch.object(ring.Slot, "__init__", _pinned_slots(machine)))

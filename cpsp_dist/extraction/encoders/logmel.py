@@ -15,7 +15,11 @@ PARTS = 8
 
 
 class LogMel(AudioEncoder):
-    """The mean log-mel spectrum of each eighth of a second: 8 · 64 = 512 values (time, then band)."""
+    """The mean log-mel spectrum of each eighth of a second, without the mean over the clip: 8 · 64 = 512 values (time,
+    then band).
+
+    Without it a clip's volume is a constant that is larger than all differences, and a network learns next to nothing.
+    """
 
     name = "logmel"
 
@@ -23,10 +27,11 @@ class LogMel(AudioEncoder):
         super().__init__(weights, device, precision)
         if weights is not None:
             raise UserError(f"{weights}: the encoder logmel has no weights; leave them out")
-        self.preprocessing = mel.PREPROCESSING | {"parts": PARTS}
+        self.preprocessing = mel.PREPROCESSING | {"parts": PARTS, "centred": "clip"}
 
     def __call__(self, waveform: Floats) -> Floats:
         seconds = self.seconds(waveform)
         n, k, samples = seconds.shape
         spectra = mel.log_mel(seconds.reshape(n * k, samples)).reshape(n, k, PARTS, -1, mel.BANDS)
-        return np.asarray(spectra.mean((1, 3), dtype=np.float32).reshape(n, PARTS * mel.BANDS))
+        features = spectra.mean((1, 3), dtype=np.float32).reshape(n, PARTS * mel.BANDS)
+        return np.asarray(features - features.mean(dtype=np.float64).astype(np.float32))
