@@ -20,7 +20,7 @@ from cpsp_dist.utils.extras import require
 #: Frames a second; pixels of a scan, each way, and how often each is repeated: 224 x 224 of the picture.
 FPS, CELL, SCALE = 10, 8, 4
 #: Samples a second; what they are multiplied by, so that noise and tones stay within -1 and 1.
-RATE, VOLUME = 16000, 0.15
+RATE, VOLUME = 16000, 0.1
 
 
 def render(folder: Path, sizes: dict[str, int], seed: int = 0) -> None:
