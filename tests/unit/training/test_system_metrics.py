@@ -44,6 +44,6 @@ def test_rank_0_decides_whether_it_is_measured(ranks: Any) -> None:
     assert ranks(read_on_two_nodes, 3, True) == [{}, {}, {}]
 
 
-def test_a_machine_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system_metrics, "Path", lambda name: Path("/nowhere"))
+def test_a_machine_without_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "Path", lambda name: tmp_path / "missing")
     assert SystemMeter(load_config(KEYPAD, ["data.shards=x"]), Ranks(0, 1, 0, torch.device("cpu"))).read() == {}
