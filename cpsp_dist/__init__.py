@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from cpsp_dist.inference.model import load_model
     from cpsp_dist.losses.objectives import Objectives
     from cpsp_dist.models import build_model
+    from cpsp_dist.utils.errors import LostRank, UserError
 
 __version__ = "0.2.0"
 
 _HOME = {
     "Config": "config",
     "EvalStream": "data.reader",
+    "LostRank": "utils.errors",
     "Objectives": "losses.objectives",
     "ReaderOptions": "data.reader",
     "ShardsDataset": "data.torch_dataset",
     "TrainResult": "api",
     "TrainStream": "data.reader",
+    "UserError": "utils.errors",
     "build_model": "models",
     "evaluate": "api",
     "load_config": "config",
@@ -35,11 +38,13 @@ _HOME = {
 __all__ = [
     "Config",
     "EvalStream",
+    "LostRank",
     "Objectives",
     "ReaderOptions",
     "ShardsDataset",
     "TrainResult",
     "TrainStream",
+    "UserError",
     "build_model",
     "evaluate",
     "load_config",

@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.idle_starts import note_start
 from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.logs import run_log
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.streams import Parser

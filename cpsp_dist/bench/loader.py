@@ -27,10 +27,10 @@ from crc32c import crc32c
 from cpsp_dist.bench.peer import plain_webdataset
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import ReaderOptions, TrainStream
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.source import Entry, Features, SourceOptions
+from cpsp_dist.utils.errors import DataError
 
 #: The published size of a video: ten seconds of 7 x 7 x 512 visual and 128 audio channels.
 SEGMENTS, CHANNELS, AUDIO = 10, 512, 128

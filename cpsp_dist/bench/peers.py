@@ -15,7 +15,7 @@ import numpy as np
 from cpsp_dist.bench.loader import bench_loader, noise_shards
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import EvalStream
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

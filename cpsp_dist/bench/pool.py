@@ -28,13 +28,13 @@ from cpsp_dist.bench.large_pools import measure_parts, measure_tiles
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import UserError
 from cpsp_dist.losses.global_batch import Rows
 from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.losses.psa_v import psa_v
 from cpsp_dist.models import Output, build_model
 from cpsp_dist.training.engine import build_engine, tune_cpu
+from cpsp_dist.utils.errors import UserError
 
 #: The pool whose share of a training step is reported.
 SHARE_OF = 4096

@@ -29,8 +29,8 @@ from cpsp_dist.cli import (
     shards,
     train,
 )
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.streams import Parser
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from cpsp_dist.cli import bench_encoders
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo, table
+from cpsp_dist.utils.errors import UserError
 
 PEERS = ("webdataset", "mosaicml", "litdata", "published")
 POOLS = ("off", "local", "gathered")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo, table
+from cpsp_dist.utils.errors import UserError
 
 
 def register(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

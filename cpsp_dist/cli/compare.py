@@ -7,8 +7,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
     from cpsp_dist.tracking.compare import Comparison

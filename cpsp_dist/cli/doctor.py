@@ -25,7 +25,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from cpsp_dist.errors import UserError
+    from cpsp_dist.utils.errors import UserError
 
     if args.overrides and args.config is None:
         raise UserError(f"'{args.overrides[0]}' is a setting on top of a file: give --config FILE too")

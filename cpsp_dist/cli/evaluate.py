@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo, table
+from cpsp_dist.utils.errors import UserError
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

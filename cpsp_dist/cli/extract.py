@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 #: Segments of a clip, more than a day of seconds; decoding processes.
 MOST_SEGMENTS, MOST_WORKERS = 100_000, 1024

@@ -19,7 +19,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _gpu_check(args: argparse.Namespace) -> int:
-    from cpsp_dist.errors import UserError
+    from cpsp_dist.utils.errors import UserError
 
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"gpu-check: no part '{unknown[0]}'; there are: {', '.join(PARTS)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.models import MODELS
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

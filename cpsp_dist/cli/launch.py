@@ -82,9 +82,9 @@ def _count(text: str) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cpsp_dist.errors import UserError
     from cpsp_dist.launch import cluster, jobs, local
     from cpsp_dist.launch.sweep import plan_runs
+    from cpsp_dist.utils.errors import UserError
 
     if args.status:
         if args.config:

@@ -8,9 +8,9 @@ import logging
 
 from cpsp_dist.cli import shards_rework
 from cpsp_dist.cli.paths import local_path
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

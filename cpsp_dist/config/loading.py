@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from cpsp_dist.config.schema import Config
 from cpsp_dist.config.yaml_text import DEPTH_LIMIT, Mistake, YamlText, read_yaml
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
 from cpsp_dist.utils.text import quoted

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.text import is_plain, one_line, quoted
 
 SIZE_LIMIT, DEPTH_LIMIT, DIGITS = 1 << 16, 16, 15  # bytes of a file; levels of nesting; of an integer

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.text import is_plain
 
 logger = logging.getLogger(__name__)

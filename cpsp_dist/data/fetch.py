@@ -15,7 +15,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import format_bytes, one_line
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpsp_dist.data.encoders import UNKNOWN, Encoders
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import is_plain, quoted

@@ -28,8 +28,8 @@ import h5py
 import numpy as np
 
 from cpsp_dist.data.manifest import SPLITS
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing.target import workplace
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 
 SEGMENTS, GRID, PIXELS, BANDS = 10, 7, 64, 128

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.compare import Question, compare_runs
 from cpsp_dist.tracking.compare_formats import as_text
 from cpsp_dist.tracking.runs import experiment_page, find_runs
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 
 #: What is compared: name, settings. All at one global batch and the same seeds.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cpsp_dist.distributed.launchers import Place
-from cpsp_dist.errors import DeviceLost, RankError, UserError
+from cpsp_dist.utils.errors import DeviceLost, RankError, UserError
 from cpsp_dist.utils.text import first_line, one_line
 
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -13,8 +13,8 @@ import threading
 import time
 from typing import Any
 
-from cpsp_dist.errors import EXIT_LOST_RANK, LostRank
 from cpsp_dist.utils.command import report
+from cpsp_dist.utils.errors import EXIT_LOST_RANK, LostRank
 from cpsp_dist.utils.hashing import text_sha256
 
 #: Seconds between two heartbeats.

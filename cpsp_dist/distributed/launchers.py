@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.command import set_local_rank
+from cpsp_dist.utils.errors import UserError
 
 #: rank, world size, rank on the machine, ranks on the machine: mpirun's names for them.
 MPI = {

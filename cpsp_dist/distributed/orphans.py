@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 
-from cpsp_dist.errors import EXIT_LOST_RANK
+from cpsp_dist.utils.errors import EXIT_LOST_RANK
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from cpsp_dist.distributed.heartbeat import Heartbeat
 from cpsp_dist.distributed.launchers import Place, export_place, read_place
 from cpsp_dist.distributed.rendezvous import Session, failures_reported, meet
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, DeviceLost, LostRank, Stopped, UserError
+from cpsp_dist.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, DeviceLost, LostRank, Stopped, UserError
 
 
 @dataclass(frozen=True)

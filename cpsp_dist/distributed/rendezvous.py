@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cpsp_dist.distributed.card import Card, judge, numbers
 from cpsp_dist.distributed.launchers import Place, launch_identity
 from cpsp_dist.distributed.store import connect, of_agent, open_store, where, who
-from cpsp_dist.errors import EXIT_USER_ERROR, LostRank, RankError, UserError
+from cpsp_dist.utils.errors import EXIT_USER_ERROR, LostRank, RankError, UserError
 from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import one_line

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from cpsp_dist.errors import EXIT_REQUEUE, Stopped
+from cpsp_dist.utils.errors import EXIT_REQUEUE, Stopped
 
 #: What Slurm, other schedulers, launchers and people send.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from cpsp_dist.distributed.launchers import Place
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.text import one_line
 
 T = TypeVar("T")

@@ -21,9 +21,9 @@ from cpsp_dist.doctor import machine, paths
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
-from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.engine import check_launcher_settings, deepspeed_settings, import_deepspeed
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.hashing import text_sha256
 from cpsp_dist.utils.shipped import find_config
 from cpsp_dist.utils.text import one_line

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cpsp_dist.distributed.devices import reason_of
 from cpsp_dist.distributed.store import within
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.text import one_line
 
 OK, WARNING, ERROR = "ok", "warning", "error"

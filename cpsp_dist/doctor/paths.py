@@ -19,11 +19,11 @@ from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader.files import file_system
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding
 from cpsp_dist.doctor.rendezvous import CLOCK_TOLERANCE, Rendezvous
-from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
 from cpsp_dist.tracking.store import default_uri, reach, sqlite_file, tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.text import format_bytes, one_line
 
 #: Samples of each split that are read and compared with their checksums.

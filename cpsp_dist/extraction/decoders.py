@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import Clip, ClipForm
+from cpsp_dist.utils.errors import UserError
 
 Channel: TypeAlias = "Connection[Any, Any]"
 

@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 from cpsp_dist.data.encoders import ENCODERS_NAME, Encoders
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction.options import REPORT_NAME, Extracted, ExtractOptions, problems_text
 from cpsp_dist.extraction.run import Extraction, is_done
 from cpsp_dist.extraction.shards import extract_shards
@@ -16,6 +15,7 @@ from cpsp_dist.extraction.store import ExtractionStore
 from cpsp_dist.extraction.work import Work, find_work
 from cpsp_dist.packing.text import COLUMNS, LABEL
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.extras import require
 
 __all__ = ["ExtractOptions", "Extracted", "extract"]

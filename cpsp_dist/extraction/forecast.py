@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 
 from cpsp_dist.data.encoders import MODALITIES
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction.decoders import Decoders
 from cpsp_dist.extraction.features import clip_features
 from cpsp_dist.extraction.options import ExtractOptions
@@ -15,6 +14,7 @@ from cpsp_dist.extraction.run import Extraction
 from cpsp_dist.extraction.work import Work, find_work
 from cpsp_dist.packing.plan import fields_of, sample_bytes
 from cpsp_dist.utils.cores import usable_cores
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.extras import require
 from cpsp_dist.utils.text import format_bytes
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from cpsp_dist.data.encoders import Encoders
 from cpsp_dist.distributed.devices import named_device
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import Clip
 from cpsp_dist.extraction.decoders import ClipJob, Decoded, Decoders
 from cpsp_dist.extraction.encoders import build_encoder
@@ -21,6 +20,7 @@ from cpsp_dist.extraction.options import Extracted, ExtractOptions
 from cpsp_dist.extraction.store import Done, ExtractionStore
 from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.cores import usable_cores
+from cpsp_dist.utils.errors import UserError
 
 #: Called with a video's id, and why it has no features; and of one that has, what was made fit.
 OnProblem: TypeAlias = Callable[[str, str], None]

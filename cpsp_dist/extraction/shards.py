@@ -17,7 +17,6 @@ import numpy as np
 
 from cpsp_dist.data.encoders import MODALITIES
 from cpsp_dist.data.manifest import FORMAT_VERSION
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.extraction.decoders import ClipJob, may_pass
 from cpsp_dist.extraction.options import REPORT_NAME, Extracted, problems_text
 from cpsp_dist.extraction.run import Extraction, is_done, source_of
@@ -29,6 +28,7 @@ from cpsp_dist.packing.pack import Outcome, PackJob, finished_shard, make_shard
 from cpsp_dist.packing.plan import PackOptions, ShardPlan, fields_of, plan_shards, sample_bytes
 from cpsp_dist.packing.source import Entry, Features, SourceOptions
 from cpsp_dist.packing.target import WORK_NAME, Interrupted, check_space, shared_workplace, workplace
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.hashing import text_sha256
 
 #: Of the work folder, so that another command empties it; the store in it refuses another extraction by name.

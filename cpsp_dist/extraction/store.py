@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpsp_dist.data.encoders import MODALITIES
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.strict_json import load_json
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing import h5
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.text import one_line, quoted
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction.clip import Clip, ClipForm, Pixels, frame_indices
 from cpsp_dist.extraction.picture import Converter
 from cpsp_dist.extraction.sound import ROUNDING, Track, mix
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.extras import require
 from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.text import one_line

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cpsp_dist.data.manifest import SPLITS
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.annotations import is_annotations, read_annotations, read_splits
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.text import COLUMNS, LABEL, as_mask, read_csv, read_text
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.text import quoted
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cpsp_dist.data import fetch
 from cpsp_dist.data.cache import Cache
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.hashing import file_md5, file_sha256
 from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.text import format_bytes, one_line

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.extraction.decoders import ClipJob
 from cpsp_dist.extraction.options import ExtractOptions
 from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder, read_list
@@ -18,6 +17,7 @@ from cpsp_dist.packing.npy_files import NpyFolder
 from cpsp_dist.packing.per_video import ArrayStore, JsonLabels
 from cpsp_dist.packing.text import read_categories
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.text import quoted
 
 #: Of folders of labels, a file a video.

@@ -14,7 +14,6 @@ from cpsp_dist.config import Config
 from cpsp_dist.data.encoders import Encoders, encoder_text
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
-from cpsp_dist.errors import UserError
 from cpsp_dist.inference.model import (
     CARD,
     CATEGORIES,
@@ -35,6 +34,7 @@ from cpsp_dist.tracking.models import ModelFolder
 from cpsp_dist.training.checkpoint import TrainingProgress, require_encoders
 from cpsp_dist.training.setup import TrainedRun, load_run, open_manifest
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.json_lines import read_bytes
 from cpsp_dist.utils.registry import settings_from

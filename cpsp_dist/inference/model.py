@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cpsp_dist.data.encoders import Encoders
-from cpsp_dist.errors import DataError
 from cpsp_dist.models import Network, Output, build_model, load_weights
 from cpsp_dist.models.weights import shapes_of
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.hashing import file_sha256, text_sha256
 from cpsp_dist.utils.json_lines import read_bytes
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.picture import Converter
 from cpsp_dist.inference.inputs import VIDEOS
 from cpsp_dist.inference.prediction import THRESHOLD, Prediction
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 from cpsp_dist.utils.text import one_line
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import Clip, ClipForm, Floats
 from cpsp_dist.extraction.encoders import mel
 from cpsp_dist.extraction.video import read_clip
 from cpsp_dist.inference.inputs import VIDEOS
 from cpsp_dist.inference.prediction import THRESHOLD, Prediction, spans_text, truth_spans
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 
 #: Pixels of a frame; segments that a picture shows, at most.

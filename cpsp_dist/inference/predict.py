@@ -16,13 +16,13 @@ from cpsp_dist.data.encoders import require_same
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.distributed.devices import named_device
-from cpsp_dist.errors import UserError
 from cpsp_dist.inference.inputs import FeatureFiles, resolve
 from cpsp_dist.inference.model import TrainedModel
 from cpsp_dist.inference.prediction import Prediction, Scores, Truth, make_prediction
 from cpsp_dist.inference.truth import KnownVideos
 from cpsp_dist.inference.videos import VideoReader
 from cpsp_dist.inference.windows import score
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import url_without_secrets
 from cpsp_dist.utils.text import one_line
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.inference.prediction import Truth
 from cpsp_dist.packing.text import as_mask, read_csv, read_label_file
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.text import quoted
 
 logger = logging.getLogger(__name__)

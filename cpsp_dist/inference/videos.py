@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cpsp_dist.data.encoders import MODALITIES, Encoders, compare_records
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.extraction.encoders import build_encoder
 from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Encoder, VisualEncoder
 from cpsp_dist.extraction.features import clip_features, clip_form
 from cpsp_dist.extraction.video import read_clip
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.extras import require
 
 Floats = npt.NDArray[np.float32]

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.files import new_folder, prepared, write_snapshots
 from cpsp_dist.launch.job import run
 from cpsp_dist.launch.jobs import Job, save_jobs
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import Planned
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import url_without_secrets
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from cpsp_dist.config import load_config
 from cpsp_dist.config.yaml_text import write_yaml
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
 from cpsp_dist.tracking.runs import compare_command
 from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
+from cpsp_dist.utils.errors import UserError
 
 
 @contextlib.contextmanager

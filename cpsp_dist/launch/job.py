@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from cpsp_dist.errors import EXIT_REQUEUE, UserError
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import EXIT_REQUEUE, UserError
 
 
 def run(snapshot: str, source: str) -> None:

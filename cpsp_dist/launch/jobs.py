@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo, table
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.json_lines import read_bytes
 
 #: Seconds between two looks at the logs, and between two questions to Slurm.

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.cluster import Resources
 from cpsp_dist.launch.files import prepared, write_snapshots
 from cpsp_dist.launch.job import run
 from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, read_code, save_jobs, states
 from cpsp_dist.launch.sweep import Planned
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

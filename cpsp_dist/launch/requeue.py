@@ -6,7 +6,7 @@ It is bash, as it runs in the batch script, where Python may exist in the contai
 
 from __future__ import annotations
 
-from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+from cpsp_dist.utils.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 #: New starts of a job after a lost rank (no memory left, a GPU gone), or in a row that save nothing new; after a signal
 #: with a newer checkpoint there is no limit.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config, check_config, flat
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.store import tracking_uri
+from cpsp_dist.utils.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.
 ITS_OWN = ("output", "tracking.run_name", "tracking.parent", "tracking.uri")

@@ -17,8 +17,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError, UserError
 
 Array = npt.NDArray[Any]
 

@@ -15,9 +15,9 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.models import MODELS
 from cpsp_dist.models.weights import require_fit
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import open_input
 
 #: Keys under which training loops save the parameters beside an epoch and an optimizer.

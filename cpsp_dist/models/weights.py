@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 #: Differences that an error lists.
 LISTED = 20

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from cpsp_dist.data.manifest import SPLITS
 from cpsp_dist.data.shard_index import MAX_NAME
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.text import read_lines
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.text import is_plain, quoted
 
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"

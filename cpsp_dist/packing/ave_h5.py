@@ -20,7 +20,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing import h5
 from cpsp_dist.packing.annotations import read_annotations, read_splits
 from cpsp_dist.packing.source import (
@@ -32,6 +31,7 @@ from cpsp_dist.packing.source import (
     is_channels_first,
 )
 from cpsp_dist.packing.text import read_categories
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.text import quoted
 
 FILES = {

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.ave_h5 import AveH5
 from cpsp_dist.packing.safe_pickle import load_array
 from cpsp_dist.packing.source import Entry, SourceOptions
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import read_input
 
 MAX_BYTES = 64 * 2**20

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.per_video import PerVideo, folder_ids
 from cpsp_dist.packing.safe_pickle import load_array
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.text import one_line
 

@@ -10,8 +10,8 @@ from typing import Any
 from cpsp_dist.data.encoders import ENCODERS_NAME, MODALITIES, UNKNOWN, Encoders, encoder_text, named
 from cpsp_dist.data.manifest import INDEX_NAME
 from cpsp_dist.data.shard_index import MAX_INDEX_BYTES, Index
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.source import SourceOptions
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.strict_json import load_json
 

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.text import one_line, quoted
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import h5py
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing import h5
 from cpsp_dist.packing.per_video import PerVideo
+from cpsp_dist.utils.errors import DataError
 
 MEMBERS = {"visual": ("visual", "video"), "audio": ("audio",), "labels": ("labels", "label")}  # names in a group
 

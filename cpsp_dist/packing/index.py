@@ -21,10 +21,10 @@ from crc32c import crc32c
 from cpsp_dist.data.encoders import UNKNOWN, Encoders
 from cpsp_dist.data.manifest import ARRAY_FIELDS, SAMPLE, SPLITS, Field, Manifest, Shard
 from cpsp_dist.data.shard_index import MAX_NAME, is_split_name, is_visual_shape
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.npy import parse_npy
 from cpsp_dist.packing.tar import BLOCK, Fault, members
 from cpsp_dist.packing.text import MAX_CLASSES
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import open_input
 from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import is_plain, quoted

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.npy import parse_npy
 from cpsp_dist.packing.per_video import PerVideo, folder_ids
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import read_input
 
 MAX_BYTES = 64 * 2**20  # of one array; [10, 2048, 7, 7] in float64 has 8 MB

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.data.manifest import Field, Manifest
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard
 from cpsp_dist.packing.plan import PackOptions, ShardPlan, plan_key, plan_shards, sample_bytes, schema
@@ -32,6 +31,7 @@ from cpsp_dist.packing.write import write_shard
 from cpsp_dist.utils import files
 from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.cores import usable_cores
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.hashing import text_sha256
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import numpy as np
 from crc32c import crc32c
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.source import Entry, Features, SourceOptions
+from cpsp_dist.utils.errors import DataError, UserError
 
 
 class Packed:

@@ -19,9 +19,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from cpsp_dist.data.manifest import SPLITS
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.source import Entry, Features, SourceOptions, channels_last, find_files
 from cpsp_dist.packing.text import COLUMNS, LABEL, as_mask, read_categories, read_csv, read_label_file
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.text import quoted
 
 

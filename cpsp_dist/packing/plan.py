@@ -17,11 +17,11 @@ import numpy as np
 
 from cpsp_dist.data.manifest import FORMAT_VERSION, Field
 from cpsp_dist.data.shard_index import is_visual_shape
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.encoders import encoders_of
 from cpsp_dist.packing.index import split_order
 from cpsp_dist.packing.source import Entry, Source
 from cpsp_dist.packing.tar import BLOCK
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.hashing import text_sha256
 
 JSON_BYTES = 512  # room for a sample's json

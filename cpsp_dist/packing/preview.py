@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from cpsp_dist.data.encoders import encoder_text
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing.index import NO_CATEGORY
 from cpsp_dist.packing.packed import read_field
 from cpsp_dist.packing.write import id_in_key
 from cpsp_dist.utils.console import table
+from cpsp_dist.utils.errors import UserError
 
 Pixels = npt.NDArray[np.floating[Any]]
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from cpsp_dist.data.encoders import MODALITIES, UNKNOWN, Encoders, common_record, compare_records, encoder_text
 from cpsp_dist.data.manifest import Manifest, Shard
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_order
 from cpsp_dist.packing.plan import keyed_hash
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.target import workplace
 from cpsp_dist.utils.console import progress
+from cpsp_dist.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 

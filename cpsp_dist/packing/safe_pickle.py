@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 MAX_OPCODES = 500  # an array takes about 50
 MAX_MEMO = 1000  # a larger memo index would reserve memory for all below it

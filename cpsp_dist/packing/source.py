@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing import LAYOUTS
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.text import is_plain, quoted
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from cpsp_dist.data.manifest import INDEX_NAME
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.text import format_bytes
 
 logger = logging.getLogger(__name__)

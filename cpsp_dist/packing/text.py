@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cpsp_dist.data.shard_index import MAX_NAME
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.strict_json import load_json
 from cpsp_dist.utils.text import is_plain, quoted

@@ -8,10 +8,10 @@ import numpy as np
 from crc32c import crc32c
 
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest, Shard
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import index_shard
 from cpsp_dist.packing.rework import same_rows
 from cpsp_dist.utils.console import Progress
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.input_files import open_input
 
 MAX_LISTED = 20

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cpsp_dist.data.manifest import Field
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.index import KEY_BYTES
 from cpsp_dist.packing.plan import ShardPlan
 from cpsp_dist.packing.source import Entry, Features, Source
+from cpsp_dist.utils.errors import DataError
 
 
 def write_shard(

@@ -16,7 +16,6 @@ from torch import Tensor
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.distributed.process_group import discover
-from cpsp_dist.errors import UserError
 from cpsp_dist.models import Network, Output, model_for
 from cpsp_dist.report.answers import Answers, Floats, measure, trivial
 from cpsp_dist.tracking.store import Store, StoreError, sqlite_file, tracking_uri
@@ -24,6 +23,7 @@ from cpsp_dist.training.checkpoint import require_encoders
 from cpsp_dist.training.engine import PlainModel, set_numerics
 from cpsp_dist.training.setup import TrainedRun, load_run, open_manifest
 from cpsp_dist.utils.console import Progress
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.json_lines import parse_line, read_bytes
 from cpsp_dist.utils.text import one_line
 

@@ -16,8 +16,8 @@ from string import Template
 from typing import Any, Literal
 
 from cpsp_dist import __version__
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing.preview import Pixels, Sample
 from cpsp_dist.report import charts
 from cpsp_dist.report.page import Choice, Column, Figure, Page, PageSection, Table
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 
 #: Samples of a page or picture, at most: a page stays small, and a picture within what PNG viewers open.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.metrics.statistics import PairedTest, bootstrap_difference, paired_by_seed, t_interval
 from cpsp_dist.tracking.groups import SEED, Group, Stored, percent, separate, settings_of, shared, some
 from cpsp_dist.tracking.runs import TRAINING, TrackedRun, nearest
+from cpsp_dist.utils.errors import UserError
 
 BATCH = "train.global_batch"
 #: Shown where nothing else is asked for: test, best epoch on val and its number, last epoch, loss, speed.

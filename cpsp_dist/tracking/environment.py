@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.runs import EXPERIMENT
+from cpsp_dist.utils.errors import UserError
 
 #: Variable -> the setting that it stands for.
 FOLLOWED = {

@@ -8,11 +8,11 @@ import logging
 import tempfile
 from pathlib import Path
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.metrics.predictions import Predictions
 from cpsp_dist.tracking.groups import Stored
 from cpsp_dist.tracking.runs import TrackedRun
 from cpsp_dist.tracking.store import RUN_FILE, AskedStore, StoreError
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.json_lines import read_bytes
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.store import PARENT, SWEEP, UI, Store, StoreError, sqlite_file, tracking_uri
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
 
 #: Where runs are looked for without flags and MLFLOW_TRACKING_URI.

@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import first_line
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.compare import Question, compare_runs
 from cpsp_dist.tracking.compare_formats import as_csv, as_text
 from cpsp_dist.tracking.describe import repeat_command, started_tags
 from cpsp_dist.tracking.pages import LONGEST_VALUE
 from cpsp_dist.tracking.runs import TrackedRun, search, tracked_run
 from cpsp_dist.tracking.store import NOTE, PARENT, SWEEP, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 #: Where a machine keeps its copy is its own affair; the data itself is compared by its fingerprint.
 OF_A_MACHINE = ("data.shards", "data.cache", "data.cache_gb")

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.encoders import Encoders, require_same
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError
 from cpsp_dist.models.weights import save_tensors
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.hashing import file_sha256, text_sha256
 from cpsp_dist.utils.json_lines import read_bytes
 

@@ -16,7 +16,6 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks, discover, sum_over_ranks
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError
 from cpsp_dist.metrics import METRICS, reported
 from cpsp_dist.metrics.predictions import Predictions, joined
 from cpsp_dist.models import Output, model_for
@@ -25,6 +24,7 @@ from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, require
 from cpsp_dist.training.engine import Forward, PlainModel, set_numerics
 from cpsp_dist.training.setup import load_run, open_eval_stream, open_manifest
 from cpsp_dist.utils.console import Progress
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.card import Card, idle_gpus, own_card
 from cpsp_dist.distributed.launchers import read_place
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import describe_numerics
 from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, require_encoders
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.training.idle_starts import note_checkpoint
 from cpsp_dist.utils import files
+from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)

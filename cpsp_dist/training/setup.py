@@ -20,11 +20,11 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.data.reader.ring import PATIENCE
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.models import load_weights, model_for
 from cpsp_dist.training.checkpoint import PROGRESS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.json_lines import read_bytes
 from cpsp_dist.utils.logs import environment_rank
 

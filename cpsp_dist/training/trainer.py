@@ -17,7 +17,6 @@ from cpsp_dist.data.reader import EvalStream, TrainStream
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.distributed.signals import StopSignals
-from cpsp_dist.errors import UserError
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.metrics import reported
 from cpsp_dist.models import Output, model_for
@@ -48,6 +47,7 @@ from cpsp_dist.training.run_lock import run_folder, save_where_held
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepResult, StepRunner, dropout_seed
 from cpsp_dist.training.step_metrics import Audit, Meter
+from cpsp_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpsp_dist.errors import (
+from cpsp_dist.utils import streams
+from cpsp_dist.utils.errors import (
     EXIT_REQUEUE,
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
@@ -24,7 +25,6 @@ from cpsp_dist.errors import (
     UserError,
     of_file,
 )
-from cpsp_dist.utils import streams
 from cpsp_dist.utils.logs import console
 from cpsp_dist.utils.text import one_line
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 
 def require(module: str, extra: str, feature: str) -> None:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

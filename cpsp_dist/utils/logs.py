@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cpsp_dist import __version__
-from cpsp_dist.errors import Stopped
+from cpsp_dist.utils.errors import Stopped
 from cpsp_dist.utils.redact import without_secrets
 
 PROJECT = "cpsp_dist"

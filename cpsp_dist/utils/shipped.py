@@ -6,7 +6,7 @@ import difflib
 import shutil
 from pathlib import Path
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: An installed package holds them (setup.py puts them there); in a checkout they lie beside the package.

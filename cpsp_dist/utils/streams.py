@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 
 def prepare() -> None:

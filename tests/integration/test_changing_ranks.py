@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_REQUEUE
+from cpsp_dist.utils.errors import EXIT_REQUEUE
 from tests.support.runs import arguments, audited, newest_state
 
 STEPS = ["model.dropout=0", "train.optimizer=sgd", "train.learning_rate=0.01"]

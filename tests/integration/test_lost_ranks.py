@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
+from cpsp_dist.utils.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
 from tests.support.runs import arguments
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.utils.errors import EXIT_USER_ERROR
 from cpsp_dist.utils.json_lines import JsonLines
 from tests.support.forked_command import hold_to_permissions
 from tests.support.runs import arguments

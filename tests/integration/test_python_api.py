@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cpsp_dist
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO
 from tests.support.runs import KEYPAD, loss_history, newest_state, overrides
 from tests.support.runs import plain_arguments as arguments

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpsp_dist.errors import EXIT_REQUEUE
 from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.utils.errors import EXIT_REQUEUE
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, arguments, newest_state, tracked_points
 
@@ -92,7 +92,7 @@ def attempt_alive(launch: Any, seconds: float) -> None:
 
 STOPPED_AND_SIGNALLED = """
 import os, signal, sys
-from cpsp_dist.errors import Stopped
+from cpsp_dist.utils.errors import Stopped
 from cpsp_dist.distributed.signals import StopSignals
 
 class Last:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.utils.errors import EXIT_USER_ERROR
 from tests.support.environment import REPO, environment, free_port
 from tests.support.runs import arguments, loss_history
 

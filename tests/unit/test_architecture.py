@@ -29,8 +29,8 @@ LAYERS = [
     {"losses", "metrics"},
     {"models"},
     {"data"},
-    {"distributed", "utils"},
-    {"errors"},
+    {"distributed"},
+    {"utils"},
 ]
 #: The one module that may import each.
 KNOWN_BY = {"deepspeed": "training", "mlflow": "tracking", "submitit": "launch"}

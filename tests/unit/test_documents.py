@@ -185,7 +185,7 @@ def test_messages_in_troubleshooting_are_printed_by_the_program():
 
 
 def test_exit_codes_are_explained():
-    from cpsp_dist import errors
+    from cpsp_dist.utils import errors
 
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     for name in dir(errors):

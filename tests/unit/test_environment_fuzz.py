@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
 from cpsp_dist.tracking.store import Store
+from cpsp_dist.utils.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
 from cpsp_dist.utils.logs import printable
 from tests.support.forked_command import Ended, run
 from tests.support.runs import arguments

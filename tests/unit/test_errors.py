@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from cpsp_dist.errors import DataError, LostRank, RankError, Stopped, UserError
 from cpsp_dist.utils.command import run_command, should_print
+from cpsp_dist.utils.errors import DataError, LostRank, RankError, Stopped, UserError
 from tests.support.environment import environment
 
 #: Two machines of two ranks each.
@@ -88,7 +88,7 @@ GPU = """
 import atexit, os, sys, types
 sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: {used}))
 atexit.register(os.abort)  # as destructors of CUDA's objects do where the GPU has failed
-from cpsp_dist.errors import DeviceLost
+from cpsp_dist.utils.errors import DeviceLost
 from cpsp_dist.utils.command import run_command
 def fail():
     print("trained")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cpsp_dist.data import manifest
-from cpsp_dist.errors import DataError
 from cpsp_dist.inference import model as export
+from cpsp_dist.utils.errors import DataError
 from tests.support.tiny_shards import write_shards
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.utils import streams
+from cpsp_dist.utils.errors import EXIT_USER_ERROR
 from tests.support.forked_command import make_private, run
 from tests.support.runs import arguments
 

@@ -21,8 +21,8 @@ import torch
 
 from cpsp_dist.bench.gpu_check.lines import LINE, line_of
 from cpsp_dist.bench.gpu_check.runs import shards
-from cpsp_dist.errors import UserError
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.errors import UserError
 
 
 class Part(NamedTuple):

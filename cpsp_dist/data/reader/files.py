@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Field, Manifest
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 #: How shards are read: mapped into memory, the fastest; by system calls, which report a failing disk as an error where
 #: a mapping ends the process (SIGBUS); or "auto", mapped on file systems of this machine and read on any other.

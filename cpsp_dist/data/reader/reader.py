@@ -25,7 +25,7 @@ from cpsp_dist.data.reader.remote import shard_files
 from cpsp_dist.data.reader.ring import AHEAD, PendingBatch, Ring, Slot
 from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.data.shard_index import is_visual_shape
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from cpsp_dist.data.cache import CacheFull
 from cpsp_dist.data.fetch import Cancelled
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader.files import Access, ShardFile, ShardFiles
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 #: Threads that fetch; each has one shard at a time.
 FETCHERS = 4

@@ -14,7 +14,7 @@ from crc32c import crc32c
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Field, Manifest
 from cpsp_dist.data.reader.files import LookAhead, ShardFile, ShardFiles
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 #: Samples of this rank that the kernel is asked for before the threads come to them.
 AHEAD = 64

@@ -12,7 +12,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader.options import ReaderOptions
 from cpsp_dist.data.reader.order import rank_slice
 from cpsp_dist.data.reader.schedule import EpochEnd, ReadSchedule
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)

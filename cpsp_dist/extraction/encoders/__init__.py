@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.registry import Registry
 
 if TYPE_CHECKING:

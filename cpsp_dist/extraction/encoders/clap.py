@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, Precision
 from cpsp_dist.extraction.encoders.network import Runner
 from cpsp_dist.extraction.encoders.pretrained import load_pretrained
+from cpsp_dist.utils.errors import UserError
 
 
 class ClapSound(AudioEncoder):

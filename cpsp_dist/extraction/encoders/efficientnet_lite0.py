@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders.encoder import Floats, Pixels, Precision, VisualEncoder
 from cpsp_dist.extraction.encoders.network import Runner, normalize
 from cpsp_dist.extraction.tensors import load_into, read_tensors
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.input_files import open_input

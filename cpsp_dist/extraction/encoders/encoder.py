@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpsp_dist.distributed.devices import named_device
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import frame_indices
+from cpsp_dist.utils.errors import UserError
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

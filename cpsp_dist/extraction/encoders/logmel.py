@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders import mel
 from cpsp_dist.extraction.encoders.encoder import AudioEncoder, Floats, Precision
+from cpsp_dist.utils.errors import UserError
 
 #: Parts of a second, each of 12 windows, over which the energies are averaged.
 PARTS = 8

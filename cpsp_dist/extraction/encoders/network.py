@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders.encoder import Precision
+from cpsp_dist.utils.errors import UserError
 
 Prepare = Callable[[Tensor], Tensor]
 #: torchvision's normalisation.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.extras import require
 from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.input_files import open_input

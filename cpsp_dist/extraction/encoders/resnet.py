@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction.encoders.encoder import Floats, Pixels, Precision, VisualEncoder
 from cpsp_dist.extraction.encoders.network import TORCHVISION, Runner, normalize
 from cpsp_dist.extraction.tensors import load_into, read_tensors
 from cpsp_dist.extraction.weights import PublishedWeights, obtain
+from cpsp_dist.utils.errors import DataError
 
 #: torchvision's IMAGENET1K_V1; those of ResNet-101 and -152 lie beside it.
 PUBLISHED = PublishedWeights("https://download.pytorch.org/models/resnet50-0676ba61.pth", sha256="0676ba61")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import UserError
 from cpsp_dist.training.engine.base import TrainingState, adam_step
+from cpsp_dist.utils.errors import UserError
 
 #: The versions that this module was written for and tested with.
 TESTED = "0.19.0 to 0.19.8"

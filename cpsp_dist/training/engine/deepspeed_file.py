@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import ConfigError, DataError
+from cpsp_dist.utils.errors import ConfigError, DataError
 from cpsp_dist.utils.input_files import read_input
 from cpsp_dist.utils.shipped import find_config, suggestion
 from cpsp_dist.utils.strict_json import load_json

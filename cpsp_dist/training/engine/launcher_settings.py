@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cpsp_dist.config import Config
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError
 
 PASS = "engine.ignore_conflicts=true lets it pass"
 

@@ -7,8 +7,8 @@ import os
 import torch
 
 from cpsp_dist.config.schema import TrainSettings
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine.base import tune_cpu
+from cpsp_dist.utils.errors import ConfigError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 #: What makes cuBLAS, and cuDNN's LSTM, repeat itself (docs.pytorch.org: use_deterministic_algorithms).

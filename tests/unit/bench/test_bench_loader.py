@@ -12,7 +12,7 @@ import pytest
 
 from cpsp_dist.bench.loader import bench_loader, noise_shards
 from cpsp_dist.bench.peers import PEERS, bench_peers
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support.environment import environment
 from tests.support.tiny_shards import write_shards
 

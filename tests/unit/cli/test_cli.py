@@ -12,7 +12,7 @@ import pytest
 from cpsp_dist import cli, train
 from cpsp_dist.cli import build_parser, main
 from cpsp_dist.data.cache import Cache
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cpsp_dist.config import Config, flat, load_config
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine import deepspeed_settings
 from cpsp_dist.training.lr_schedule import TrainingSchedule
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO
 
 SHIPPED = sorted(path for path in (REPO / "configs").rglob("*") if path.is_file())

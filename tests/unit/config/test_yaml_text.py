@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
 from cpsp_dist.config.yaml_text import SIZE_LIMIT, Mistake, YamlText, write_yaml
-from cpsp_dist.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.text import is_plain
 from tests.support.environment import REPO
 from tests.support.mutations import damaged

@@ -23,7 +23,7 @@ from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest, Shard
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.data.reader import ring as stream_ring
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support import servers
 from tests.support.remote import PIECE, entry, fetch, files, original, worker
 from tests.support.servers import AiohttpServer

@@ -17,7 +17,7 @@ import pytest
 
 from cpsp_dist.data.manifest import TABLE_NAME, Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support.tiny_shards import Written, write_shards
 
 #: Flips of each kind of place that holds no array; every byte of every array is flipped.

@@ -8,7 +8,7 @@ import pytest
 
 from cpsp_dist.data.manifest import Field, Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support.tiny_shards import real_rows as real
 
 

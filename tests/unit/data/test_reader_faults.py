@@ -16,7 +16,7 @@ from cpsp_dist.data.manifest import ARRAY_FIELDS
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.data.reader import files as stream_files
 from cpsp_dist.data.reader import ring as stream_ring
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support.tiny_shards import Written, assert_as_written, endless
 from tests.support.tiny_shards import real_rows as real
 

@@ -21,9 +21,9 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream
 from cpsp_dist.data.reader import remote as stream_remote
 from cpsp_dist.data.reader import ring as stream_ring
-from cpsp_dist.errors import DataError
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.resume import changes
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.redact import without_secrets
 from tests.support import servers
 from tests.support.environment import REPO, environment

@@ -12,7 +12,7 @@ from cpsp_dist.data import fetch as fetch_module
 from cpsp_dist.data.cache import Cache
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support import servers
 from tests.support.remote import PIECE, fetch, files, original
 from tests.support.tiny_shards import assert_as_written

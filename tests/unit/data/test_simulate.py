@@ -11,7 +11,7 @@ import pytest
 from cpsp_dist.data.manifest import SAMPLE, Field, Manifest, Shard
 from cpsp_dist.data.reader import ReaderOptions, TrainStream
 from cpsp_dist.data.reader.simulate import describe_simulation, simulate
-from cpsp_dist.errors import UserError
+from cpsp_dist.utils.errors import UserError
 from tests.support.tiny_shards import write_shards
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.torch_dataset import ShardsDataset
-from cpsp_dist.errors import DataError
+from cpsp_dist.utils.errors import DataError
 from tests.support.tiny_shards import Written, assert_as_written, write_shards
 
 

@@ -12,8 +12,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from cpsp_dist.demo.keypad import generate
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing.source import SourceOptions, open_source
+from cpsp_dist.utils.errors import UserError
 from tests.support.packing_sources import files_under
 
 SIZES = {"train": 120, "val": 30, "test": 50}

@@ -18,7 +18,8 @@ from cpsp_dist.distributed import devices, heartbeat, process_group
 from cpsp_dist.distributed.card import Card, idle_gpus, judge
 from cpsp_dist.distributed.devices import choose_device, explain, reason_of, set_device
 from cpsp_dist.distributed.launchers import Place, export_place
-from cpsp_dist.errors import (
+from cpsp_dist.utils.command import LOCAL_RANKS, run_command, should_print
+from cpsp_dist.utils.errors import (
     EXIT_LOST_RANK,
     EXIT_USER_ERROR,
     DeviceLost,
@@ -26,7 +27,6 @@ from cpsp_dist.errors import (
     RankError,
     UserError,
 )
-from cpsp_dist.utils.command import LOCAL_RANKS, run_command, should_print
 from tests.support.environment import environment
 
 NO_DRIVER = Path("no driver here")

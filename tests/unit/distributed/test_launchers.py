@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cpsp_dist.distributed.launchers import Place, first_host, launch_identity, port_of_job, read_place
-from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.command import should_print
+from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {"SLURM_JOB_ID": "70", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16"}

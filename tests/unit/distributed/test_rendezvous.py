@@ -13,7 +13,7 @@ from cpsp_dist.distributed import rendezvous
 from cpsp_dist.distributed.card import Card
 from cpsp_dist.distributed.launchers import Place
 from cpsp_dist.distributed.rendezvous import failures_reported, meet
-from cpsp_dist.errors import LostRank, RankError, UserError
+from cpsp_dist.utils.errors import LostRank, RankError, UserError
 
 WORLD = 3
 

@@ -8,12 +8,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import Clip
 from cpsp_dist.extraction.encoders import ENCODERS, build_encoder, encoders_of
 from cpsp_dist.extraction.encoders.encoder import VisualEncoder
 from cpsp_dist.extraction.encoders.mel import log_mel
 from cpsp_dist.extraction.features import clip_features, clip_form
+from cpsp_dist.utils.errors import UserError
 from tests.support import encoder_reference
 
 

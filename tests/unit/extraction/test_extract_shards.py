@@ -17,7 +17,6 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction import run
 from cpsp_dist.extraction import shards as extraction_shards
 from cpsp_dist.extraction.decoders import ClipJob, Decoded, Decoders
@@ -27,6 +26,7 @@ from cpsp_dist.extraction.video import read_clip
 from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder
 from cpsp_dist.extraction.work import find_work, read_labels
 from cpsp_dist.packing.verify import verify
+from cpsp_dist.utils.errors import DataError
 from tests.support.extraction import add_cells, arguments, break_files, complete, killed, make_folder
 from tests.support.packing_sources import files_under, read_back, write_zip
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders import build_encoder
+from cpsp_dist.utils.errors import UserError
 from tests.support import encoder_reference as reference
 
 

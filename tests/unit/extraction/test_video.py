@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.extraction.clip import Clip, ClipForm
 from cpsp_dist.extraction.sound import mix, resample
 from cpsp_dist.extraction.video import read_clip
+from cpsp_dist.utils.errors import DataError
 from tests.support.videos import Spec, chirps, make_video, shown, turn
 
 FORM = ClipForm(segments=10, segment_seconds=0.2, frames_per_segment=16, size=(60, 100))

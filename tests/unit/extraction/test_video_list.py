@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.extraction.video_list import ListedVideo, VideoFolder, read_list
+from cpsp_dist.utils.errors import DataError, UserError
 from tests.support import ave_metadata
 
 

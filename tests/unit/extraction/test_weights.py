@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cpsp_dist.data import fetch
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.encoders import ENCODERS, build_encoder
 from cpsp_dist.extraction.tensors import load_into, read_tensors
 from cpsp_dist.extraction.weights import PublishedWeights
+from cpsp_dist.utils.errors import UserError
 from tests.support.environment import free_port
 from tests.support.servers import AiohttpServer
 

@@ -17,10 +17,10 @@ from cpsp_dist.cli import main
 from cpsp_dist.config import Config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
-from cpsp_dist.errors import DataError
 from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.engine import PlainModel
+from cpsp_dist.utils.errors import DataError
 from tests.support.environment import environment
 from tests.support.packing_sources import write_ave
 from tests.support.runs import arguments

@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.inference.overlay import EVENT, overlay
 from cpsp_dist.inference.prediction import Prediction, Span
+from cpsp_dist.utils.errors import UserError
 from tests.support.videos import Spec, make_video, turn
 
 OF_WEBM = Spec(

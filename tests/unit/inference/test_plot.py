@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.extraction.clip import ClipForm
 from cpsp_dist.extraction.video import read_clip
 from cpsp_dist.inference.plot import FRAME, draw, figure_of, pictures
 from cpsp_dist.inference.prediction import Prediction, Span, Truth
+from cpsp_dist.utils.errors import UserError
 from tests.support.videos import Spec, make_video
 
 EVENT = [0.1, 0.9, 0.2]

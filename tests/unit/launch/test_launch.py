@@ -20,13 +20,13 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.launch import files, jobs
 from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.jobs import Job, State
 from cpsp_dist.launch.sweep import plan_runs, with_parent
 from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, loss_history, newest_weights, overrides
 from tests.support.runs import sweep_parents as parents

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.files import new_folder
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.training.idle_starts import VARIABLE, note_checkpoint, note_start
+from cpsp_dist.utils.errors import UserError
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.data.batch import Batch
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.losses.contrast import contrast
 from cpsp_dist.losses.diagnostics import pair_diagnostics
 from cpsp_dist.losses.global_batch import Rows
@@ -24,6 +23,7 @@ from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.models import Output
 from cpsp_dist.models.layers import l2_normalize
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO
 from tests.support.loss_cases import ALL, FORMS, D, K, T, form, make_batch, random_batch, random_output
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cpsp_dist.config import ObjectiveSettings, load_config
 from cpsp_dist.distributed import process_group
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.losses.gather import rank_and_world
 from cpsp_dist.losses.global_batch import GlobalBatch, Rows
@@ -27,6 +26,7 @@ from cpsp_dist.losses.psa_v import psa_v, video_embedding
 from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.trainer import train
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.loss_cases import form, make_batch, random_batch, random_output
 from tests.support.runs import KEYPAD, overrides
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cpsp_dist.data.batch import Batch
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.metrics import METRICS
 from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions, format_of, joined
 from cpsp_dist.models.layers import Output
+from cpsp_dist.utils.errors import DataError, UserError
 
 
 def made(videos: int = 30, seed: int = 0) -> Predictions:

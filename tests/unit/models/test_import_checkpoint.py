@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpsp_dist.cli import import_checkpoint
-from cpsp_dist.errors import DataError
 from cpsp_dist.models import build_model, load_weights
 from cpsp_dist.models.published import MODELS, load_published, translate
 from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.logs import printable
 from tests.support import later_reference, reference
 from tests.support.environment import environment

@@ -15,9 +15,9 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.text import read_categories, read_csv, read_label_file
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.strict_json import load_json
 from tests.support.packing_sources import WRITERS, video_id, write_ave, write_avel
 from tests.support.tiny_shards import write_shards
@@ -305,7 +305,7 @@ def test_what_the_fingerprint_does_not_cover(tmp_path: Path, old: str, new: str,
 
 def test_other_errors_are_not_taken_for_a_users() -> None:
     """A refused connection names no file: its traceback is needed."""
-    from cpsp_dist.errors import of_file
+    from cpsp_dist.utils.errors import of_file
 
     assert of_file(ConnectionRefusedError(111, "refused")) is None
     assert str(of_file(PermissionError(13, "denied", b"a\xff"))) == "a\udcff: denied"

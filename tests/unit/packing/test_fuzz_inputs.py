@@ -24,12 +24,12 @@ import pytest
 
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream, ReaderOptions
-from cpsp_dist.errors import UserError
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions, schema
 from cpsp_dist.packing.rework import rebuild
 from cpsp_dist.packing.source import Source, SourceOptions, open_source
 from cpsp_dist.packing.write import encode
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.logs import printable
 from tests.support import file_damage as m
 from tests.support.limits import within_limits

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Field, Manifest
 from cpsp_dist.data.reader import EvalStream, TrainStream
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.packing.index import index_shard
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions, plan_shards
 from cpsp_dist.packing.source import Entry, SourceOptions, is_channels_first, open_source
 from cpsp_dist.packing.verify import verify
+from cpsp_dist.utils.errors import DataError
 from tests.support import ave_metadata
 from tests.support.environment import DATA
 from tests.support.packing_sources import (

@@ -15,12 +15,12 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.target import Interrupted, workplace
 from cpsp_dist.packing.verify import verify
+from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.environment import environment
 from tests.support.packing_sources import SMALL_SHARDS as SMALL
 from tests.support.packing_sources import files_under, read_back, video_id, write_ave, write_avel, write_zip

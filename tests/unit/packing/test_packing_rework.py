@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.index import is_finite
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.packed import read_field
@@ -29,6 +28,7 @@ from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.rework import cut, merge, rebuild, subset
 from cpsp_dist.packing.source import Entry, SourceOptions, open_source
 from cpsp_dist.packing.verify import verify
+from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.environment import environment
 from tests.support.packing_sources import CATEGORIES, arrays, files_under, read_back, video_id, write_ave
 

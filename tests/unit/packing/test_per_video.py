@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.source import SourceOptions, open_source
+from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.packing_sources import read_back
 
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cpsp_dist.errors import DataError
 from cpsp_dist.packing.safe_pickle import load_array
+from cpsp_dist.utils.errors import DataError
 
 NUMBERS = [np.dtype(order + code) for order in "<>" for code in ("f2", "f4", "f8", "i2", "i4", "i8", "u2")]
 NUMBERS += [np.dtype(code) for code in ("i1", "u1", "?")]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cpsp_dist.errors import UserError
 from cpsp_dist.report import charts
 from cpsp_dist.report.page import Choice, Column, Facts, Figure, Page, PageSection, Table, render, write
+from cpsp_dist.utils.errors import UserError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028&\"'"
 

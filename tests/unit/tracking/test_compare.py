@@ -15,7 +15,6 @@ import pytest
 from scipy import stats
 
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.metrics import statistics
 from cpsp_dist.metrics.predictions import Predictions
@@ -26,6 +25,7 @@ from cpsp_dist.tracking.compare_formats import as_csv, as_json, as_latex, as_tex
 from cpsp_dist.tracking.runs import DEFAULT_STORE, TrackedRun, compare_command, find_runs
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.utils import console
+from cpsp_dist.utils.errors import UserError
 from tests.support.runs import KEYPAD
 
 PSP, CPSP = [70.0, 72.0, 71.0], [73.0, 74.0, 74.5]

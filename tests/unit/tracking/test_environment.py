@@ -8,9 +8,9 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import UserError
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.tracking.environment import with_environment
+from cpsp_dist.utils.errors import UserError
 from tests.support.runs import KEYPAD
 
 SETTINGS = ["data.shards=shards"]

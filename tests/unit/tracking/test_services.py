@@ -16,11 +16,11 @@ import pytest
 from cpsp_dist.cli import main
 from cpsp_dist.config import Config, load_config
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import UserError
 from cpsp_dist.tracking import store as stores
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.runs import TrackedRun, find_runs
 from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
+from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.logs import console
 from tests.support.environment import REPO, free_port
 from tests.support.fake_mlflow import Reply, fake_mlflow, good, http

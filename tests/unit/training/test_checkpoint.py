@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training.checkpoint import (
     COMMIT,
@@ -27,6 +26,7 @@ from cpsp_dist.training.checkpoint import (
     TrainingProgress,
 )
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.support.prefork import Rank
 from tests.support.runs import arguments, newest_state
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine import deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_file import UNUSABLE, UNUSABLE_ZERO, FileSettings, ZeroSettings
+from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.logs import printable
 from tests.support.file_damage import BYTES, of_json
 from tests.support.limits import within_limits

@@ -13,10 +13,10 @@ from cpsp_dist.config import load_config
 from cpsp_dist.data.encoders import UNKNOWN, Encoders, named
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
-from cpsp_dist.errors import UserError
 from cpsp_dist.training.checkpoint import WEIGHTS, Checkpoints
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
 from cpsp_dist.training.setup import initial_model
+from cpsp_dist.utils.errors import UserError
 from tests.support.models import untrained_run, with_encoders
 from tests.support.runs import KEYPAD, overrides
 

@@ -20,9 +20,9 @@ from torch import nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed import process_group
-from cpsp_dist.errors import UserError
 from cpsp_dist.training.engine import Engine, TrainingState, build_engine
 from cpsp_dist.training.engine.deepspeed_compat import _block_import
+from cpsp_dist.utils.errors import UserError
 from tests.support.environment import environment
 
 KINDS = [

@@ -12,12 +12,12 @@ from cpsp_dist.config import Config, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.card import Card
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.errors import UserError
 from cpsp_dist.models import model_for
 from cpsp_dist.training.checkpoint import TrainingProgress
 from cpsp_dist.training.header import describe_ranks, require_videos_for_all, say_start, warnings
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.setup import reader_options
+from cpsp_dist.utils.errors import UserError
 from tests.support.runs import KEYPAD
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine.launcher_settings import (
     accelerate_conflicts,
     check_launcher_settings,
     process_conflicts,
 )
+from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, overrides
 

@@ -15,12 +15,12 @@ from cpsp_dist.config import ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
-from cpsp_dist.errors import EXIT_USER_ERROR
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.objectives import TERMS_OF, Objectives
 from cpsp_dist.models import Output
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.nonfinite import NonFiniteDiagnostics, Replay
+from cpsp_dist.utils.errors import EXIT_USER_ERROR
 from tests.support.runs import arguments, audited, newest_state
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cpsp_dist.config.schema import TrainSettings
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training import evaluate
 from cpsp_dist.training.engine import describe_numerics, import_deepspeed, set_numerics
+from cpsp_dist.utils.errors import ConfigError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

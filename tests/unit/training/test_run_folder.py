@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from cpsp_dist.cli import main
-from cpsp_dist.errors import DataError, UserError
 from cpsp_dist.inference.model import CARD, load_model
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe_jobs, load_jobs, save_jobs, states
 from cpsp_dist.models import build_model
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.utils.errors import DataError, UserError
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, truncate_after_step
 from tests.support.limits import within_limits
 from tests.support.mutations import damaged, replaced

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cpsp_dist.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.training import run_lock
 from cpsp_dist.training.run_lock import NAME, locked, require_unlocked, this_process
+from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 
 ME = this_process({})
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cpsp_dist.cli import main
-from cpsp_dist.errors import Stopped, UserError
 from cpsp_dist.utils import logs
 from cpsp_dist.utils.command import run_command
+from cpsp_dist.utils.errors import Stopped, UserError
 
 logger = logging.getLogger("cpsp_dist.some.module")
 

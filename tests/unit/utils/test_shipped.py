@@ -9,8 +9,8 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
-from cpsp_dist.errors import ConfigError
 from cpsp_dist.training.engine import deepspeed_settings
+from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.shipped import CONFIGS, SLURM, find_config
 from tests.support.environment import REPO
 
