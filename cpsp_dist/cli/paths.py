@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cpsp_dist.data import urls
+from cpsp_dist.utils import urls
 
 
 def local_path(text: str) -> Path:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cpsp_dist.data.urls import expanded, is_url, local_path
 from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models import MODELS
 from cpsp_dist.models.layers import EXTRA_OUTPUTS
 from cpsp_dist.models.settings import ModelSettings
 from cpsp_dist.utils.sections import Section
+from cpsp_dist.utils.urls import expanded, is_url, local_path
 
 
 class DataSettings(Section):

@@ -27,13 +27,13 @@ from pathlib import Path
 
 from cpsp_dist.data import fetch
 from cpsp_dist.data.fetch import Cancelled
-from cpsp_dist.data.urls import is_url, join
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.file_lock import lock_holder
 from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import format_bytes
+from cpsp_dist.utils.urls import is_url, join
 
 logger = logging.getLogger(__name__)
 

@@ -32,12 +32,12 @@ from cpsp_dist.data.shard_index import (
     Shard,
     fingerprint,
 )
-from cpsp_dist.data.urls import is_url
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import DataError
 from cpsp_dist.utils.hashing import file_sha256
 from cpsp_dist.utils.input_files import open_input, read_input
 from cpsp_dist.utils.redact import learn, without_secrets
+from cpsp_dist.utils.urls import is_url
 
 TABLE_NAME = "samples.npy"
 TABLE_CHUNK = 65_536  # rows checked at once

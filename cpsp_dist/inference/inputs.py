@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from cpsp_dist.data.encoders import ENCODERS_NAME, UNKNOWN, Encoders
 from cpsp_dist.data.manifest import INDEX_NAME
-from cpsp_dist.data.urls import is_url
 from cpsp_dist.packing.avel100k_zip import ZipFolder
 from cpsp_dist.packing.encoders import read_record
 from cpsp_dist.packing.npy_files import NpyFolder
 from cpsp_dist.packing.per_video import ArrayStore
 from cpsp_dist.packing.source import channels_last
 from cpsp_dist.utils.errors import DataError, UserError
+from cpsp_dist.utils.urls import is_url
 
 logger = logging.getLogger(__name__)
 
