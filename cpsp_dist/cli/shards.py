@@ -89,6 +89,12 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     shards_rework.add_encoders(source)
     source.add_argument("--csv", type=local_path, help="category,video_id,split of every video")
     source.add_argument(
+        "--noisy",
+        action="store_true",
+        help="ave-h5: also the background videos in --source (visual_feature_noisy.h5, audio_feature_noisy.h5), as "
+        "training videos without an event, for weak supervision",
+    )
+    source.add_argument(
         "--visual-order",
         choices=("auto", "last", "first"),
         default="auto",

@@ -9,12 +9,14 @@
 - `mil_labels.h5` [N, K+1] gives the category of a video without any event; else Annotations does; else it is -1.
 
 A source with `mil_labels.h5` alone is refused: evaluation needs a label for each second also where training does not.
-The `*_noisy.h5` files (background-only clips that some weakly supervised work adds) are of no split and are not read.
+The `*_noisy.h5` files, background videos that weakly supervised work adds to training, are of no split; they are read
+with `noisy` (`ave_noisy.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -22,6 +24,7 @@ import numpy as np
 
 from cpsp_dist.packing import h5
 from cpsp_dist.packing.annotations import read_annotations, read_splits
+from cpsp_dist.packing.ave_noisy import ARRAYS, NoisyVideos
 from cpsp_dist.packing.source import (
     Entry,
     Features,
@@ -41,12 +44,12 @@ FILES = {
     "annotations": ("Annotations.txt",),
     "categories": ("categories.txt",),
 }
-ARRAYS = ("avadataset", "dataset")
 CHUNK_BYTES = 4 * 2**20  # of labels, read at once
 
 
 class AveH5:
     visual_names: tuple[str, ...] = ("visual_feature.h5", "visual_features.h5")
+    has_noisy = True
 
     def __init__(self, options: SourceOptions):
         if options.source is None:
@@ -84,16 +87,30 @@ class AveH5:
             else:
                 self.entries.append(entry)
         self._note_repeated_ids()
+        self._noisy_from = videos
+        if options.noisy:
+            self._add_noisy(options.source)
         if self.entries and not (self._events.any(axis=1) & ~self._events.all(axis=1)).any():
             self.notes.append(f"{labels}: no video has segments of both kinds; are these labels with background last?")
 
     def read(self, entry: Entry) -> Features:
+        if entry.row >= self._noisy_from:
+            found, where = self._noisy.read(entry)
+            return replace(found, visual=channels_last(found.visual, self.options.visual_order, where))
         visual, where = self._visual_map(entry)
         visual = channels_last(visual, self.options.visual_order, where)
         return Features(visual, h5.read(self._audio, entry.row), self._events[entry.row].astype(np.uint8))
 
     def files(self, entry: Entry) -> list[Path]:
-        return self._files
+        return self._noisy.paths if entry.row >= self._noisy_from else self._files
+
+    def _add_noisy(self, folder: Path) -> None:
+        self._noisy = NoisyVideos(folder, self._noisy_from, (self._visual, self._audio))
+        for number, entry in enumerate(self._noisy.entries()):
+            if number in self._noisy.problems:
+                self.problems.append(f"{entry.name}: {self._noisy.problems[number]}")
+            else:
+                self.entries.append(entry)
 
     def _open_visual(self, path: Path) -> None:
         """Get ready to read visual maps from `--visual`."""

@@ -22,6 +22,7 @@ MAX_BYTES = 64 * 2**20
 
 class AvePickles(AveH5):
     visual_names = ("visual", "vis_maps", "video")
+    has_noisy = False
 
     def __init__(self, options: SourceOptions):
         super().__init__(options)

@@ -27,6 +27,7 @@ class SourceOptions:
     annotations: Path | None = None
     categories: Path | None = None
     csv: Path | None = None
+    noisy: bool = False  # AVE's background videos (`ave_noisy.py`), as training videos
     visual_order: str = "auto"  # "last": [T, H, W, C]; "first": [T, C, H, W]; "auto": by the shape
     visual_encoder: str | None = None  # names of those that made the features, where no record says it
     audio_encoder: str | None = None
@@ -89,8 +90,10 @@ class Source(Protocol):
 
 
 def open_source(options: SourceOptions) -> Source:
-    """The reader of `options.layout`, opened."""
+    """The reader of `options.layout`, opened. Raises UserError, as it does, and for --noisy where it has none."""
     layout: Any = LAYOUTS[options.layout]
+    if options.noisy and not getattr(layout, "has_noisy", False):
+        raise UserError(f"--noisy: AVE's background videos are read with --layout ave-h5, not {options.layout}")
     source: Source = layout(options)
     return source
 
