@@ -51,7 +51,7 @@ def mine(
     # The anchor itself lies below any distance.
     farthest, positive = anchors.new_full((len(own),), -1.0), own
     nearest, beyond = _Nearest(k), _Nearest(k)
-    for first, end in columns(len(own), count, rows.device):
+    for first, end in columns(max(anchors.shape), count, rows.device):
         distance, same, negative = tile(first, end)
         value, place = distance.masked_fill(~same, -torch.inf).max(1)
         farther = value > farthest
@@ -60,7 +60,7 @@ def mine(
         nearest.add((distance.neg_() if semihard else distance).masked_fill_(~negative, torch.inf), first)
     if not semihard:
         return Mined(positive, *nearest.found())
-    for first, end in columns(len(own), count, rows.device):
+    for first, end in columns(max(anchors.shape), count, rows.device):
         distance, _, negative = tile(first, end)
         beyond.add(distance.masked_fill_(~negative | (distance <= farthest.unsqueeze(1)), torch.inf), first)
     some = beyond.key.isfinite().any(1, keepdim=True)

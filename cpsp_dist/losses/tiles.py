@@ -27,16 +27,16 @@ NARROWEST = 256
 Masks = Callable[[int, int], tuple[Tensor | None, Tensor]]
 
 
-def columns(anchors: int, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """The tiles of a table with `count` columns: (first column, last + 1)."""
-    width = tile_width(anchors, device)
+def columns(height: int, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """The tiles of a table with `count` columns: (first column, last + 1). height: as for `tile_width`."""
+    width = tile_width(height, device)
     for first in range(0, count, width):
         yield first, min(first + width, count)
 
 
-def tile_width(anchors: int, device: torch.device) -> int:
-    """Columns of a tile at most."""
-    return max(NARROWEST, (GPU_TILE if device.type == "cuda" else TILE) // max(1, anchors))
+def tile_width(height: int, device: torch.device) -> int:
+    """Columns of a tile at most. height: what each takes, the larger of A (of the table) and D (of the rows)."""
+    return max(NARROWEST, (GPU_TILE if device.type == "cuda" else TILE) // max(1, height))
 
 
 def contrast(anchors: Tensor, rows: Tensor, masks: Masks, temperature: float) -> Tensor:
@@ -59,7 +59,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         log_sum = anchors.new_full((len(anchors),), -torch.inf)
         positives, found = torch.zeros_like(log_sum), torch.zeros_like(log_sum)
-        for first, end in columns(len(anchors), len(rows), rows.device):
+        for first, end in columns(max(anchors.shape), len(rows), rows.device):
             scaled = anchors @ l2_normalize(rows[first:end]).t() / temperature
             counts, positive = masks(first, end)
             positives += torch.where(positive, scaled, 0.0).sum(1)
@@ -79,7 +79,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         anchors, rows, log_sum = ctx.saved_tensors
         to_anchors, to_rows = torch.zeros_like(anchors), torch.empty_like(rows)
-        for first, end in columns(len(anchors), len(rows), rows.device):
+        for first, end in columns(max(anchors.shape), len(rows), rows.device):
             with torch.enable_grad():
                 part = rows[first:end].detach().requires_grad_()
                 unit = l2_normalize(part)

@@ -196,7 +196,7 @@ def memory_of_a_rank(
     if parts > 1:
         memory["parts"] = parts * batch
     if config.objectives.psa_v:
-        memory["pool"] = pool * width * 4 + TABLES * anchors * min(pool, tile_width(anchors, device)) * 4
+        memory["pool"] = pool * width * 4 + TABLES * anchors * min(pool, tile_width(max(anchors, width), device)) * 4
     return memory
 
 
