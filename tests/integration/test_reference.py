@@ -241,7 +241,9 @@ def test_reference_training(ranks, world: int, names: list[str]) -> None:
                 torch.testing.assert_close(ours[key], reference.expected(f"{name}/{key}"), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("config", "name"), [("ave_full", "training_as_released"), ("ave_weak", "training_weak")])
+@pytest.mark.parametrize(
+    ("config", "name"), [("ave_full", "training_as_released"), ("ave_weak_published", "training_weak")]
+)
 def test_reference_settings_are_those_of_the_configs(config: str, name: str) -> None:
     run, ours = reference.meta()[name], load_config(REPO / "configs" / f"{config}.yaml")
     weights = {key: getattr(ours.objectives, key) for key in ("event", "category", "avps", "psa_s", "psa_v")}

@@ -1,10 +1,13 @@
-"""Does one setting train a better model than another, at the same seeds?
+"""Does one setting train a better model than another, at the same seeds? And do all of its runs hold?
 
     python -m tests.tools.paired_experiment pool.scope=local pool.scope=gather --data keypad=SHARDS --ranks 2
-    python -m tests.tools.paired_experiment train.precision=fp32 train.precision=bf16 --data keypad=SHARDS
+    python -m tests.tools.paired_experiment "" "train.learning_rate=1e-3 train.warmup_steps=50" \\
+        --config configs/small.yaml --data avdigits=SHARDS --seeds 15
 
-Trains with each of the two settings on each seed, then prints the table: test accuracy of the weights best on val, and
-the paired difference with its 95 % interval (Student's t over seeds). What is finished is not done again.
+Trains with each of the settings on each seed, then prints the table: test accuracy of the weights best on val, the
+paired difference to the first setting with its 95 % interval (Student's t over seeds), and how many runs hold: whose
+accuracy on val is `--holds` at least (a run that fails stays near 50). An empty setting is the configuration as it is;
+with `--epochs` the milestones are at a half and three quarters. What is finished is not done again.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ LIMIT_SECONDS = 4 * 3600
 
 
 def folder_of(given: argparse.Namespace, data: str, setting: str, seed: int) -> Path:
-    return Path(given.output) / f"{data}-{setting}-{seed}"
+    return Path(given.output) / f"{data}-{setting or Path(given.config).stem}-{seed}".replace(" ", "+")
 
 
 def train_all(given: argparse.Namespace) -> None:
@@ -38,16 +41,17 @@ def train_all(given: argparse.Namespace) -> None:
     ranks = process_group.discover(place=place)
     session = process_group.connect(place, ranks, process_group.Connection(600, 60, {}))
     process_group.init_process_group(session, ranks, 600)
-    epochs = given.epochs
+    lengths: list[str] = []
+    if epochs := given.epochs:
+        lengths = [f"train.epochs={epochs}", f"train.milestones=[{epochs // 2}, {3 * epochs // 4}]"]
     for data, shards in given.data.items():
         for seed in range(1, given.seeds + 1):
             for setting in given.settings:
-                settings = [f"data.shards={shards}", f"output={folder_of(given, data, setting, seed)}", setting]
-                settings += [f"train.seed={seed}", f"train.epochs={epochs}", f"train.global_batch={given.batch}"]
-                settings += [f"train.milestones=[{epochs // 2}, {3 * epochs // 4}]"]
+                settings = [f"data.shards={shards}", f"output={folder_of(given, data, setting, seed)}"]
+                settings += [*setting.split(), *lengths, f"train.seed={seed}"]
                 settings += ["engine.kind=ddp", "evaluation.every_epochs=2", "tracking.enabled=false"]
                 settings += ["tracking.every_steps=1000", "checkpoint.keep=1"]
-                train(load_config(REPO / "configs" / "keypad.yaml", settings), ranks)
+                train(load_config(given.config, settings), ranks)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -60,31 +64,40 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * spread
 
 
+def results_of(given: argparse.Namespace, data: str, setting: str) -> list[dict[str, float]]:
+    folders = [folder_of(given, data, setting, seed) for seed in range(1, given.seeds + 1)]
+    return [json.loads((folder / "results.json").read_text()) for folder in folders]
+
+
 def print_table(given: argparse.Namespace) -> None:
-    first, second = given.settings
-    print(f"| data | {first} | {second} | second − first, 95 % | seeds |\n|---|---|---|---|---|")
+    """A row for each kind of data and setting."""
+    print("| data | setting | test | − first, 95 % | hold |\n|---|---|---|---|---|")
     for data in given.data:
-        found = {
-            setting: [
-                json.loads((folder_of(given, data, setting, seed) / "results.json").read_text())["accuracy/test"]
-                for seed in range(1, given.seeds + 1)
-            ]
-            for setting in given.settings
-        }
-        cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in map(interval, found.values())]
-        mean, half = interval([b - a for a, b in zip(found[first], found[second], strict=True)])
-        print(f"| {data} | {cells[0]} | {cells[1]} | {mean:+.2f} ± {half:.2f} | {given.seeds} |")
+        first = [run["accuracy/test"] for run in results_of(given, data, given.settings[0])]
+        for setting in given.settings:
+            runs = results_of(given, data, setting)
+            found = [run["accuracy/test"] for run in runs]
+            hold = sum(run["accuracy/best_val"] >= given.holds for run in runs)
+            mean, half = interval(found)
+            cells = [data, setting or "as configured", f"{mean:.2f} ± {half:.2f}"]
+            if setting == given.settings[0]:
+                cells += [""]
+            else:
+                ahead, half = interval([b - a for a, b in zip(first, found, strict=True)])
+                cells += [f"{ahead:+.2f} ± {half:.2f}"]
+            print("|", " | ".join([*cells, f"{hold} of {given.seeds}"]), "|")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs=2, metavar="key=value")
+    parser.add_argument("settings", nargs="+", metavar="'key=value …'")
+    parser.add_argument("--config", default=str(REPO / "configs" / "keypad.yaml"))
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=SHARDS")
     parser.add_argument("--output", default="runs/paired")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, help="(default: the configuration's)")
+    parser.add_argument("--holds", type=float, default=60, metavar="PERCENT")
     given = parser.parse_args(arguments)
     given.data = dict(text.split("=", 1) for text in given.data)
     return given
