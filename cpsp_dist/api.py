@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.launchers import EXPORTED, read_place
 from cpsp_dist.distributed.signals import StopSignals
 from cpsp_dist.inference.export import tracked_model
+from cpsp_dist.report.run_files import run_files
 from cpsp_dist.training import evaluate as evaluation
 from cpsp_dist.training import trainer
 from cpsp_dist.training.agreement import facts
 from cpsp_dist.utils.logs import console_by_default, run_log
+
+#: `trainer.train` of connected ranks; at its end MLflow gets the model and the page of the run, too.
+train_ranks = partial(trainer.train, export=tracked_model, report=run_files)
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ def train(
         group = process_group.connected(place, ranks, settings, signals)
     try:
         with console_by_default(), run_log(config.output, ranks.rank), group:
-            choices = {"fresh": fresh, "allow_config_change": allow_config_change}
-            results = trainer.train(config, ranks, signals, **choices, export=tracked_model)
+            results = train_ranks(config, ranks, signals, fresh=fresh, allow_config_change=allow_config_change)
     finally:
         if not joined:
             if ranks.world == 1 and dist.is_initialized():  # after an exception

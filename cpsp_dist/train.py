@@ -118,11 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
                     dry_run(config, ranks, args.world or ranks.world, Choices(args.fresh, args.allow_config_change))
                     return
-                from cpsp_dist.inference.export import tracked_model
-                from cpsp_dist.training.trainer import train
+                from cpsp_dist.api import train_ranks
 
                 choices = {"fresh": args.fresh, "allow_config_change": args.allow_config_change}
-                train(config, ranks, signals, **choices, export=tracked_model)
+                train_ranks(config, ranks, signals, **choices)
 
     with gc_control.reduced_gc():
         return run_command(work, stdout=True, debug=getattr(args, "debug", False), doing="training")

@@ -184,6 +184,9 @@ class TrackingSettings(Section):
     register: str | None = Field(
         None, description="MLflow's registered model of which the best weights become a version at the run's end"
     )
+    report: bool = Field(
+        True, description="write the run's page and pictures of its answers at its end, seconds of work, and log them"
+    )
     flush_timeout: float = Field(
         30.0, ge=0, description="seconds that the end of a run waits for MLflow to take the points"
     )

@@ -177,7 +177,10 @@ def timelines(answers: Answers) -> Table:
     return Table("Timelines of all videos, most errors first", columns, rows, page=20)
 
 
-def embedding_map(answers: Answers) -> Figure:
+def embedding_map(answers: Answers) -> list[Figure]:
+    """None where the embeddings are not known."""
+    if answers.embedding is None:
+        return []
     points, shares = principal_map(answers.embedding)
     largest = np.bincount(answers.truth_category[answers.truth_category >= 0], minlength=len(answers.categories))
     own = np.argsort(-largest, kind="stable")[: COLOURED if len(largest) > COLOURED + 1 else COLOURED + 1].tolist()
@@ -189,7 +192,7 @@ def embedding_map(answers: Answers) -> Figure:
         series.setdefault(name if true in own or true < 0 else "other categories", []).append(
             [round(x, 3), round(y, 3), text]
         )
-    return Figure(
+    figure = Figure(
         "Map of the videos",
         "Each video's mean fused feature, along the two directions of most variance (PCA: "
         f"{100 * shares[0]:.0f} % and {100 * shares[1]:.0f} % of it). Videos of one category should lie together.",
@@ -198,3 +201,4 @@ def embedding_map(answers: Answers) -> Figure:
         canvas=len(points) > 2000,
         wide=True,
     )
+    return [figure]

@@ -27,7 +27,8 @@ class Answers:
     Attributes:
         keys: of the samples. categories: K names; seconds: that a segment lasts.
         truth_category: [N], -1 where there is none. truth_event: [N, T].
-        event_logits: [N, T]. category_logits: [N, K]. embedding: [N, D] mean of the fused segment features.
+        event_logits: [N, T]. category_logits: [N, K]. embedding: [N, D] mean of the fused segment features,
+            where it is known.
     """
 
     keys: Sequence[str]
@@ -37,7 +38,7 @@ class Answers:
     truth_event: Bools
     event_logits: Floats
     category_logits: Floats
-    embedding: Floats
+    embedding: Floats | None
 
     @cached_property
     def probability(self) -> Floats:

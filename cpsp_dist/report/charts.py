@@ -147,12 +147,13 @@ def scatter(series: Mapping[str, Sequence[Sequence[Any]]], x: str, y: str) -> di
     size = 4 if sum(map(len, series.values())) > 2000 else 7
     return _base(
         tooltip={"confine": True},
-        xAxis=_axis(x, type="value", scale=True, axisLabel={"show": False}),
+        xAxis=_axis(x, type="value", scale=True, axisLabel={"show": False}, nameGap=10, axisLine={"onZero": False}),
         yAxis={
             "type": "value",
             "name": y,
             "scale": True,
             "axisLabel": {"show": False},
+            "axisLine": {"onZero": False},
             "nameTextStyle": {"align": "left"},
         },
         series=[

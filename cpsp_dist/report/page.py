@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -65,6 +66,15 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """png: of the file; as wide as the page, and at least 640 pixels."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
 class Facts:
     """Names and values."""
 
@@ -78,13 +88,13 @@ class Choice:
     """Groups of figures of which one is shown. label: of the list to choose from."""
 
     label: str
-    groups: Sequence[tuple[str, Sequence[Figure]]]
+    groups: Sequence[tuple[str, Sequence[Figure | Picture]]]
 
 
 @dataclass(frozen=True)
 class PageSection:
     title: str
-    parts: Sequence[Figure | Table | Facts | Choice]
+    parts: Sequence[Figure | Picture | Table | Facts | Choice]
     note: str = ""
 
 
@@ -168,12 +178,14 @@ class _Renderer:
             f'{note}<div class="figures">{parts}</div></section>'
         )
 
-    def parts(self, parts: Iterable[Figure | Table | Facts | Choice]) -> str:
+    def parts(self, parts: Iterable[Figure | Picture | Table | Facts | Choice]) -> str:
         return "\n".join(self._part(part) for part in parts)
 
-    def _part(self, part: Figure | Table | Facts | Choice) -> str:
+    def _part(self, part: Figure | Picture | Table | Facts | Choice) -> str:
         if isinstance(part, Figure):
             return self._figure(part)
+        if isinstance(part, Picture):
+            return _picture(part)
         if isinstance(part, Table):
             return f'<div class="table wide"><h3>{escape(part.caption)}</h3>{self._table(part)}</div>'
         return _facts(part) if isinstance(part, Facts) else self._choice(part)
@@ -214,6 +226,15 @@ class _Renderer:
             f'<div class="choice wide"><p class="tools"><label for="{name}">{escape(choice.label)}</label> '
             f'<select id="{name}">{options}</select></p>{groups}</div>'
         )
+
+
+def _picture(picture: Picture) -> str:
+    title, caption = escape(picture.title, quote=True), escape(picture.caption, quote=True)
+    image = f'<img alt="{title}. {caption}" src="data:image/png;base64,{b64encode(picture.png).decode()}">'
+    return (
+        f'<figure class="wide"><h3>{title}</h3><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+        f"{image}</div><figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _facts(facts: Facts) -> str:

@@ -14,7 +14,8 @@ from cpsp_dist.data.encoders import encoder_text
 from cpsp_dist.metrics import reported
 from cpsp_dist.report import answer_figures, charts
 from cpsp_dist.report.collect import Example, RunData
-from cpsp_dist.report.page import Choice, Column, Facts, Figure, Page, PageSection, Table
+from cpsp_dist.report.frames import attended
+from cpsp_dist.report.page import Choice, Column, Facts, Figure, Page, PageSection, Picture, Table
 from cpsp_dist.utils.redact import without_secrets
 
 #: Groups of the logged values: title, prefix or names, what they are.
@@ -41,13 +42,13 @@ def run_page(data: RunData) -> Page:
         f"{data.run.step:,}: {best} ({len(data.answers.keys):,} videos).",
         notices=[f"{text[0].upper()}{text[1:]} ({data.split})." for text in results["flags"]],
         sections=[
-            PageSection("Figures", [figures_table(data)], _FIGURES_NOTE),
+            PageSection("Figures", [figures_table(data)], _FIGURES_NOTE + ("" if data.complete else _LEFT_OUT)),
             PageSection("What the run was", _facts(data)),
             PageSection("Loss and pool", curves(data.history)),
             PageSection("Categories", _categories(data)),
             PageSection("Time", _time(data)),
             PageSection("Videos", [answer_figures.timelines(data.answers), *_examples(data)], _VIDEOS_NOTE),
-            PageSection("Embeddings", [answer_figures.embedding_map(data.answers)]),
+            PageSection("Embeddings", answer_figures.embedding_map(data.answers)),
         ],
     )
 
@@ -55,6 +56,10 @@ def run_page(data: RunData) -> Page:
 _FIGURES_NOTE = (
     "Beside each figure stands what needs no look at the features, and what the same weights reach with one modality "
     "blanked. A model is worth what it is above them."
+)
+_LEFT_OUT = (
+    " Of so many videos a training makes no more predictions for its page: the answers with one modality blanked and "
+    "the map of the videos are left out. `cpsp-dist report` writes a page with both."
 )
 _VIDEOS_NOTE = (
     "Each box is a segment: filled where the model predicts an event, underlined where there is one. The list "
@@ -198,7 +203,7 @@ def _label(data: RunData, example: Example) -> str:
     return f"{answers.keys[row]}: {int(answers.errors[row])} of {answers.truth.shape[1]} segments wrong"
 
 
-def _example(data: RunData, example: Example) -> list[Figure]:
+def _example(data: RunData, example: Example) -> list[Figure | Picture]:
     answers, row = data.answers, example.row
     count = answers.truth.shape[1]
     ends = [f"{answers.seconds * t:g}" for t in range(count)]
@@ -213,7 +218,7 @@ def _example(data: RunData, example: Example) -> list[Figure]:
     columns = [Column("second"), Column("truth", "number"), Column("probability", "percent")]
     cells = [(t, s, round(float(example.affinity[s, t]), 3)) for s in range(count) for t in range(count)]
     low = min(0.0, float(example.affinity.min()))
-    figures = [
+    figures: list[Figure | Picture] = [
         Figure(
             f"Events of {answers.keys[row]}",
             f"True category: {name}; predicted: {answer}.",
@@ -229,7 +234,17 @@ def _example(data: RunData, example: Example) -> list[Figure]:
     ]
     if example.attention is not None:
         figures.append(_attention(example.attention, ends))
+        if example.frames is not None:
+            figures.append(_over_frames(example.frames, example.attention, answers.truth_event[row]))
     return figures
+
+
+def _over_frames(frames: np.ndarray, maps: np.ndarray, event: np.ndarray) -> Picture:
+    return Picture(
+        "Attention over the frames",
+        f"{len(frames)} segments from left to right, orange where the weight is large; a green line below an event.",
+        attended(frames, maps, event),
+    )
 
 
 def _attention(maps: np.ndarray, ends: Sequence[str]) -> Figure:

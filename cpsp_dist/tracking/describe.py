@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,8 @@ CONTEXTS = {"train": "training", "val": "val", "test": "test"}
 
 #: Writes the model of a run's folder below another folder.
 Export = Callable[[str, Path], ModelFolder]
+#: Writes what shows how a run went into the run's folder; gives the files.
+Report = Callable[[Path], Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Start:
     began: float = field(default_factory=time.time)
     tags: Mapping[str, str] = field(default_factory=dict)
     export: Export | None = None
+    report: Report | None = None
 
 
 def run_tags(config: Config, manifest: Manifest, world: int) -> dict[str, str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config, flat
 from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError, tracking_uri
-from cpsp_dist.utils.json_lines import JsonLines, read_bytes
+from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes
 from cpsp_dist.utils.redact import without_secrets
 
 #: The points of a run, in its folder.
 POINTS_FILE = "metrics.jsonl"
+#: Its starts, too.
+STARTS_FILE = "starts.jsonl"
 
 
 class RunRecord:
@@ -24,13 +26,13 @@ class RunRecord:
     def __init__(self, config: Config, data: str):
         """data: the shards' fingerprint."""
         self.file = Path(config.output) / RUN_FILE
-        self._starts = JsonLines(self.file.with_name("starts.jsonl"), lambda text: None)
+        self._starts = JsonLines(self.file.with_name(STARTS_FILE), lambda text: None)
         store = without_secrets(tracking_uri(config))
         self._identity: dict[str, Any] = {"store": store, "config": flat(config), "data": data}
 
-    def note_start(self, step: int) -> None:
-        """Count a start, which trains from `step`; also one that ends before MLflow answers. Nothing depends on it."""
-        self._starts.append({"step": step, "time": round(time.time(), 3)})
+    def note_start(self, step: int, tags: Mapping[str, str]) -> None:
+        """Count a start, which trains from `step`; also one that ends before MLflow answers. tags: where it runs."""
+        self._starts.append({"step": step, "time": round(time.time(), 3), "tags": {**tags}})
 
     def restarts(self) -> int:
         """Starts after the first."""
@@ -50,6 +52,27 @@ class RunRecord:
     def write(self, run_id: str) -> None:
         with contextlib.suppress(OSError):
             self.file.write_text(json.dumps({"run_id": run_id, **self._identity}), encoding="utf-8")
+
+
+def started_as(folder: Path) -> dict[str, str]:
+    """Tags of the last start of the run in a folder, as host, device and launcher, and `restarts`; none where it left
+    none."""
+    try:
+        lines = [parse_line(line) for line in read_bytes(folder / STARTS_FILE).splitlines(keepends=True)]
+    except OSError:
+        return {}
+    starts = [line for line in lines if line is not None]
+    tags = starts[-1].get("tags") if starts else None
+    return {**tags, "restarts": str(len(starts) - 1)} if isinstance(tags, dict) else {}
+
+
+def recorded_run(folder: Path) -> tuple[str, str] | None:
+    """Store and id of the MLflow run that a folder names; the store's URI has no password."""
+    try:
+        known = json.loads(read_bytes(folder / RUN_FILE, limit=1 << 24))
+        return str(known["store"]), str(known["run_id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def known_run(store: Store, ids: Iterable[str | None], folder: Path, report: Callable[[str], None]) -> Any:

@@ -26,7 +26,7 @@ from cpsp_dist.tracking import pages
 from cpsp_dist.tracking.describe import Start, run_tags
 from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
 from cpsp_dist.tracking.models import log_model
-from cpsp_dist.tracking.predictions import STORED_TAG, flags_of, predictions_file
+from cpsp_dist.tracking.predictions import evaluation_files, evaluation_tags
 from cpsp_dist.tracking.store import PARENT, Store, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.errors import Stopped, UserError
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
@@ -49,10 +49,10 @@ def import_mlflow() -> None:
 class Tracker:
     """One MLflow run, as a context: the run ends FINISHED, KILLED when it was stopped to resume later, FAILED else.
 
-    Every point is a line of `metrics.jsonl` in the run's folder; a thread sends the lines that the server does not have
-    yet, so that neither a dead nor a slow server holds up the training. What could not be sent is sent later: by the
-    thread, or when the command is given again. A resumed run has each step in its history once, also when a killed
-    process had logged steps that are now done again. Where the disk is full, lines wait in memory.
+    A thread sends the lines of `metrics.jsonl` that the server does not have yet, so that neither a dead nor a slow one
+    holds up the training. What could not be sent is sent later: by the thread, or when the command is given again. A
+    resumed run has each step in its history once, also when a killed process had logged steps that are now done again.
+    Where the disk is full, lines wait in memory.
 
     Disabled (other ranks) it does nothing; with `tracking.enabled: false` there is the file alone.
     """
@@ -91,7 +91,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         if self.enabled:
             if not self.finished:
-                self.record.note_start(self.step)
+                self.record.note_start(self.step, self.start.tags)
             try:
                 self._warn("read", truncate_after_step(self.file, self.step))
             except OSError as error:
@@ -133,22 +133,24 @@ class Tracker:
         self._wake.set()
 
     def keep(self, file: Path) -> None:
-        """Make a file of the run's folder an artifact, once it can be; it has to stay as it is."""
+        """Make a file of the run's folder an artifact of the same path, once it can be; it has to stay as it is."""
         if self.sender is not None:
-            self._further.append((file.name, lambda: self.store.log_artifact(self.run_id, str(file))))
+            place = file.parent.relative_to(self.folder).as_posix().strip(".") or None
+            self._further.append((file.name, lambda: self.store.log_artifact(self.run_id, str(file), place)))
 
     def keep_results(self, step: int) -> None:
-        """`keep` what evaluations left in the run's folder, and log the model; step: of its weights."""
-        kept = []
-        for split in ("val", "test"):
-            for name in (f"evaluation_{split}.json", predictions_file(split)):
-                if (self.folder / name).is_file():
-                    self.keep(self.folder / name)
-                    kept += [split] if name == predictions_file(split) else []
-            self.add_tags(flags_of(self.folder, split))
-        self.add_tags({STORED_TAG: ",".join(kept)})
-        if self.start.export is not None and self.sender is not None:
+        """`keep` the evaluations in the run's folder and the page, and log the model; step: of its weights."""
+        for file in evaluation_files(self.folder):
+            self.keep(file)
+        self.add_tags(evaluation_tags(self.folder))
+        if self.sender is None:
+            return
+        if self.start.export is not None:
             self._further.append(("the model", lambda: self._log_model(step)))
+        self.send()  # meanwhile
+        if self.start.report is not None and self.config.tracking.report:
+            for file in self.start.report(self.folder):
+                self.keep(file)
 
     def _log_model(self, step: int) -> None:
         assert self.start.export is not None

@@ -26,6 +26,18 @@ def predictions_file(split: str) -> str:
     return f"predictions_{split}.npz"
 
 
+def evaluation_files(folder: Path) -> list[Path]:
+    """What the evaluations at a run's end left in its folder."""
+    names = [(f"evaluation_{split}.json", predictions_file(split)) for split in ("val", "test")]
+    return [folder / name for pair in names for name in pair if (folder / name).is_file()]
+
+
+def evaluation_tags(folder: Path) -> dict[str, str]:
+    """Of these: the splits of which there are predictions, and what is wrong with the answers."""
+    kept = [split for split in ("val", "test") if (folder / predictions_file(split)).is_file()]
+    return {STORED_TAG: ",".join(kept)} | flags_of(folder, "val") | flags_of(folder, "test")
+
+
 def flags_of(folder: Path, split: str) -> dict[str, str]:
     """A tag where the answers of a run on a split are trivial, by its evaluation: what is wrong with them."""
     try:

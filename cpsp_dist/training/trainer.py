@@ -21,7 +21,7 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.metrics import reported
 from cpsp_dist.models import Output, model_for
 from cpsp_dist.models.layers import start_step
-from cpsp_dist.tracking.describe import Export, Start
+from cpsp_dist.tracking.describe import Export, Report, Start
 from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.runs import compare_command
@@ -60,10 +60,12 @@ def train(
     fresh: bool = False,
     allow_config_change: bool = False,
     export: Export | None = None,
+    report: Report | None = None,
 ) -> dict[str, float]:
     """Train as configured, or resume the run in `config.output`; the results, also in its `results.json`.
 
-    All ranks, connected already, call it together. signals: an entered context, where this process listens.
+    All ranks, connected already, call it together. signals: an entered context, where this process listens; export,
+    report: make what MLflow gets at the end, on rank 0.
 
     Raises:
         UserError: see the text; nothing was trained, or the last checkpoint is intact.
@@ -94,7 +96,7 @@ def train(
             step=progress.step,
             finished=progress.finished,
             enabled=ranks.first,
-            start=Start(began, about, export),
+            start=Start(began, about, export, report),
         )
         results = _trained(tracker, ranks, signals, stream, model, state, progress)
         if ranks.first:

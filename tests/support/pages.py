@@ -49,8 +49,9 @@ def some_run(videos: int, categories: int) -> RunData:
     history = [
         {"step": s, "time": 1.7e9 + s} | {name: 3 / (s + 1) ** 0.3 for name in names} for s in range(0, 60000, 20)
     ]
+    frames = rng.integers(0, 255, (SECONDS, 112, 112, 3), dtype=np.uint8)
     attention = rng.dirichlet(np.ones(49), (12, SECONDS)).reshape(12, SECONDS, 7, 7)
-    examples = [Example(n, attention[n], rng.uniform(-0.2, 1, (SECONDS, SECONDS)), attention[n]) for n in range(12)]
+    examples = [Example(n, attention[n], rng.uniform(-0.2, 1, (SECONDS, SECONDS)), frames) for n in range(12)]
     others = {name: Measured(each, measure(each)) for name, each in trivial(answers).items()}
     fields = {"visual": Field("<f2", (10, 7, 7, 512)), "audio": Field("<f4", (10, 128)), "label": Field("|u1", (10,))}
     shards = [Shard("test-000000.tar", "test", videos, 0, 1, "0" * 64)]

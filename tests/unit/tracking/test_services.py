@@ -6,16 +6,20 @@ import json
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import Config, load_config
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.metrics.predictions import Predictions
+from cpsp_dist.tracking import mlflow
 from cpsp_dist.tracking import store as stores
 from cpsp_dist.tracking.mlflow import Tracker
 from cpsp_dist.tracking.runs import TrackedRun, find_runs
@@ -214,6 +218,58 @@ def test_the_fingerprint_is_there_where_artifacts_cannot_be_stored(
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith("warning: MLflow does not take config.json: ")
     assert last == "warning: MLflow never took config.json; a later start tries again"
+
+
+@pytest.mark.long
+def test_artifacts_are_tried_again(
+    config_and_data: tuple[Config, Manifest],
+    tmp_path: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The place of artifacts fails during all of a first start, and until the second has tried once."""
+    config, manifest = config_and_data
+    monkeypatch.setattr(mlflow, "SEND_EVERY_SECONDS", 0.05)
+    failed, warn = threading.Event(), Tracker._warn
+    last = "predictions_test.npz"
+
+    def note(self: Tracker, about: str, text: str) -> None:
+        warn(self, about, text)
+        if about == last:
+            failed.set()
+
+    monkeypatch.setattr(Tracker, "_warn", note)
+    place = tmp_path / "artifacts"
+    place.write_text("a file where a folder should be")
+    client = stores.Store(store)
+    client.create_experiment("cpsp", artifact_location=str(place))
+    here = in_folder(config, tmp_path / "run", flush_timeout=60)
+    Predictions("test", 1, ["a"], *(np.zeros((1, 1)),) * 6).save(tmp_path / "run" / last)
+
+    def start(recovers: bool) -> None:
+        failed.clear()
+        with Tracker(here, manifest, 1, run_id=None, step=0, finished=False, enabled=True) as tracker:
+            tracker.log(1, {"loss/total": 1.0})
+            tracker.keep_results(1)
+            assert failed.wait(60)
+            if recovers:
+                place.unlink()
+
+    start(recovers=False)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines] == [
+        "MLflow does not take config.json",
+        f"MLflow does not take {last}",
+        f"MLflow never took {last}, config.json; a later start tries again",
+    ]
+    (run,) = runs_in(store)
+    assert (run.status, run.metrics) == ("FINISHED", {"loss/total": 1.0})
+    start(recovers=True)
+    assert "never took" not in capfd.readouterr().err
+    assert {file.path for file in client.list_artifacts(run.id)} == {"config.json", last}
+    (run,) = runs_in(store)
+    assert run.status == "FINISHED"
 
 
 def test_a_deleted_or_copied_run_gets_a_new_one_with_all_points(

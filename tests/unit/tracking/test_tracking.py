@@ -41,6 +41,7 @@ CONFIG = REPO / "configs" / "keypad.yaml"
 def arguments(shards: Path, output: Path, *more: str) -> list[str]:
     settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
     settings += ["tracking.every_steps=2", "checkpoint.every_steps=3", "engine.kind=ddp"]
+    settings += ["tracking.report=false"]
     return ["--config", str(CONFIG), *settings, *more]
 
 
@@ -77,7 +78,7 @@ def points_of(store: Path, step: int) -> int:
 def two_runs(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     runs = {
-        "gathered": ["tracking.run_name=a-seed1", "tracking.register=keypad-model"],
+        "gathered": ["tracking.run_name=a-seed1", "tracking.register=keypad-model", "tracking.report=true"],
         "other": ["tracking.run_name=a-seed2", "train.seed=2"],
         "local": ["objectives.psa_v=0", "train.seed=2"],
     }
@@ -158,7 +159,10 @@ def test_mlflow_holds_everything(two_runs: Path, keypad_shards: Path):
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] in run.data.metrics
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     results_of = {f"{name}_{split}" for name in ("evaluation", "predictions") for split in ("val", "test")}
-    assert {Path(name).stem for name in artifacts} == results_of | {"config"}
+    assert {Path(name).stem for name in artifacts} == results_of | {"config", "report", "figures"}
+    figures = {Path(file.path).stem for file in client.list_artifacts(run.info.run_id, "figures")}
+    assert figures == {"confusion", "f1_by_category", "accuracy_by_segment", "timelines"}
+    assert "F1 by category" in Path(client.download_artifacts(run.info.run_id, "report.html")).read_text()
     where = client.download_artifacts(run.info.run_id, "predictions_test.npz")
     right, total = Predictions.load(Path(where)).parts("accuracy")
     assert 100 * right.sum() / total.sum() == pytest.approx(run.data.metrics["accuracy/test"], abs=1e-12)
