@@ -51,8 +51,7 @@ class Tracker:
 
     A thread sends the lines of `metrics.jsonl` that the server does not have yet, so that neither a dead nor a slow one
     holds up the training. What could not be sent is sent later: by the thread, or when the command is given again. A
-    resumed run has each step in its history once, also when a killed process had logged steps that are now done again.
-    Where the disk is full, lines wait in memory.
+    resumed run has each step in its history once, also those that a killed process had logged and not saved.
 
     Disabled (other ranks) it does nothing; with `tracking.enabled: false` there is the file alone.
     """
