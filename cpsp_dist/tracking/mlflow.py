@@ -153,7 +153,7 @@ class Tracker:
 
     def _log_model(self, step: int) -> None:
         assert self.start.export is not None
-        with tempfile.TemporaryDirectory() as part:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as part:  # the process may end meanwhile
             model = self.start.export(self.config.output, Path(part))
             log_model(self.store, self.experiment, str(self.run_id), model, step)
 

@@ -49,7 +49,7 @@ def log_model(store: Store, experiment: str, run_id: str, model: ModelFolder, st
     known = store.get_run(run_id).data.tags.get(MODEL_TAG)
     if known is None:
         logged = store.create_logged_model(experiment, model.name, source_run_id=run_id, model_type="cpsp")
-        with tempfile.TemporaryDirectory() as part:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as part:  # the process may end meanwhile
             _write(Path(part), model, logged.model_id, run_id)
             store.log_model_artifacts(logged.model_id, part)
         store.finalize_logged_model(logged.model_id, "READY")

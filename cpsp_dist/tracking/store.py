@@ -224,7 +224,7 @@ def _make_store(file: Path) -> None:
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as part:
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-", ignore_cleanup_errors=True) as part:
         made = Path(part) / file.name
         _sqlite_client(f"{SQLITE}{_quoted(made)}").search_experiments(max_results=1)
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from cpsp_dist.tracking.history import read_histories
 from cpsp_dist.tracking.predictions import STORED_TAG, stored_predictions
 from cpsp_dist.tracking.runs import TrackedRun
 from cpsp_dist.tracking.store import AskedStore
+from tests.support.environment import environment
 
 RUNS = [TrackedRun(str(n), f"run{n}", "FINISHED", metrics={"a": 1.0}, tags={STORED_TAG: "test"}) for n in range(3)]
 
@@ -105,3 +109,31 @@ def test_a_store_that_cannot_be_opened_is_opened_once(
     with caplog.at_level(logging.WARNING):
         assert not any(read_histories(AskedStore("odd://store"), RUNS, ["a"]).values())
     assert (len(opened), len(caplog.messages)) == (1, 1)
+
+
+ENDS_MEANWHILE = """
+import contextlib, itertools, sys, threading
+from pathlib import Path
+from cpsp_dist.tracking import store
+
+begun = threading.Event()
+
+def client(uri):  # as SQLite does, it writes beside its file as long as the process lives
+    folder = Path(uri.removeprefix(store.SQLITE)).parent
+    for number in itertools.count():
+        with contextlib.suppress(OSError):
+            (folder / str(number)).touch()
+        if number == 5000:
+            begun.set()
+
+store._sqlite_client = client
+threading.Thread(target=store._make_store, args=(Path(sys.argv[1]),), daemon=True).start()
+assert begun.wait(60)
+"""
+
+
+def test_a_process_that_ends_while_a_store_is_made_is_silent(tmp_path: Path) -> None:
+    """Python removes the temporary folder at its end, while the thread still writes there."""
+    command = [sys.executable, "-c", ENDS_MEANWHILE, str(tmp_path / "mlflow.db")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
