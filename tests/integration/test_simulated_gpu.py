@@ -47,12 +47,16 @@ VARIANTS = {
     "bf16": ["train.precision=bf16"],
     "ZeRO 0": ["engine.zero=0"],
     "ZeRO 0, accumulation": ["engine.zero=0", "train.accumulation=2"],
+    "ZeRO 1": ["engine.zero=1"],
+    "ZeRO 2": ["engine.zero=2"],
+    "ZeRO 2, accumulation": ["engine.zero=2", "train.accumulation=2"],
+    "ZeRO 2, bfloat16": ["engine.zero=2", "train.precision=bf16"],
 }
 SHORT = ("psp", "bank, accumulation", "ZeRO 0")
-#: DeepSpeed's own: an overflow check and its norm, a number copied to the device, and the norm read by this program.
-ZERO_BUDGET = BUDGET + 3
-#: Of the gradients, of the pool (two) and of the flag; those of DDP's own reducer, in C++, are counted elsewhere.
+#: Of the gradients, of their norm from stage 1 on, of the pool (two) and of the flag. Those of DDP's own reducer, in
+#: C++, and stage 2's coalesced all-gather of the weights are not counted.
 COLLECTIVES = {
+    "ZeRO 2": {"all_reduce": 3, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
     "ZeRO 0": {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
     "psp": {"all_reduce": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
 }
@@ -75,17 +79,6 @@ def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tm
     check(run)
     assert run.step.collectives == COLLECTIVES.get(name, run.step.collectives)
     assert bool(run.step.record.bf16_products) == ("bf16" in name)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_waits_for_what_deepspeed_waits_for(stage: int, keypad_shards: Path, tmp_path: Path) -> None:
-    """Stage 3 is not simulated: its parameters change their size under the tensor that the simulation holds."""
-    run = simulate_training(keypad_shards, tmp_path, f"engine.zero={stage}")
-    assert len(run.steps) == 3
-    assert run.syncs_per_micro_batch <= ZERO_BUDGET, run.report()
-    assert not [sync for sync in run.step.record.syncs if "/losses/" in sync.where or "/models/" in sync.where]
-    assert sum(run.step.collectives.values()) <= 6, run.step.collectives
 
 
 @pytest.mark.long

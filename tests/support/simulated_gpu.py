@@ -61,13 +61,18 @@ class Record:
 
 
 def where() -> str:
-    """`file:line code` of the innermost frame of the package; of a library's optimizer or of DeepSpeed where that is
-    further inside."""
-    frames = [frame for frame in traceback.extract_stack() if "/cpsp_dist/" in frame.filename]
-    if not frames:
+    """`file:line code` of the innermost frame of the package, and of DeepSpeed where that is further inside."""
+    frames = traceback.extract_stack()
+    own = [number for number, frame in enumerate(frames) if "/cpsp_dist/" in frame.filename]
+    if not own:
         return "?"
-    frame = frames[-1]
-    return f"cpsp_dist/{frame.filename.rpartition('/cpsp_dist/')[2]}:{frame.lineno} {frame.line}"
+    text = _shown(frames[own[-1]], "cpsp_dist")
+    inside = [frame for frame in frames[own[-1] :] if "/deepspeed/runtime/" in frame.filename]
+    return f"{text}, in {_shown(inside[-1], 'deepspeed')}" if inside else text
+
+
+def _shown(frame: traceback.FrameSummary, package: str) -> str:
+    return f"{package}/{frame.filename.rpartition(f'/{package}/')[2]}:{frame.lineno} {frame.line}"
 
 
 class GpuTensor(torch.Tensor):
@@ -97,6 +102,17 @@ class GpuTensor(torch.Tensor):
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        """As ZeRO 3 makes parameters empty and complete again."""
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        assert isinstance(new, GpuTensor)
+        self.held = new.held
 
     # These read the storage, or the device, in C++.
     def new_tensor(self, data: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
@@ -149,6 +165,8 @@ class SimulatedGpu(TorchDispatchMode):
         if pinning:
             return self.pin(out)
         if name.endswith("_") and args and isinstance(args[0], GpuTensor) and out is args[0].held:
+            if args[0].shape != out.shape:  # squeeze_
+                args[0].data = GpuTensor(out)
             return args[0]  # in place
         if "out" in kwargs:
             return kwargs["out"]
@@ -288,6 +306,9 @@ class _Stream:
     def wait_event(self, event: _Event) -> None: ...
 
     def wait_stream(self, stream: _Stream) -> None: ...
+
+    def synchronize(self) -> None:
+        SimulatedGpu.current.sync("synchronize")  # type: ignore[union-attr]
 
     def __enter__(self) -> _Stream:
         return self

@@ -54,23 +54,21 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        last = self.engine.is_gradient_accumulation_boundary()
-        norm = self._clip_plain() if last else None
-        if norm is None or math.isfinite(norm):
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return math.nan
+        if not clips_itself(self.config):
+            norm = deepspeed_compat.gradient_norm(self.engine)
+            deepspeed_compat.step_with_norm(self.engine, norm)
+        elif math.isfinite(norm := self._clip_plain()):
             self.engine.step()
         else:
             deepspeed_compat.step_without_update(self.engine)
-        if not last:
-            return math.nan
-        grad_norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
-        # From stage 1 on DeepSpeed itself leaves out an update whose norm is not finite.
-        self.updates += math.isfinite(grad_norm)
-        return grad_norm
+        self.updates += math.isfinite(norm)
+        return norm
 
-    def _clip_plain(self) -> float | None:
+    def _clip_plain(self) -> float:
         """The gradients' norm, after which they are clipped, where DeepSpeed does not: see `clips_itself`."""
-        if not clips_itself(self.config):
-            return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.config.train.grad_clip_norm is not None:

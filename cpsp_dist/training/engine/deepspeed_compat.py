@@ -6,6 +6,7 @@ restored state is read back (`restore`), since DeepSpeed's setters may do nothin
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -140,6 +141,37 @@ def step_without_update(engine: Any) -> None:
     engine.optimizer.step = lambda *_: None
     engine.step()
     del engine.optimizer.step
+
+
+def gradient_norm(engine: Any) -> float:
+    """The norm of the averaged gradients from stage 1 on, where each rank keeps its part of them as
+    `averaged_gradients` (0.19.0 to 0.19.8). All ranks call it together; the host waits for a GPU once, to read it."""
+    optimizer = engine.optimizer
+    parts = [part.float() for group in optimizer.averaged_gradients.values() for part in group or ()]
+    squared = nn.utils.get_total_norm(parts).square()
+    torch.distributed.all_reduce(squared, group=optimizer.dp_process_group)
+    return math.sqrt(float(squared))
+
+
+def step_with_norm(engine: Any, norm: float) -> None:
+    """`engine.step()` from stage 1 on, which clips by `norm`, and leaves out the update where that is not finite.
+
+    DeepSpeed would compute the norm itself, and the host would wait for a GPU three times more: to copy -1 there
+    (`runtime/utils.py:887`), and twice to look whether the norm is valid (:233); in bf16 once more for an overflow
+    (`stage_1_and_2.py:3248`; the lines are those of 0.19.8). And 0.19.0 to 0.19.4 take the norm of gradients that are
+    not finite for 1 and update. `overflow` is what makes those leave out an update; later ones look at the norm."""
+    optimizer, known = engine.optimizer, torch.tensor(norm)
+    replaced = {
+        "scaled_global_norm": lambda *_, **__: known,  # stages 1 and 2
+        "_get_norm_groups": lambda: [known],  # stage 3
+        "check_overflow": lambda *_, **__: None,
+    }
+    vars(optimizer).update(replaced, overflow=not math.isfinite(norm))
+    try:
+        engine.step()
+    finally:
+        for name in replaced:
+            delattr(optimizer, name)
 
 
 def restore(engine: Any, state: TrainingState, ranks: Ranks) -> None:
