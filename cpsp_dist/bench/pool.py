@@ -72,6 +72,11 @@ def bench_pool(
     return found
 
 
+def bench_tiles(batch: int, pools: Sequence[int]) -> dict[str, Any]:
+    """What `tiles` of `bench_pool` has, alone: pools of hundreds of thousands take minutes."""
+    return launch(measure_tiles, 1, batch, list(pools))
+
+
 def launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
     """What `function` gives on rank 0 of `world` new processes."""
     with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:

@@ -62,6 +62,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     sizes = [64, 256, 1024, 4096, 16384, 65536]
     pool.add_argument("--pools", type=_count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
     pool.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    pool.add_argument("--tiles", action="store_true", help="only the pools in tiles: time and memory by their size")
     pool.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pool.set_defaults(handler=_pool)
 
@@ -155,8 +156,12 @@ def _peers(args: argparse.Namespace) -> None:
 def _pool(args: argparse.Namespace) -> None:
     import json
 
-    from cpsp_dist.bench.pool import bench_pool
+    from cpsp_dist.bench.pool import bench_pool, bench_tiles
 
+    if args.tiles:
+        costs = bench_tiles(args.batch, args.pools)
+        echo(json.dumps(costs, indent=1) if args.json else table(_tiles(costs)))
+        return
     result = bench_pool(batch=args.batch, ranks=args.ranks, pools=args.pools, rounds=args.rounds)
     echo(json.dumps(result, indent=1) if args.json else _describe_pool(result, args.batch))
 

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from cpsp_dist.bench import pool
 from cpsp_dist.bench.pool import bench_pool
+from cpsp_dist.cli import main
+from cpsp_dist.distributed.process_group import Ranks
 from tests.support.environment import environment
 
 
@@ -48,6 +52,18 @@ def test_command_measures_what_is_sent_and_kept(tmp_path: Path) -> None:
     assert share["pool"] == 4096
     assert 0 < share["floor_share"] < share["least"] <= share["share"] <= share["most"] < 1
     assert not list(tmp_path.glob("cpsp-bench-*"))
+
+
+@pytest.mark.long
+def test_pools_in_tiles_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process. Without tiles a pool of 8,192 would take 8 MB of unit rows alone, twice that of 4,096."""
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setattr(pool, "launch", lambda function, world, *args: function(ranks, *args))
+    assert main(["bench", "pool", "--tiles", "--json", "--batch", "1", "--pools", "4096", "8192"]) == 0
+    small, large = json.loads(capsys.readouterr().out).values()
+    assert small.keys() == large.keys() == {"mining", "supcon", "sspsp"}
+    for way in ("mining", "supcon", "sspsp"):
+        assert 0 < large[way]["peak_bytes"] < 1.1 * small[way]["peak_bytes"] + (1 << 20)
 
 
 @pytest.mark.timing
