@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import examples
 from tests.support.environment import LAUNCHER, environment
 from tests.support.ranks import prefork_launcher, run_ranks
 from tests.support.skips import pytest_make_collect_report, pytest_runtest_makereport, skip  # noqa: F401, the hooks work here
@@ -26,18 +27,9 @@ gc.disable()  # until all is imported: what that makes stays
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
 LONG = ["slurm", "launch_slurm", "training", "crashes", "changing_ranks", "pool", "launchers", "signals", "reference"]
-LONG += [
-    "demo",
-    "launch",
-    "checkpoint",
-    "engine",
-    "avdigits",
-    "installed",
-    "tracking",
-    "models_under_engines",
-    "losses",
-]
-LONG += ["nonfinite", "python_api", "dry_run", "remote", "s3", "export", "reader", "packing_resume", "doctor"]
+LONG += ["models_under_engines", "demo", "launch", "avdigits", "tracking", "losses", "checkpoint", "engine"]
+LONG += ["python_api", "export", "installed", "corruption", "s3", "nonfinite", "dry_run", "remote", "reader"]
+LONG += ["packing_resume", "doctor", "extract", "extract_shards", "run_page"]
 
 
 def pytest_collection_finish() -> None:
@@ -62,9 +54,11 @@ def put_into_tier(item: pytest.Item) -> None:
         item.add_marker("long" if long else "short")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Shells start background jobs with Ctrl-C ignored, which all that the tests start would inherit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("markexpr") == "short":
+        os.environ[examples.SHORT] = "1"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

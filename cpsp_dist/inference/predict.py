@@ -108,7 +108,8 @@ class _Predictor:
         if manifest.categories != self.model.categories:
             raise UserError(f"{manifest.place}: its categories are not those of {self.name}")
         seconds = manifest.encoders.segment_seconds
-        with EvalStream(manifest, self.options.split, batch=BATCH) as stream:
+        slots = min(BATCH, len(manifest.rows(self.options.split)))  # none is empty, and computed all the same
+        with EvalStream(manifest, self.options.split, batch=slots) as stream:
             for batch in stream:
                 scores = self._score(batch.visual, batch.audio, manifest.place)
                 for slot in np.flatnonzero(batch.valid.numpy()).tolist():

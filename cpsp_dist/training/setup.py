@@ -79,11 +79,11 @@ def open_train_stream(config: Config, manifest: Manifest, ranks: Ranks) -> Train
 
 
 def open_eval_stream(config: Config, manifest: Manifest, split: str, ranks: Ranks) -> EvalStream:
-    """This rank's part of one pass over `split`."""
+    """This rank's part of one pass over `split`; a small one has no empty slots, which would be computed, too."""
     return EvalStream(
         manifest,
         split,
-        batch=config.evaluation.global_batch,
+        batch=min(config.evaluation.global_batch, len(manifest.rows(split))),
         rank=ranks.rank,
         world=ranks.world,
         options=reader_options(config, ranks),

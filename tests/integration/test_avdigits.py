@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,13 @@ SETTINGS = ["train.global_batch=4", "train.epochs=30", "evaluation.every_epochs=
 SETTINGS += ["tracking.enabled=false", "tracking.every_steps=1"]
 
 
-def train(output: Path, shards: Path, config: str, *launcher: str) -> dict[str, float]:
-    """The training command on the few videos of tests/data, until it knows those of train; its results."""
-    command = [sys.executable, *launcher, "-m", "cpsp_dist.train", "--config", str(REPO / "configs" / config)]
-    command += [f"data.shards={shards}", f"output={output}", *SETTINGS]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=REPO)
-    assert done.returncode == 0, done.stdout + done.stderr
+def arguments(output: Path, shards: Path, config: str) -> list[str]:
+    """Of a training on the few videos of tests/data, until it knows those of train."""
+    return ["--config", str(REPO / "configs" / config), f"data.shards={shards}", f"output={output}", *SETTINGS]
+
+
+def results_of(output: Path) -> dict[str, float]:
+    """Of a run that has learnt."""
     losses = [terms["loss/total"] for terms in loss_history(output)]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
     return json.loads((output / "results.json").read_text())
@@ -37,12 +39,13 @@ def evaluated(output: Path, split: str, capsys: pytest.CaptureFixture[str]) -> d
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_ave_layout_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_ave_layout_is_learnt(prefork: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """All of the training videos, to the second; 12 are too few for others'. The full set: `tools/modalities.py`."""
     shards, output = tmp_path / "shards", tmp_path / "run"
     pack = ["shards", "pack", "--layout", "ave-h5", "--source", str(AVDIGITS / "ave_h5")]
     assert main([*pack, "--out", str(shards)]) == 0
-    results = train(output, shards, "ave_full.yaml")
+    prefork.start(arguments(output, shards, "ave_full.yaml"), 1).finish(300)
+    results = results_of(output)
     assert 100 * evaluated(output, "test", capsys)["accuracy"] == results["accuracy/test"]
     assert evaluated(output, "train", capsys)["accuracy"] > 0.9  # background is 57.5 %
 
@@ -64,8 +67,11 @@ def test_the_zip_layout_trains_on_two_ranks(tmp_path: Path, capsys: pytest.Captu
     pack += [word for name in ("audio", "video", "label") for word in (f"--{name}", str(source / name))]
     assert main([*pack, "--out", str(shards)]) == 0
     assert {name: len(rows) for name, rows in Manifest.load(shards).splits.items()} == {"train": 5, "val": 1, "test": 2}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    results = train(output, shards, "avel100k_full.yaml", *launcher)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "cpsp_dist.train", *arguments(output, shards, "avel100k_full.yaml")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = results_of(output)
     assert results["accuracy/test"] == pytest.approx(round(results["accuracy/test"] / 5) * 5), "20 segments"
     assert 100 * evaluated(output, "test", capsys)["accuracy"] == results["accuracy/test"]
     assert evaluated(output, "train", capsys)["accuracy"] > 0.9  # background is 72 %

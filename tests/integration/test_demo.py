@@ -16,7 +16,7 @@ from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD
 
-SHORT_RUNS = ["train.steps=4", "tracking.every_steps=2", "tracking.report=false"]
+SHORT_RUNS = ["train.steps=4", "train.global_batch=8", "tracking.every_steps=2", "tracking.report=false"]
 
 
 def require_comparison(folder: Path, printed: str) -> str:

@@ -218,6 +218,16 @@ def test_a_name_means_one_thing():
 
 
 @functools.cache
+def _names_of_files(folder: str) -> dict[Path, set[str]]:
+    """Folder of the package or of `tests` -> the modules and packages in it."""
+    found: dict[Path, set[str]] = defaultdict(set)
+    for path in map(Path, modules(folder)):
+        found[path.parent].add(path.stem)
+        found[path.parent.parent].add(path.parent.name)
+    return found
+
+
+@functools.cache
 def _offered(name: str) -> set[str] | None:
     """The names at the top of a module of ours; None where there is no such module, or it makes some on demand."""
     folder, _, inside = name.partition(".")
@@ -225,8 +235,7 @@ def _offered(name: str) -> set[str] | None:
     tree = modules(folder).get(f"{path}.py") or modules(folder).get(f"{path}/__init__.py".lstrip("/"))
     if tree is None:
         return None
-    found = {Path(file).stem for file in modules(folder) if Path(file).parent == Path(path)}
-    found |= {Path(file).parent.name for file in modules(folder) if Path(file).parent.parent == Path(path)}
+    found = set(_names_of_files(folder)[Path(path)])
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
@@ -14,6 +14,7 @@ from cpsp_dist.config.yaml_text import SIZE_LIMIT, Mistake, YamlText, write_yaml
 from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.text import is_plain
 from tests.support.environment import REPO
+from tests.support.examples import examples
 from tests.support.mutations import damaged
 
 SHIPPED = sorted((REPO / "configs").glob("*.yaml"))
@@ -206,7 +207,7 @@ TEXTS = st.lists(PIECES | st.text(max_size=4) | st.integers().map(str), max_size
 KEYS = st.sampled_from(["train.seed", "output", "data.shards", "train.milestones", "objectives", "train.steps", "x.y"])
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=KEYS | TEXTS, value=TEXTS)
 @example("output", "\x1b[31m")
 def test_any_override_is_taken_or_refused(key: str, value: str) -> None:
@@ -215,7 +216,7 @@ def test_any_override_is_taken_or_refused(key: str, value: str) -> None:
         assert str(config.train.seed) == value.strip().lstrip("+")
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=TEXTS)
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
@@ -225,7 +226,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert all(is_plain(mistake) for mistake in mistakes)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=(TEXTS | st.text("0123456789abcdef", min_size=32, max_size=32)).filter(is_plain))
 @example("0123456789abcdef" * 2)  # an id of MLflow: a sweep's snapshots hold one
 @example("1234567890123e45" * 2)

@@ -10,18 +10,19 @@ import itertools
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpsp_dist.data.reader import EvalStream, ReaderOptions, TrainStream, permutation
 from cpsp_dist.data.reader.order import Interleaved
+from tests.support.examples import examples
 from tests.support.tiny_shards import assert_as_written, endless, endless_of
 from tests.support.tiny_shards import real_rows as real
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     sizes=SIZES,
     seed=st.integers(0, 1000),
@@ -65,7 +66,7 @@ def test_each_sample_comes_once_an_epoch(written):
     assert len(set(map(tuple, epochs))) == 8
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(sizes=SIZES, worlds=st.lists(st.integers(1, 6), min_size=1, max_size=6), data=st.data())
 def test_the_world_may_change_at_every_step(folders, sizes, worlds, data):
     written = folders(train=sizes)
@@ -87,7 +88,7 @@ def test_the_world_may_change_at_every_step(folders, sizes, worlds, data):
         position += batch_size
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     sizes=SIZES,
     worlds=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -197,7 +198,7 @@ def test_more_ranks_than_samples_of_a_batch(written):
         assert batches == [(1, (rank + 1) * 3 // 5 - rank * 3 // 5)] * 4
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(sizes=SIZES, batch_size=st.integers(1, 20), world=st.integers(1, 5), threads=st.integers(1, 3))
 def test_evaluation_counts_every_sample_once_in_equal_steps(folders, sizes, batch_size, world, threads):
     written = folders(train=[2], val=sizes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,23 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def trained(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a model -> its run, trained when first asked for."""
     folder = tmp_path_factory.mktemp("trained")
-    for name, settings in MODELS.items():
-        more = ["train.steps=3", "checkpoint.every_steps=2", *settings]
+
+    @functools.cache
+    def run(name: str) -> Path:
+        more = ["train.steps=3", "checkpoint.every_steps=2", *MODELS[name]]
         prefork.start(arguments(keypad_shards, folder / name, *more), 1).finish()
-    return folder
+        return folder / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train: Callable[[str], Path]) -> Path:
+    """The folder above the runs; "psp" lies in it."""
+    return train("psp").parent
 
 
 @pytest.mark.long
@@ -100,14 +113,14 @@ print(*sys.modules)
     "name", [name if name == "psp" else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
 )
 def test_loads_with_torch_and_safetensors_alone(
-    trained: Path, keypad_shards: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    train: Callable[[str], Path], keypad_shards: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Bit for bit the trained model's outputs, from a process that has neither the shards nor the settings."""
-    out = tmp_path / "out"
-    assert main(["export", str(trained / name), "--out", str(out)]) == 0
+    run, out = train(name), tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out)]) == 0
     assert "config.json" in capsys.readouterr().out
     manifest = Manifest.load(keypad_shards)
-    checkpoints = Checkpoints(trained / name)
+    checkpoints = Checkpoints(run)
     progress = checkpoints.load(3)[1]
     state = checkpoints.load(progress.best_step or 3)[0]
     config = Config.model_validate(progress.config, strict=False)

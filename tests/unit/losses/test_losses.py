@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,12 +25,13 @@ from cpsp_dist.models import Output
 from cpsp_dist.models.layers import l2_normalize
 from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO
+from tests.support.examples import examples
 from tests.support.loss_cases import ALL, FORMS, D, K, T, form, make_batch, random_batch, random_output
 
 WEAKLY = ["objectives.event=0", "objectives.psa_v=0"]
 forms = st.sampled_from(list(FORMS))
 seeds = st.integers(0, 2**20)
-quick = settings(max_examples=60, deadline=None)
+quick = examples(60)
 
 
 def leaves(output: Output) -> list[Tensor]:
@@ -377,15 +378,14 @@ def test_any_mask_is_finite(seed: int, dtype: torch.dtype, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("full", "weak") else pytest.param(name, marks=pytest.mark.long)
-        for name in FORMS
-        if name not in ("semihard", "proportional")
-    ],
+    ("name", "seed", "size"),
+    [("full", 19, 3), ("weak", 19, 3)]
+    + [pytest.param(name, 11, 5, marks=pytest.mark.long) for name in FORMS if name not in ("semihard", "proportional")],
 )
-def test_finite_differences(name: str) -> None:
-    batch, output = random_batch(11, 5), random_output(11, 5)
+def test_finite_differences(name: str, seed: int, size: int) -> None:
+    batch, output = random_batch(seed, size), random_output(seed, size)
+    # Each objective has something to do; in the published form of the hinge it fills up with 1e12 what is missing.
+    assert all(value > 0 or name == "published" for value in form(name)(output, batch)[1].values())
 
     def total(*tensors: Tensor) -> Tensor:
         return form(name)(Output(*tensors[:7], None, *tensors[7:]), batch)[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.trainer import train
 from cpsp_dist.utils.errors import ConfigError
+from tests.support.examples import examples
 from tests.support.loss_cases import form, make_batch, random_batch, random_output
 from tests.support.runs import KEYPAD, overrides
 
@@ -50,7 +51,7 @@ def content(bank: MemoryBank, present: list[int] | None = None) -> list[int]:
     return found.video.tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(size=st.integers(1, 7), counts=st.lists(st.integers(0, 9), max_size=8), absent=st.integers(0, 30))
 def test_ring_holds_the_last_rows(size: int, counts: list[int], absent: int) -> None:
     """Against a list: any number of rows at a time, more than it holds, none; class 0 and video 0 among them."""
@@ -87,7 +88,7 @@ def test_an_empty_slot_is_no_row_and_class_0_is() -> None:
 
 
 @pytest.mark.parametrize("mining", ["published", "proportional", "semihard", "supcon"])
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(seed=st.integers(0, 2**20), size=st.integers(0, 7))
 def test_bank_equals_a_larger_pool_without_gradient(mining: Any, seed: int, size: int) -> None:
     """A batch beside a bank is the first part of a batch that holds both, with the bank's part detached; stale copies
@@ -153,7 +154,7 @@ def test_same_content_and_order_on_all_ranks_and_after_a_resume_on_any_number(ra
             assert torch.equal(state[name], tensor), name
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(count=st.integers(0, 30), before=st.integers(1, 9), after=st.integers(1, 9))
 def test_another_size_takes_over_the_newest(count: int, before: int, after: int) -> None:
     one, two = MemoryBank(before), MemoryBank(after)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor
@@ -18,6 +18,7 @@ from cpsp_dist.metrics import METRICS, reported
 from cpsp_dist.metrics.metric import predict
 from cpsp_dist.metrics.segments import accuracy, confusion
 from cpsp_dist.models import Output
+from tests.support.examples import examples
 
 K, T = 3, 4
 
@@ -33,7 +34,7 @@ def random_case(seed: int, size: int) -> tuple[Output, Batch]:
     return output, Batch(empty, empty, event, category, valid, zeros, zeros)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(seed=st.integers(0, 2**20), size=st.integers(0, 6))
 def test_confusion_equals_sklearn(seed: int, size: int) -> None:
     output, batch = random_case(seed, size)
@@ -79,7 +80,7 @@ def evaluated(output: Output, batch: Batch, categories: list[str]) -> dict[str, 
     return {name: value for metric in metrics for name, value in metric.result().items()}
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(seed=st.integers(0, 2**20), size=st.integers(1, 8))
 def test_results_equal_sklearn(seed: int, size: int) -> None:
     output, batch = random_case(seed, size)

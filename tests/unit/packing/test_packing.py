@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpsp_dist.cli import main
@@ -26,6 +26,7 @@ from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.packing.plan import PackOptions, plan_shards
 from cpsp_dist.packing.source import Entry
 from tests.support.environment import DATA
+from tests.support.examples import examples
 from tests.support.packed import packed
 from tests.support.packing_sources import (
     CATEGORIES,
@@ -226,7 +227,7 @@ def test_same_input_seed_and_options_give_the_same_bytes(tmp_path: Path) -> None
 entries = st.lists(st.sampled_from(["train", "val", "test"]), min_size=1, max_size=200)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(splits=entries, shard_mb=st.floats(1e-3, 0.1), seed=st.integers(0, 5))
 def test_the_plan_holds_every_video_once(splits: list[str], shard_mb: float, seed: int) -> None:
     fields = {"visual": Field("<f2", (10, 7, 7, 2)), "audio": Field("<f4", (10, 4)), "label": Field("|u1", (10,))}

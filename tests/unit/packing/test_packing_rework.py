@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cpsp_dist.cli import main
@@ -30,6 +30,7 @@ from cpsp_dist.packing.source import Entry, SourceOptions, open_source
 from cpsp_dist.packing.verify import verify
 from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.environment import environment
+from tests.support.examples import examples
 from tests.support.packing_sources import CATEGORIES, arrays, files_under, read_back, video_id, write_ave
 
 
@@ -407,7 +408,7 @@ videos = st.lists(
 ).map(lambda drawn: [Entry(row, f"v{number}", split, k) for row, (split, k, number) in enumerate(drawn)])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(entries=videos, fraction=st.floats(0.01, 1), first=st.integers(1, 9), seed=st.integers(0, 3))
 def test_subsets_of_any_videos(entries: list[Entry], fraction: float, first: int, seed: int) -> None:
     classes = Counter((e.split, e.category) for e in entries)
@@ -421,7 +422,7 @@ def test_subsets_of_any_videos(entries: list[Entry], fraction: float, first: int
         assert [e.row for e in firsts if (e.split, e.category) == (split, category)] == rows[: min(n, first)]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(entries=videos, shares=st.lists(st.floats(0.1, 5), min_size=1, max_size=4), seed=st.integers(0, 3))
 def test_cuts_of_any_videos(entries: list[Entry], shares: list[float], seed: int) -> None:
     parts = cut(entries, {str(n): share for n, share in enumerate(shares)}, seed)

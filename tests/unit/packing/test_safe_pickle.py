@@ -12,18 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cpsp_dist.packing.safe_pickle import load_array
 from cpsp_dist.utils.errors import DataError
+from tests.support.examples import examples
 
 NUMBERS = [np.dtype(order + code) for order in "<>" for code in ("f2", "f4", "f8", "i2", "i4", "i8", "u2")]
 NUMBERS += [np.dtype(code) for code in ("i1", "u1", "?")]
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     array=st.sampled_from(NUMBERS).flatmap(
         lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
@@ -116,7 +117,7 @@ def test_a_pickle_cannot_change_the_reader() -> None:
     np.testing.assert_array_equal(load_array(pickle.dumps(np.ones(2), 2), "x.pkl"), [1, 1])
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data())
 def test_damage_is_an_error_or_an_array_never_another_exception(data: st.DataObject) -> None:
     good = bytearray(pickle.dumps(np.arange(6.0).reshape(2, 3), data.draw(st.integers(0, 5))))

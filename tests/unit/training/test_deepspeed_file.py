@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
@@ -16,6 +16,7 @@ from cpsp_dist.training.engine import deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_file import UNUSABLE, UNUSABLE_ZERO, FileSettings, ZeroSettings
 from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.logs import printable
+from tests.support.examples import examples
 from tests.support.file_damage import BYTES, of_json
 from tests.support.limits import within_limits
 
@@ -194,7 +195,7 @@ KEYS = st.sampled_from([*FileSettings.model_fields, "bf16", "train_batch_size", 
 SECTIONS = st.dictionaries(st.sampled_from([*ZeroSettings.model_fields, "stage", "enabled"]), VALUES, max_size=3)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(KEYS, VALUES | SECTIONS, max_size=3), cut=st.integers(0, 200))
 def test_any_file_is_taken_as_it_is_or_refused(tmp_path, content, cut):
     """Complete, and cut off anywhere: what is taken reaches DeepSpeed unchanged, with our values of what we own."""
