@@ -38,6 +38,17 @@ def test_every_shipped_config_loads(path):
     assert load_config(path).data.shards
 
 
+@pytest.mark.parametrize("name", ["ave_weak", "avel100k_weak", "avel50k_weak"])
+def test_weak_configs_find_background(name):
+    """The published objective, which does not, is one setting away."""
+    ours = load_config(REPO / f"configs/{name}.yaml").objectives
+    published = load_config(REPO / "configs/ave_weak_published.yaml").objectives
+    assert (ours.presence, ours.weak_category) == (1, "ungated")
+    assert (published.presence, published.weak_category) == (0, "cross_entropy")
+    same = {"presence": 0, "weak_category": "cross_entropy"}
+    assert ours.model_copy(update=same) == published
+
+
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda p: p.name)
 def test_every_shipped_deepspeed_file_fits(path):
     config = load_config(REPO / "configs/keypad.yaml", [f"engine.deepspeed={path}", "engine.zero=2"])
