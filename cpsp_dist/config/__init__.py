@@ -4,9 +4,18 @@ Settings and how they are read belong here: `schema` has the settings, `loading`
 once, `reference` prints them all.
 """
 
-from cpsp_dist.config.loading import check_config, load_config
+from cpsp_dist.config.loading import check_configs, listed, load_config
 from cpsp_dist.config.schema import Config, TrainSettings, flat
 from cpsp_dist.losses.settings import ObjectiveSettings
 from cpsp_dist.models.settings import ModelSettings
 
-__all__ = ["Config", "ModelSettings", "ObjectiveSettings", "TrainSettings", "check_config", "flat", "load_config"]
+__all__ = [
+    "Config",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "TrainSettings",
+    "check_configs",
+    "flat",
+    "listed",
+    "load_config",
+]

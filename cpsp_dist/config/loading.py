@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
 from cpsp_dist.utils.text import quoted
 
+#: Mistakes of a configuration, or of a sweep, that are printed.
+MOST_LISTED = 40
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file (`find_config` finds it), its `extends:` chain below it and `overrides`
@@ -25,30 +29,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, a line each.
     """
-    config, mistakes = check_config(path, overrides)
+    config, mistakes = next(check_configs(path, overrides, [()]))
     if config is None or mistakes:
-        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
+        raise ConfigError(listed(path, mistakes))
     return config
 
 
-def check_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
-    """As `load_config`, with the mistakes returned.
+def check_configs(
+    path: str | Path, overrides: Sequence[str], alternatives: Iterable[Sequence[str]]
+) -> Iterator[tuple[Config | None, list[str]]]:
+    """As `load_config`, of `overrides` with each of `alternatives` behind them, with the mistakes returned.
+
+    The files are read once for all.
 
     Raises:
         ConfigError: a file of the chain that cannot be read, or is no YAML mapping.
     """
-    chain = _Chain()
-    merged = chain.read(find_config(path), ())
-    for text in overrides:
-        try:
-            _merge(merged, chain.override(text))
-        except Mistake as mistake:
-            chain.mistakes.append(f"override {quoted(text)}: {mistake}")
-    config, found = _validate(merged)
-    found = [
-        mistake for mistake in found if not any(mistake.startswith(f"'{key}' is missing") for key in chain.dropped)
-    ]
-    return config, chain.mistakes + found
+    common = _Chain(find_config(path))
+    common.override(overrides)
+    for more in alternatives:
+        chain = copy.deepcopy(common)
+        chain.override(more)
+        config, found = _validate(chain.content)
+        missing = tuple(f"'{key}' is missing" for key in chain.dropped)
+        yield config, chain.mistakes + [mistake for mistake in found if not mistake.startswith(missing)]
+
+
+def listed(path: str | Path, mistakes: Sequence[str]) -> str:
+    """The text of an error about a configuration: one line, or one for each of the first mistakes."""
+    shown = [*mistakes[:MOST_LISTED]]
+    if len(mistakes) > MOST_LISTED:
+        shown.append(f"and {len(mistakes) - MOST_LISTED:,} more mistakes")
+    return f"{path}: " + ("\n  " if len(shown) > 1 else "") + "\n  ".join(shown)
 
 
 def _validate(content: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -110,14 +122,17 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 class _Chain:
     """A file, what it extends and the overrides, with the mistakes in their YAML, and the keys left out for these."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.mistakes: list[str] = []
         self.dropped: set[str] = set()
+        self.content = self._read(path, ())
 
-    def read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
         if path.resolve() in above:
             raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
+        if len(above) >= DEPTH_LIMIT:
+            raise ConfigError(f"{path}: more than {DEPTH_LIMIT} files extend one another; make it fewer")
         try:
             text = read_yaml(path)
             learn([text])
@@ -137,10 +152,18 @@ class _Chain:
             return content
         if not isinstance(base, str):
             raise ConfigError(f"{path}: extends: takes one file name, not {quoted(str(base))}")
-        return _merge(self.read(find_config(base, path.parent), (*above, path.resolve())), content)
+        return _merge(self._read(find_config(base, path.parent), (*above, path.resolve())), content)
 
-    def override(self, text: str) -> dict[str, Any]:
-        """What `key.key=value` sets; {} where the value is a mistake. Raises Mistake."""
+    def override(self, overrides: Sequence[str]) -> None:
+        """Merge what each `key.key=value` sets over the content."""
+        for text in overrides:
+            try:
+                _merge(self.content, self._overriding(text))
+            except Mistake as mistake:
+                self.mistakes.append(f"override {quoted(text)}: {mistake}")
+
+    def _overriding(self, text: str) -> dict[str, Any]:
+        """What `key.key=value` sets. Raises Mistake."""
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") >= DEPTH_LIMIT:
             raise Mistake("write it as section.key=value")

@@ -143,23 +143,31 @@ def write_yaml(content: Any, **style: Any) -> str:
     return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Raises Mistake at what is not read, before anything is made of it."""
+
+    depth = 0
+
+    def get_event(self) -> yaml.Event:
+        event = super().get_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            self.depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self.depth -= 1
+        if self.depth > DEPTH_LIMIT:
+            raise Mistake(f"nested in more than {DEPTH_LIMIT} levels", line)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise Mistake("anchors and aliases (& and *) are not read: write the value, or use extends:", line)
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise Mistake("tags (!) are not read: write the value, a text in quotes", line)
+        return event
+
+
 def _parsed(text: str) -> yaml.Node | None:
     """The one document of a text, or None where it is empty. Raises Mistake."""
-    depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            line = event.start_mark.line + 1
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            if depth > DEPTH_LIMIT:
-                raise Mistake(f"nested in more than {DEPTH_LIMIT} levels", line)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise Mistake("anchors and aliases (& and *) are not read: write the value, or use extends:", line)
-            if getattr(event, "tag", None) not in (None, "!"):
-                raise Mistake("tags (!) are not read: write the value, a text in quotes", line)
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = one_line(error.problem or error.context or "broken")[:200]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.config import Config, check_config, flat
+from cpsp_dist.config import Config, check_configs, flat, listed
 from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.utils.errors import ConfigError
 
 #: Settings that a sweep makes for each of its runs.
 ITS_OWN = ("output", "tracking.run_name", "tracking.parent", "tracking.uri")
+#: Runs of a sweep, at most: a job array of Slurm has 1001 tasks by default, and a few thousand where it is set up so.
+MOST_RUNS = 5000
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ def plan_runs(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[
         ConfigError: every mistake of every combination; one that all have is reported once.
     """
     values, mistakes = _parse(sweeps, overrides)
+    if (count := math.prod(map(len, values.values()))) > MOST_RUNS:
+        raise ConfigError(f"{path}: a sweep of {count:,} runs; {MOST_RUNS:,} are the most, split it into several")
     runs, reported = [], dict[str, list[str]]()
-    combinations = list(itertools.product(*values.values()))
-    for combination in combinations:
-        swept = dict(zip(values, combination, strict=True))
+    combinations = [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
+    alternatives = [[f"{key}={value}" for key, value in swept.items()] for swept in combinations]
+    checked = check_configs(path, overrides, alternatives)
+    for swept, (config, found) in zip(combinations, checked, strict=True):
         name = _name(swept)
-        config, found = check_config(path, [*overrides, *(f"{key}={value}" for key, value in swept.items())])
         if config is not None:
             config = with_environment(config, sweep=bool(sweeps))
             found += _secrets(config)
@@ -51,10 +57,10 @@ def plan_runs(path: str | Path, overrides: Sequence[str] = (), sweeps: Sequence[
             reported.setdefault(mistake, []).append(name)
     for mistake, names in reported.items():
         mistakes.append(mistake if len(names) == len(combinations) else f"{names[0]}: {mistake}")
-    names = [run.name for run in runs]
-    mistakes += sorted({f"two runs would both be named '{name}'" for name in names if names.count(name) > 1})
+    named = Counter(run.name for run in runs)
+    mistakes += sorted(f"two runs would both be named '{name}'" for name, number in named.items() if number > 1)
     if mistakes:
-        raise ConfigError(f"{path}: " + ("\n  " if len(mistakes) > 1 else "") + "\n  ".join(mistakes))
+        raise ConfigError(listed(path, mistakes))
     output = runs[0].config.output
     return output, [Planned(run.name, _child(run, output)) if run.name else run for run in runs]
 

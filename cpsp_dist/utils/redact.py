@@ -22,7 +22,7 @@ _known: set[str] = set()
 
 def url_without_secrets(text: str) -> str:
     """`text`, with users, passwords and queries (which hold signatures) removed from the URLs in it."""
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
 
 
 def without_secrets(text: str) -> str:

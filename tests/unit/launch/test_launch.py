@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from cpsp_dist.cli import main
-from cpsp_dist.config import load_config
+from cpsp_dist.config import load_config, loading
+from cpsp_dist.config.yaml_text import read_yaml
 from cpsp_dist.launch import files, jobs
 from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.jobs import Job, State
@@ -28,6 +29,7 @@ from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
 from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO, environment
+from tests.support.limits import SECONDS
 from tests.support.runs import KEYPAD, loss_history, newest_weights, overrides
 from tests.support.runs import sweep_parents as parents
 
@@ -107,6 +109,35 @@ def test_every_mistake_of_a_sweep_is_reported_at_once():
         "  gama=1,bank=8,seed=1: pool: bank=8 needs scope=gather: every rank remembers the same videos",
         "  gama=1,bank=0,seed=x: train.seed='x': input should be a valid integer",
     ]
+
+
+def test_the_files_of_a_sweep_are_read_once(monkeypatch):
+    """Thousands of runs would take a minute else."""
+    files = []
+    monkeypatch.setattr(loading, "read_yaml", lambda path: files.append(path) or read_yaml(path))
+    _, runs = plan_runs("ave_full", ["data.shards=s"], [f"train.seed={','.join(map(str, range(200)))}"])
+    assert [run.config.train.seed for run in runs] == [*range(200)]
+    assert len(files) == len({*files})
+
+
+@pytest.mark.long
+def test_the_largest_sweep():
+    began = time.process_time()
+    _, runs = plan_runs(KEYPAD, [], ["train.seed=1,2", f"train.epochs={','.join(map(str, range(1, 2501)))}"])
+    assert len({run.config.output for run in runs}) == 5000
+    assert time.process_time() - began < SECONDS
+
+
+def test_a_sweep_of_too_many_runs_or_mistakes_is_a_few_lines():
+    many = ",".join(map(str, range(2, 302)))
+    with pytest.raises(ConfigError, match=r"a sweep of 27,000,000 runs; 5,000 are the most, split it into several$"):
+        plan_runs(KEYPAD, [], [f"train.{key}={many}" for key in ("seed", "epochs", "steps")])
+    with pytest.raises(ConfigError) as raised:
+        plan_runs(KEYPAD, [], [f"train.gamma={many}"])
+    lines = str(raised.value).splitlines()
+    assert lines[1] == "  gamma=2: train.gamma=2: input should be less than or equal to 1"
+    assert lines[-1] == "  and 260 more mistakes"
+    assert len(lines) == 42
 
 
 # Before anything is submitted
