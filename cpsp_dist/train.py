@@ -19,6 +19,7 @@ from cpsp_dist.training.idle_starts import note_start
 from cpsp_dist.utils.command import run_command
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.logs import run_log
+from cpsp_dist.utils.numbers import integer
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.streams import Parser
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what would be done: settings, data, memory of a rank; make one step; write nothing",
     )
-    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run on one process: plan for N ranks")
+    parser.add_argument("--world", type=integer, metavar="N", help="with --dry-run on one process: plan for N ranks")
     parser.add_argument(
         "--debug",
         action="store_true",

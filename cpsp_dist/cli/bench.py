@@ -10,6 +10,7 @@ from cpsp_dist.cli import bench_encoders
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import count
 
 PEERS = ("webdataset", "mosaicml", "litdata", "published")
 POOLS = ("off", "local", "gathered")
@@ -26,11 +27,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     loader.add_argument("--shards", type=local_path, help="folder (default: 0.5 MB samples, made and removed)")
     loader.add_argument("--split", default="train", help="split to read (default: %(default)s)")
-    loader.add_argument("--samples", type=_count, default=2000, help="so many samples a round (default: %(default)s)")
-    loader.add_argument("--batch", type=_count, default=64, help="samples a batch (default: %(default)s)")
-    loader.add_argument("--depth", type=_count, default=3, help="batches read ahead (default: %(default)s)")
-    loader.add_argument("--threads", type=_count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="default: 1 2 4 8")
-    loader.add_argument("--rounds", type=_count, default=5, help="at least so many (default: %(default)s)")
+    loader.add_argument("--samples", type=count, default=2000, help="so many samples a round (default: %(default)s)")
+    loader.add_argument("--batch", type=count, default=64, help="samples a batch (default: %(default)s)")
+    loader.add_argument("--depth", type=count, default=3, help="batches read ahead (default: %(default)s)")
+    loader.add_argument("--threads", type=count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="default: 1 2 4 8")
+    loader.add_argument("--rounds", type=count, default=5, help="at least so many (default: %(default)s)")
     loader.add_argument("--no-crc", action="store_true", help="do not check the samples' crc32c")
     loader.add_argument("--only-warm", action="store_true", help="do not measure with the shards out of the page cache")
     loader.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -43,7 +44,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " zip-of-pickle layout, each in an environment of its own (made at the first call; some GB).",
     )
     peers.add_argument("--envs", type=local_path, default=Path("runs/bench-peers"), help="where (default: %(default)s)")
-    peers.add_argument("--samples", type=_count, default=1024, help="so many samples (default: %(default)s)")
+    peers.add_argument("--samples", type=count, default=1024, help="so many samples (default: %(default)s)")
     peers.add_argument("--peer", action="append", choices=PEERS, help="this one only; may be given again")
     peers.add_argument("--json", action="store_true", help="print JSON instead of a table")
     peers.set_defaults(handler=_peers)
@@ -57,11 +58,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Bytes, collectives, memory and time of the contrastive pool, with ranks of this machine over gloo"
         " (one thread each), and for pools that they cannot fill.",
     )
-    pool.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
-    pool.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    pool.add_argument("--batch", type=count, default=64, help="videos a rank (default: %(default)s)")
+    pool.add_argument("--ranks", type=count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
     sizes = [64, 256, 1024, 4096, 16384, 65536]
-    pool.add_argument("--pools", type=_count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
-    pool.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    pool.add_argument("--pools", type=count, nargs="+", default=sizes, metavar="N", help="default: 64 to 65536")
+    pool.add_argument("--rounds", type=count, default=5, help="default: %(default)s")
     pool.add_argument("--tiles", action="store_true", help="only the pools in tiles: time and memory by their size")
     pool.add_argument("--json", action="store_true", help="print JSON instead of a table")
     pool.set_defaults(handler=_pool)
@@ -75,9 +76,9 @@ def _register_steps(benches: argparse._SubParsersAction[argparse.ArgumentParser]
         " float32 and of the published step in float64, in turn within each round; their share of the matrix products"
         " that the machine does; a training loop from shards. On a GPU also copies and the share in which it is busy.",
     )
-    step.add_argument("--batch", type=_count, default=64, help="videos a step (default: %(default)s)")
-    step.add_argument("--channels", type=_count, default=512, help="visual channels (default: %(default)s)")
-    step.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    step.add_argument("--batch", type=count, default=64, help="videos a step (default: %(default)s)")
+    step.add_argument("--channels", type=count, default=512, help="visual channels (default: %(default)s)")
+    step.add_argument("--rounds", type=count, default=5, help="default: %(default)s")
     step.add_argument("--json", action="store_true", help="print JSON instead of a table")
     step.set_defaults(handler=_step)
 
@@ -86,17 +87,11 @@ def _register_steps(benches: argparse._SubParsersAction[argparse.ArgumentParser]
         help="training steps on 1, 2 and 4 ranks",
         description="Samples a second over all ranks of this machine, bytes that a rank receives, and time waited.",
     )
-    scaling.add_argument("--batch", type=_count, default=64, help="videos a rank (default: %(default)s)")
-    scaling.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
-    scaling.add_argument("--rounds", type=_count, default=5, help="default: %(default)s")
+    scaling.add_argument("--batch", type=count, default=64, help="videos a rank (default: %(default)s)")
+    scaling.add_argument("--ranks", type=count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    scaling.add_argument("--rounds", type=count, default=5, help="default: %(default)s")
     scaling.add_argument("--json", action="store_true", help="print JSON instead of a table")
     scaling.set_defaults(handler=_scaling)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 on")
-    return int(text)
 
 
 def _loader(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import argparse
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer
 
 
 def register(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,8 +22,8 @@ def register(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--weights", type=local_path, metavar="FILE", help="of the encoder, where one is named")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
     parser.add_argument("--precision", choices=("float32", "float16"), default="float32", help="(default: %(default)s)")
-    parser.add_argument("--segments", type=int, default=10, metavar="N", help="of a clip (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--segments", type=integer, default=10, metavar="N", help="of a clip (default: %(default)s)")
+    parser.add_argument("--rounds", type=integer, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(handler=_encoders)
 

@@ -6,6 +6,7 @@ import argparse
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,8 +16,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--output", type=local_path, help="made anew (default: runs/demo, of --videos runs/demo-videos)"
     )
-    parser.add_argument("--seeds", type=int, help="runs of each kind (default: 2)")
-    parser.add_argument("--ranks", type=int, help="processes to train on (default: 2; 1 where there is one GPU)")
+    parser.add_argument("--seeds", type=integer, help="runs of each kind (default: 2)")
+    parser.add_argument("--ranks", type=integer, help="processes to train on (default: 2; 1 where there is one GPU)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the config file")
     parser.set_defaults(handler=_demo)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from cpsp_dist.utils.numbers import real
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
@@ -18,7 +20,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--config", metavar="CONFIG", help="also check what this configuration reads and writes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="that any check waits (default: %(default)g)"
+        "--timeout", type=real, default=60.0, metavar="SECONDS", help="that any check waits (default: %(default)g)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.set_defaults(handler=_doctor)

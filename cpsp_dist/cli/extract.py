@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import re
 from pathlib import Path
 
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer, real
 
 #: Segments of a clip, more than a day of seconds; decoding processes.
 MOST_SEGMENTS, MOST_WORKERS = 100_000, 1024
@@ -47,15 +48,15 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--categories", type=local_path, metavar="FILE", help="class names (default: as listed, sorted)"
     )
-    parser.add_argument("--segments", type=int, default=10, metavar="N", help="of a clip (default: %(default)s)")
-    parser.add_argument("--segment-seconds", type=float, default=1.0, metavar="S", help="(default: %(default)s)")
+    parser.add_argument("--segments", type=integer, default=10, metavar="N", help="of a clip (default: %(default)s)")
+    parser.add_argument("--segment-seconds", type=real, default=1.0, metavar="S", help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     parser.add_argument(
         "--precision", choices=("float32", "float16"), default="float32", help="of the encoders (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one a core)")
+    parser.add_argument("--workers", type=integer, metavar="N", help="decoding processes (default: one a core)")
     parser.add_argument(
-        "--deadline", type=float, default=300.0, metavar="S", help="seconds to decode a clip in (default: %(default)g)"
+        "--deadline", type=real, default=300.0, metavar="S", help="seconds to decode a clip in (default: %(default)g)"
     )
     parser.add_argument(
         "--on-error",
@@ -77,13 +78,13 @@ def _add_shards_and_plan(parser: argparse.ArgumentParser) -> None:
     shards = parser.add_argument_group("shards")
     shards.add_argument("--shards", action="store_true", help="write shards, and no npy files")
     shards.add_argument("--visual-dtype", choices=("float16", "float32"), help="of them (default: float16)")
-    shards.add_argument("--shard-mb", type=float, metavar="N", help="megabytes a shard, about (default: 130)")
+    shards.add_argument("--shard-mb", type=real, metavar="N", help="megabytes a shard, about (default: 130)")
     plan = parser.add_argument_group("forecast")
     plan.add_argument("--plan", action="store_true", help="print bytes and hours that it will take, and write nothing")
-    plan.add_argument("--rate", type=float, metavar="R", help="videos/s of one job (default: measured on a few clips)")
-    plan.add_argument("--clips", type=int, metavar="N", help="to measure on (default: 8)")
-    plan.add_argument("--count", type=int, metavar="N", help="videos to plan for (default: those with a file)")
-    plan.add_argument("--jobs", type=int, metavar="N", help="jobs at once, of a GPU each (default: 16)")
+    plan.add_argument("--rate", type=real, metavar="R", help="videos/s of one job (default: measured on a few clips)")
+    plan.add_argument("--clips", type=integer, metavar="N", help="to measure on (default: 8)")
+    plan.add_argument("--count", type=integer, metavar="N", help="videos to plan for (default: those with a file)")
+    plan.add_argument("--jobs", type=integer, metavar="N", help="jobs at once, of a GPU each (default: 16)")
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -93,16 +94,16 @@ def _extract(args: argparse.Namespace) -> None:
         raise UserError(f"--segment-seconds {args.segment_seconds:g}: has to be from 0.01 to 3600")
     if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
         raise UserError(f"--workers {args.workers}: has to be from 1 to {MOST_WORKERS}")
-    if not (args.deadline > 0 and math.isfinite(args.deadline)):
+    if args.deadline <= 0:
         raise UserError(f"--deadline {args.deadline:g}: has to be more than 0")
     _check_plan(args)
     for flag in ("visual_dtype", "shard_mb"):
         if getattr(args, flag) is not None and not (args.shards or args.plan):
             raise UserError(f"--{flag.replace('_', '-')} is of --shards; give that, too")
-    if args.shard_mb is not None and not 0 < args.shard_mb < math.inf:
+    if args.shard_mb is not None and args.shard_mb <= 0:
         raise UserError(f"--shard-mb {args.shard_mb:g}: has to be more than 0")
     number, _, portions = (args.portion or "").partition("/")
-    if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
+    if args.portion and not (re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", args.portion) and int(number) < int(portions)):
         raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
     from cpsp_dist.distributed.launchers import require_one_process
 
@@ -130,7 +131,7 @@ def _check_plan(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not args.plan:
             raise UserError(f"--{flag} is of --plan; give that, too")
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and value <= 0:
             raise UserError(f"--{flag} {value:g}: has to be more than 0")
     if args.rate is not None and args.clips is not None:
         raise UserError(f"--clips {args.clips}: with --rate nothing is measured; leave one of them out")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cpsp_dist.launch.requeue import RETRIES
 from cpsp_dist.utils.console import echo
+from cpsp_dist.utils.numbers import count, natural
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="key=a,b,c",
         help="a run for each value, in a folder of its own below `output`; given again: for each combination",
     )
-    parser.add_argument("--parallel", type=_count, metavar="N", help="runs at a time (default: all; --local: 1)")
+    parser.add_argument("--parallel", type=count, metavar="N", help="runs at a time (default: all; --local: 1)")
     parser.add_argument("--local", action="store_true", help="on this machine, without Slurm, to the end")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file; submit and write nothing")
     parser.add_argument("--follow", action="store_true", help="print rank 0's log; exit code 0 if all went well")
@@ -43,10 +44,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="state, step and log of what was launched with this output folder; with --follow, follow it",
     )
     asked = parser.add_argument_group("what each job asks for")
-    asked.add_argument("--nodes", type=_count, default=1, metavar="N", help="(default: %(default)s)")
-    asked.add_argument("--gpus-per-node", type=_natural, default=0, metavar="G", help="(default: none: CPUs)")
-    asked.add_argument("--ranks-per-node", type=_count, metavar="R", help="(default: one for each GPU, else 1)")
-    asked.add_argument("--cpus-per-task", type=_count, metavar="C", help="CPUs of each rank")
+    asked.add_argument("--nodes", type=count, default=1, metavar="N", help="(default: %(default)s)")
+    asked.add_argument("--gpus-per-node", type=natural, default=0, metavar="G", help="(default: none: CPUs)")
+    asked.add_argument("--ranks-per-node", type=count, metavar="R", help="(default: one for each GPU, else 1)")
+    asked.add_argument("--cpus-per-task", type=count, metavar="C", help="CPUs of each rank")
     asked.add_argument("--time", metavar="D-HH:MM:SS", help="time limit (default: the partition's)")
     asked.add_argument("--partition")
     asked.add_argument("--account")
@@ -61,22 +62,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     asked.add_argument("--name", help="of the job (default: the output folder's)")
     asked.add_argument(
         "--retries",
-        type=_natural,
+        type=natural,
         default=RETRIES,
         metavar="N",
         help="new starts after a lost rank (default: %(default)s)",
     )
     parser.set_defaults(handler=_launch)
-
-
-def _natural(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
-        raise argparse.ArgumentTypeError(f"'{text[:30]}' is no number from {least} to 999999999")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    return _natural(text, 1)
 
 
 def _launch(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer
 
 if TYPE_CHECKING:
     from cpsp_dist.inference.prediction import Prediction
@@ -46,10 +47,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--split", default="test", help="of shards (default: %(default)s)")
     windows = parser.add_argument_group("videos that are longer than those of the training")
     windows.add_argument(
-        "--window", type=int, metavar="N", help="segments the model sees at once (default: as trained)"
+        "--window", type=integer, metavar="N", help="segments the model sees at once (default: as trained)"
     )
     windows.add_argument(
-        "--hop", type=int, metavar="N", help="segments from a window to the next (default: half of one)"
+        "--hop", type=integer, metavar="N", help="segments from a window to the next (default: half of one)"
     )
     encoders = parser.add_argument_group("encoders, for videos")
     for modality in ("visual", "audio"):

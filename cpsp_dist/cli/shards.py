@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import re
 
 from cpsp_dist.cli import shards_rework
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer, real
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     preview = actions.add_parser("preview", help="show samples' labels over their seconds")
     preview.add_argument("folder", help="folder of shards, or its URL")
     preview.add_argument("--split", help="of this split only")
-    preview.add_argument("-n", type=int, default=10, help="so many samples (default 10)")
+    preview.add_argument("-n", type=integer, default=10, help="so many samples (default 10)")
     preview.add_argument("--key", action="append", help="this sample (a key, or a video id); may be given again")
     preview.add_argument("--png", type=local_path, metavar="FILE", help="also draw their features and labels")
     preview.add_argument("--html", type=local_path, metavar="FILE", help="also write a page with them")
@@ -43,8 +45,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     keypad = actions.add_parser("keypad", help="generate the demo corpus, in AVE's file layout")
     keypad.add_argument("--out", type=local_path, required=True, help="folder to make")
     for split, size in (("train", 600), ("val", 100), ("test", 200)):
-        keypad.add_argument(f"--{split}", type=int, default=size, metavar="N", help=f"videos (default {size})")
-    keypad.add_argument("--seed", type=int, default=0)
+        keypad.add_argument(f"--{split}", type=integer, default=size, metavar="N", help=f"videos (default {size})")
+    keypad.add_argument("--seed", type=integer, default=0)
     keypad.set_defaults(handler=_keypad)
 
 
@@ -52,14 +54,14 @@ def _register_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     plan = actions.add_parser("plan", help="simulate an epoch on a cluster, from the manifest alone")
     plan.add_argument("folder", help="folder of shards, or its URL")
     plan.add_argument("--split", default="train", help="(default: %(default)s)")
-    plan.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
-    plan.add_argument("--gpus", type=int, default=8, help="ranks of each node (default: %(default)s)")
-    plan.add_argument("--batch", type=int, default=64, help="videos of a rank in each step (default: %(default)s)")
+    plan.add_argument("--nodes", type=integer, default=1, help="(default: %(default)s)")
+    plan.add_argument("--gpus", type=integer, default=8, help="ranks of each node (default: %(default)s)")
+    plan.add_argument("--batch", type=integer, default=64, help="videos of a rank in each step (default: %(default)s)")
     plan.add_argument(
         "--order", choices=("full", "interleaved"), default="full", help="interleaved: for shards at a URL"
     )
     plan.add_argument("--epoch-end", choices=("carry", "drop", "pad"), default="carry", help="as data.epoch_end")
-    plan.add_argument("--step-seconds", type=float, help="seconds a training step takes: gives the bandwidth it needs")
+    plan.add_argument("--step-seconds", type=real, help="seconds a training step takes: gives the bandwidth it needs")
     plan.set_defaults(handler=_plan)
 
 
@@ -101,10 +103,10 @@ def _register_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser])
         help="axes of a visual map: channels last [T,H,W,C] or first [T,C,H,W]; stored channels last (default auto)",
     )
     pack.add_argument("--visual-dtype", choices=("float16", "float32"), default="float16", help="default float16")
-    pack.add_argument("--shard-mb", type=float, default=130, help="megabytes (10^6 bytes) a shard, about (default 130)")
-    pack.add_argument("--seed", type=int, default=0, help="of the one shuffle at packing (default 0)")
+    pack.add_argument("--shard-mb", type=real, default=130, help="megabytes (10^6 bytes) a shard, about (default 130)")
+    pack.add_argument("--seed", type=integer, default=0, help="of the one shuffle at packing (default 0)")
     pack.add_argument("--overwrite", action="store_true", help="replace shards that are in --out already")
-    pack.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
+    pack.add_argument("--workers", type=integer, help="processes (default: one a gigabyte, at most one a core)")
     pack.add_argument(
         "--on-error",
         choices=("raise", "skip"),
@@ -127,7 +129,7 @@ def _pack(args: argparse.Namespace) -> int:
     from cpsp_dist.packing.source import SourceOptions, open_source
 
     number, _, portions = (args.portion or "").partition("/")
-    if args.portion and not (number.isdecimal() and portions.isdecimal() and int(number) < int(portions)):
+    if args.portion and not (re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", args.portion) and int(number) < int(portions)):
         raise UserError(f"--portion {args.portion}: write it as I/N, with I from 0 to N - 1")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: has to be 1 or more")

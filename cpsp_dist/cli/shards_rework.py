@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.numbers import integer, real
 
 if TYPE_CHECKING:
     from cpsp_dist.packing.packed import Packed
@@ -31,9 +32,9 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     subset.add_argument("folder", type=local_path, help="folder of shards")
     subset.add_argument("--out", type=local_path, required=True, help="folder to make")
     size = subset.add_mutually_exclusive_group(required=True)
-    size.add_argument("--first", type=int, metavar="N", help="the first N videos of each class in each split")
+    size.add_argument("--first", type=integer, metavar="N", help="the first N videos of each class in each split")
     size.add_argument(
-        "--fraction", type=float, metavar="F", help="this share of each class in each split, drawn by --seed"
+        "--fraction", type=real, metavar="F", help="this share of each class in each split, drawn by --seed"
     )
     subset.add_argument("--split", action="append", help="this split only; may be given again")
     subset.set_defaults(handler=_subset)
@@ -46,9 +47,9 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     split.set_defaults(handler=_split)
     for parser in (subset, split):
-        parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of the shuffle (default 0)")
-        parser.add_argument("--shard-mb", type=float, default=130, help="megabytes a shard, about (default 130)")
-        parser.add_argument("--workers", type=int, help="processes (default: one a gigabyte, at most one a core)")
+        parser.add_argument("--seed", type=integer, default=0, help="of what is drawn, and of the shuffle (default 0)")
+        parser.add_argument("--shard-mb", type=real, default=130, help="megabytes a shard, about (default 130)")
+        parser.add_argument("--workers", type=integer, help="processes (default: one a gigabyte, at most one a core)")
 
 
 def add_encoders(parser: argparse._ActionsContainer) -> None:
@@ -100,7 +101,7 @@ def _split(args: argparse.Namespace) -> int:
     shares = {}
     for part in args.part:
         name, _, share = part.partition("=")
-        if not re.fullmatch(r"[\w-]+=\d*\.?\d+", part) or float(share) <= 0:
+        if not re.fullmatch(r"[\w-]+=[0-9]{0,9}\.?[0-9]{1,9}", part) or float(share) <= 0:
             raise UserError(f"--part {part}: write it as NAME=SHARE, for example a=0.5")
         shares[name] = float(share)
     if args.out.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from cpsp_dist.config import TrainSettings
@@ -29,7 +28,7 @@ class TrainingSchedule:
 
     @property
     def steps(self) -> int:
-        steps = math.ceil(self.settings.epochs * self.length / self.settings.global_batch)
+        steps = -(-self.settings.epochs * self.length // self.settings.global_batch)
         return min(steps, self.settings.steps or steps)
 
     def learning_rate(self, step: int) -> float:

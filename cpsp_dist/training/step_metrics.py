@@ -97,13 +97,25 @@ class Audit:
             return
         self.lines = JsonLines(self.file, self._warn)
         if ranks.first:
-            try:
-                self.file.parent.mkdir(exist_ok=True)
-                for file in sorted(self.file.parent.glob("rank*.jsonl")):
-                    self._warn(truncate_after_step(file, step))
-            except OSError as error:
-                self._warn(f"{error.filename or self.file.parent}: {error.strerror}; training continues")
+            self._remove_after(step)
         process_group.barrier()
+
+    def _remove_after(self, step: int) -> None:
+        """Of each file by itself: one that cannot be read keeps no other from being cut."""
+        assert self.file is not None
+        folder = self.file.parent
+        with self._warning(folder):
+            folder.mkdir(exist_ok=True)
+        for file in sorted(folder.glob("rank*.jsonl")):
+            with self._warning(file):
+                self._warn(truncate_after_step(file, step))
+
+    @contextmanager
+    def _warning(self, place: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._warn(f"{place}: {error.strerror}; training continues")
 
     def _warn(self, text: str) -> None:
         if text and text not in self._warned:

@@ -14,6 +14,9 @@ from cpsp_dist.data.reader.order import rank_slice
 from cpsp_dist.data.reader.schedule import EpochEnd, ReadSchedule
 from cpsp_dist.utils.errors import UserError
 
+#: What is simulated at most: ranks, and slots of a global batch (more where there are more samples).
+MOST_RANKS, MOST_SLOTS = 100_000, 10_000_000
+
 
 @dataclass(frozen=True)
 class Range:
@@ -73,10 +76,12 @@ def simulate(
     options: `order` and `epoch_end` of them count.
 
     Raises:
-        UserError: counts below one, or fewer samples than one global batch.
+        UserError: counts below one or without a meaning, or fewer samples than one global batch.
     """
     rows, world, order, epoch_end = manifest.rows(split), nodes * gpus, options.order or "full", options.epoch_end
     _check(manifest, split, nodes, gpus, batch, epoch_end)
+    if step_seconds is not None and step_seconds <= 0:
+        raise UserError(f"--step-seconds {step_seconds:g}: has to be more than 0")
     shards = [shard for shard in manifest.shards if shard.split == split]
     sizes, global_batch = [shard.nsamples for shard in shards], batch * world
 
@@ -129,6 +134,11 @@ def _check(manifest: Manifest, split: str, nodes: int, gpus: int, batch: int, ep
     if min(nodes, gpus, batch) < 1:
         raise UserError("--nodes, --gpus and --batch are at least 1")
     samples, global_batch = len(manifest.rows(split)), nodes * gpus * batch
+    if nodes * gpus > MOST_RANKS or global_batch > max(samples, MOST_SLOTS):
+        raise UserError(
+            f"--nodes {nodes}, --gpus {gpus}, --batch {batch}: {MOST_RANKS:,} ranks, and a global batch of "
+            f"{MOST_SLOTS:,} or of all samples, are the most"
+        )
     if samples < global_batch and epoch_end != "pad":
         raise UserError(
             f"{manifest.folder}: split '{split}' has {samples} samples, too few for a global batch of {global_batch}"

@@ -83,5 +83,13 @@ def test_full_scale_on_64_nodes():
 def test_too_large_a_global_batch():
     with pytest.raises(UserError, match=r"1000 samples, too few for a global batch of 32768 \(64 x 8 x 64\)"):
         simulate(full_scale(1000), nodes=64, gpus=8, batch=64)
+    for sizes in ((10**6, 8, 1), (1, 1, 10**9)):
+        with pytest.raises(UserError, match="100,000 ranks, and a global batch of 10,000,000 or of all samples"):
+            simulate(
+                full_scale(1000), nodes=sizes[0], gpus=sizes[1], batch=sizes[2], options=ReaderOptions(epoch_end="pad")
+            )
+    for seconds in (0.0, -1.0):
+        with pytest.raises(UserError, match=r"--step-seconds -?[01]: has to be more than 0"):
+            simulate(full_scale(1000), nodes=1, gpus=1, batch=8, step_seconds=seconds)
     with pytest.raises(UserError, match="at least 1"):
         simulate(full_scale(1000), nodes=0, gpus=8, batch=64)
