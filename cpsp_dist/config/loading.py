@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cpsp_dist.config.schema import Config
-from cpsp_dist.config.yaml_text import DEPTH_LIMIT, Mistake, YamlText, read_yaml
+from cpsp_dist.config.yaml_text import DEPTH_LIMIT, SIZE_LIMIT, Mistake, YamlText, read_yaml
 from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.redact import learn
 from cpsp_dist.utils.shipped import find_config, suggestion
@@ -170,6 +170,8 @@ class _Chain:
             raise Mistake("write it as section.key=value")
         if not value.strip():
             raise Mistake(f"no value; write {key}=null for none")
+        if len(value) > SIZE_LIMIT:
+            raise Mistake(f"longer than {SIZE_LIMIT} characters")
         parsed = YamlText(value, comments=False)
         if parsed.mistakes:
             self.dropped.add(key)
