@@ -11,7 +11,7 @@ import numpy as np
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader.options import ReaderOptions
 from cpsp_dist.data.reader.order import rank_slice
-from cpsp_dist.data.reader.schedule import EpochEnd, ReadSchedule
+from cpsp_dist.data.reader.schedule import ReadSchedule
 from cpsp_dist.utils.errors import UserError
 
 #: What is simulated at most: ranks, and slots of a global batch (more where there are more samples).
@@ -79,9 +79,7 @@ def simulate(
         UserError: counts below one or without a meaning, or fewer samples than one global batch.
     """
     rows, world, order, epoch_end = manifest.rows(split), nodes * gpus, options.order or "full", options.epoch_end
-    _check(manifest, split, nodes, gpus, batch, epoch_end)
-    if step_seconds is not None and step_seconds <= 0:
-        raise UserError(f"--step-seconds {step_seconds:g}: has to be more than 0")
+    _check(manifest, split, nodes, gpus, batch, options, step_seconds)
     shards = [shard for shard in manifest.shards if shard.split == split]
     sizes, global_batch = [shard.nsamples for shard in shards], batch * world
 
@@ -130,7 +128,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _check(manifest: Manifest, split: str, nodes: int, gpus: int, batch: int, epoch_end: EpochEnd) -> None:
+def _check(
+    manifest: Manifest,
+    split: str,
+    nodes: int,
+    gpus: int,
+    batch: int,
+    options: ReaderOptions,
+    step_seconds: float | None,
+) -> None:
+    if step_seconds is not None and step_seconds <= 0:
+        raise UserError(f"--step-seconds {step_seconds:g}: has to be more than 0")
     if min(nodes, gpus, batch) < 1:
         raise UserError("--nodes, --gpus and --batch are at least 1")
     samples, global_batch = len(manifest.rows(split)), nodes * gpus * batch
@@ -139,7 +147,7 @@ def _check(manifest: Manifest, split: str, nodes: int, gpus: int, batch: int, ep
             f"--nodes {nodes}, --gpus {gpus}, --batch {batch}: {MOST_RANKS:,} ranks, and a global batch of "
             f"{MOST_SLOTS:,} or of all samples, are the most"
         )
-    if samples < global_batch and epoch_end != "pad":
+    if samples < global_batch and options.epoch_end != "pad":
         raise UserError(
             f"{manifest.folder}: split '{split}' has {samples} samples, too few for a global batch of {global_batch}"
             f" ({nodes} x {gpus} x {batch})"
