@@ -107,8 +107,9 @@ def _experiment(store: Store, name: str, shown: str) -> str:
 
 
 def experiment_page(uri: str, name: str) -> str:
-    """The address of an experiment's runs where `mlflow ui` serves the store. Raises UserError."""
-    return f"{UI}/#/experiments/{_experiment(Store(uri), name, without_secrets(uri))}/runs"
+    """The address of an experiment's runs and their charts where `mlflow ui` serves the store; that of the experiment
+    alone opens on MLflow's pages for language models. Raises UserError."""
+    return f"{UI}/#/experiments/{_experiment(Store(uri), name, without_secrets(uri))}/runs?compareRunsMode=CHART"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -124,6 +124,17 @@ class Browser:
         self.requests = [each for each in self.requests if each != url and not each.startswith("data:")]
         return seconds
 
+    def visit(self, url: str, width: int = 1400, height: int = 2400) -> None:
+        """Begin to open a page of a server, also where only what follows # differs."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=url)
+
+    def lacking(self, texts: Sequence[str], seconds: float = PATIENCE) -> list[str]:
+        """Those of these texts that the page does not show within some seconds."""
+        code = LACKING.replace("TEXTS", json.dumps([*texts])).replace("MILLISECONDS", str(1000 * min(seconds, 50)))
+        return list(self.run(code))
+
     def run(self, code: str) -> Any:
         """The value of a JavaScript expression, or of what its promise gives."""
         found = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
@@ -163,6 +174,13 @@ class Browser:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"]))
 
 
+#: Looks at what the page shows until it has all texts.
+LACKING = """(async () => {
+  const texts = TEXTS, ends = performance.now() + MILLISECONDS;
+  const missing = () => texts.filter(text => !(document.body?.innerText ?? '').includes(text));
+  while (missing().length && performance.now() < ends) await new Promise(done => setTimeout(done, 100));
+  return missing();
+})()"""
 #: Shows each choice in turn, draws its figures, and gives the labels of those without a mark.
 DRAW_ALL = """(async () => {
   const missing = [];

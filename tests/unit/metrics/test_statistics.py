@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -93,6 +94,20 @@ def test_the_bootstrap_of_a_difference_takes_each_sides_totals() -> None:
         drawn.append(own - sum(other[videos]) / sum(other_totals[videos]))
     low, high = np.quantile(drawn, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+@pytest.mark.timing
+def test_the_bootstrap_of_a_large_split_is_cheap() -> None:
+    """Of 20 rows and their differences to a baseline, each of 20,216 videos, by CPU seconds: 200 in a minute. Drawing
+    each video took 17 s of 10 rows."""
+    random = np.random.default_rng(11)
+    totals = np.full(20216, 10)
+    rows = [random.binomial(10, random.beta(4, 2, 20216)) for _ in range(20)]
+    began = time.process_time()
+    for row in rows:
+        statistics.bootstrap_interval(row, totals)
+        statistics.bootstrap_difference(row, totals, rows[0], totals)
+    assert time.process_time() - began < 6
 
 
 def test_mcnemar_is_scipys_binomial_test() -> None:

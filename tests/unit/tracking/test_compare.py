@@ -244,7 +244,7 @@ def test_a_bootstrap_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [as_text(found, 20), as_json(found), as_csv(found), as_latex(found)]
     comparison_page(ComparedRuns(found, {}, []), "All")
     assert texts == [as_text(found, 20), as_json(found), as_csv(found), as_latex(found)]
-    assert len(drawn) == 3 * 2 + 2 * 2 * 2  # of each row and metric, and both sides of each difference
+    assert len(drawn) == 3 * 2 + 2 * 2  # of each row and metric, and each difference
 
 
 def test_it_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
