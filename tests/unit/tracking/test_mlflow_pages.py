@@ -123,8 +123,8 @@ def pages(served: Served) -> dict[str, tuple[str, list[str]]]:
     return {
         "runs": (f"/#/experiments/{served.experiment}/runs", [*NAMES, "Trainings of CPSP-dist", "shards train"]),
         "run": (run, [NAMES[0], *about]),
-        "metrics": (f"{run}/model-metrics", ["accuracy (3)", "loss (", "best_val"]),
-        "system metrics": (f"{run}/system-metrics", ["System metrics (", "cpu_utilization"]),
+        "metrics": (f"{run}/model-metrics", [f"{NAMES[0]} ({name}/val)" for name in ("accuracy", "event_accuracy")]),
+        "system metrics": (f"{run}/system-metrics", [f"{NAMES[0]} (system/cpu_utilization_percentage)"]),
         "artifacts": (f"{run}/artifacts", ["report.html", "figures", "evaluation_test.json", "predictions_test.npz"]),
         "compare": (
             f"/#/compare-runs?runs={both}&experiments=%5B%22{served.experiment}%22%5D",
@@ -145,4 +145,4 @@ def test_the_printed_address_opens_the_charts_of_all_runs(
 ) -> None:
     monkeypatch.setattr("cpsp_dist.tracking.runs.UI", served.url)
     browser.visit(experiment_page(served.url, "cpsp"))
-    assert browser.lacking([*NAMES, "accuracy (3)", "loss ("]) == []
+    assert browser.lacking([f"{name} (accuracy/val)" for name in NAMES]) == []
