@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cpsp_dist.metrics import reported
 from cpsp_dist.metrics.predictions import Predictions
 from cpsp_dist.metrics.statistics import ASSUMPTIONS, t_interval
 from cpsp_dist.report import charts, comparison_figures
@@ -182,13 +183,16 @@ def _curves(data: ComparedRuns) -> list[Figure]:
 
 
 def _points(data: ComparedRuns, group: Group, metric: str) -> list[tuple[int, float, float, float]]:
-    """Step, mean, and ends of the interval, at the steps that all runs of the row have."""
+    """Step, mean, and ends of the interval as far as the metric goes, at the steps that all runs of the row have."""
     runs = [dict(h[metric]) for run in group.runs if metric in (h := data.histories.get(run.id, {}))]
     steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    lowest = 0.0 if all(value >= 0 for run in runs for value in run.values()) else -math.inf
+    highest = 100.0 if metric.partition("/")[0] in reported() else math.inf
     found = []
     for step in charts.thinned(steps):
         interval = t_interval([run[step] for run in runs])
-        found.append((step, interval.mean, interval.low, interval.high))
+        low, high = (min(max(end, lowest), highest) for end in (interval.low, interval.high))
+        found.append((step, interval.mean, low, high))
     return found
 
 

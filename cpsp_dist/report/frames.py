@@ -19,7 +19,7 @@ WALL = (7, 7, 64)
 #: Pixels of a second's panel, at least; between two of them.
 SIDE, GAP = 112, 8
 #: Where a map is strongest, and at the bottom where there is an event.
-STRONG, EVENT = np.array([255, 120, 0]), np.array([10, 125, 75], np.uint8)
+STRONG, EVENT = np.array([255, 120, 0]), np.array([10, 125, 75, 255], np.uint8)
 
 
 def wall(visual: npt.NDArray[np.floating], categories: Sequence[str]) -> Pixels | None:
@@ -42,19 +42,20 @@ def attended(frames: Pixels, attention: npt.NDArray[np.floating], event: npt.NDA
     down, across = (np.arange(size) * of // size for size, of in zip((height, width), attention.shape[1:], strict=True))
     scaled = attention / np.maximum(attention.max(axis=(1, 2), keepdims=True), 1e-12)
     share = 0.7 * scaled[:, down[:, None], across][..., None]
-    panels = np.full((count, height + 8, width + GAP, 3), 255, np.uint8)
-    panels[:, :height, :width] = large * (1 - share) + STRONG * share
+    panels = np.zeros((count, height + 8, width + GAP, 4), np.uint8)  # transparent between them
+    panels[:, :height, :width, :3] = large * (1 - share) + STRONG * share
+    panels[:, :height, :width, 3] = 255
     panels[event, height + 3 :, :width] = EVENT
     return png(np.concatenate([*panels], axis=1)[:, :-GAP])
 
 
 def png(pixels: Pixels) -> bytes:
-    """Of [height, width, 3], by the standard library alone."""
-    height, width = pixels.shape[:2]
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter: none
+    """Of [height, width, 3 or, with alpha, 4], by the standard library alone."""
+    height, width, channels = pixels.shape
+    rows = np.zeros((height, 1 + channels * width), np.uint8)  # each begins with its filter: none
     rows[:, 1:] = pixels.reshape(height, -1)
     parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 6, 0, 0, 0)),
         (b"IDAT", zlib.compress(rows.tobytes(), 6)),
         (b"IEND", b""),
     ]

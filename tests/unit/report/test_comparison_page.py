@@ -64,6 +64,16 @@ def test_curves_are_means_over_seeds_with_a_band(data: ComparedRuns) -> None:
     )
 
 
+def test_a_band_ends_where_the_metric_does() -> None:
+    """The interval of two seeds is wide; an accuracy is from 0 to 100 %."""
+    made = some_comparison(1, 2)
+    first, second = made.found.groups[0].runs
+    histories = {first.id: {"accuracy/val": [(1, 30.0)]}, second.id: {"accuracy/val": [(1, 80.0)]}}
+    curve: Any = sections(ComparedRuns(made.found, histories, ["accuracy/val"]))["Learning curves"].parts[0]
+    low, difference = (series["data"] for series in curve.option["series"][1:3])
+    assert (low, difference) == ([[1, 0.0]], [[1, 100.0]])
+
+
 def test_rows_of_one_name_each_have_their_own_figures() -> None:
     made = some_comparison(2, 1)
     runs = [replace(group.runs[0], name="same") for group in made.found.groups]

@@ -38,13 +38,13 @@ def test_orange_is_where_the_weight_is() -> None:
     attention = np.zeros((2, 7, 7))
     attention[1, 0, 6] = 0.5
     found = np.asarray(Image.open(io.BytesIO(attended(frames, attention, np.array([True, False])))))
-    assert found.shape == (112 + 8, 112 + 8 + 112, 3)
+    assert found.shape == (112 + 8, 112 + 8 + 112, 4)
     panel = found[:112, 120:].astype(int)
     strong = panel[..., 0] - panel[..., 2] > 50
     assert strong[:16, 96:].all()
     assert strong.sum() == 16 * 16
     assert (found[-1, :112] == EVENT).all()
-    assert (found[-1, 120:] == 255).all()
+    assert (found[-1, 120:, 3] == 0).all()
 
 
 def test_the_manifest_of_keypad_is_recognised(keypad_shards: Path) -> None:
