@@ -68,7 +68,10 @@ def _register(store: Store, run_id: str, model_id: str, name: str) -> None:
             raise
     if not any(version.run_id == run_id for version in store.search_model_versions(f"run_id = '{run_id}'")):
         source = store.get_logged_model(model_id).artifact_location
-        store.create_model_version(name, source=source, run_id=run_id, model_id=model_id)
+        version = store.create_model_version(name, source=source, run_id=run_id, model_id=model_id)
+        # As `mlflow.register_model` does: the model's own page shows it.
+        named = json.dumps([{"name": name, "version": version.version}])
+        store.set_logged_model_tags(model_id, {"mlflow.modelVersions": named})
 
 
 def _write(folder: Path, model: ModelFolder, model_id: str, run_id: str) -> None:

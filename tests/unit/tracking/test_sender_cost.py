@@ -14,7 +14,7 @@ from cpsp_dist.training.step import StepRunner
 from tests.support.runs import plain_arguments
 
 #: Seconds between two sends: more often than in a training, so that a short one has some.
-EVERY = 3.0
+EVERY = 2.0
 
 
 def measured(rank: int) -> None:
@@ -49,12 +49,12 @@ def measured(rank: int) -> None:
 def test_the_sender_costs_at_most_1_percent_of_a_step(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """With the default's points, of every tenth step, into the default's SQLite file. A share of CPU seconds, in one
     run: a busy machine changes both alike."""
-    settings = ["train.global_batch=32", "train.steps=60", "train.epochs=99", "tracking.every_steps=10"]
+    settings = ["train.global_batch=32", "train.steps=40", "train.epochs=99", "tracking.every_steps=10"]
     run = plain_arguments(keypad_shards, tmp_path / "run", *settings)
     prefork.start(run, 1, patch="tests.unit.tracking.test_sender_cost:measured").finish(timeout=600)
     found = json.loads((tmp_path / "run" / "sender.json").read_text())
-    assert len(found["steps"]) == 60
+    assert len(found["steps"]) == 40
     assert len(found["sends"]) >= 3
     share = sum(found["sends"]) / sum(found["steps"])
-    print(f"{100 * share:.2f} % of {1000 * sum(found['steps']) / 60:.0f} ms a step, {len(found['sends'])} sends")
+    print(f"{100 * share:.2f} % of {1000 * sum(found['steps']) / 40:.0f} ms a step, {len(found['sends'])} sends")
     assert share <= 0.01
