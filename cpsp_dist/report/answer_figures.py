@@ -15,8 +15,8 @@ from cpsp_dist.report.page import Column, Figure, Table
 COLOURED = 7
 
 
-def confusion(answers: Answers, counts: Sequence[Sequence[int]]) -> Figure:
-    """counts: [K+1, K+1] segments of label i that were given label j."""
+def confusion(answers: Answers, counts: Sequence[Sequence[int]], beside: str) -> Figure:
+    """counts: [K+1, K+1] segments of label i that were given label j. beside: what others have right, in words."""
     names = [*answers.categories, "background"]
     table = np.asarray(counts)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -31,7 +31,7 @@ def confusion(answers: Answers, counts: Sequence[Sequence[int]]) -> Figure:
     return Figure(
         "Confusion of labels",
         f"Share of the segments of each label (row) by the label they were given (column). {most}"
-        "Empty cells never happened.",
+        f"Empty cells never happened. Right, on the diagonal: {beside}.",
         charts.heatmap(cells, ("predicted", names), ("label", names), (0, 1)),
         height=min(900, 180 + 22 * len(names)),
         wide=True,

@@ -47,7 +47,7 @@ def run_page(data: RunData) -> Page:
             PageSection("Loss and pool", curves(data.history)),
             PageSection("Categories", _categories(data)),
             PageSection("Time", _time(data)),
-            PageSection("Videos", [answer_figures.timelines(data.answers), *_examples(data)], _VIDEOS_NOTE),
+            PageSection("Videos", [answer_figures.timelines(data.answers), *_examples(data)], _videos_note(data)),
             PageSection("Embeddings", answer_figures.embedding_map(data.answers)),
         ],
     )
@@ -183,8 +183,20 @@ def _categories(data: RunData) -> list[Figure]:
             data.answers, data.results, {name: each.results for name, each in data.others.items()}
         ),
         *answer_figures.calibration(data.answers),
-        answer_figures.confusion(data.answers, data.results["confusion"]),
+        answer_figures.confusion(data.answers, data.results["confusion"], _beside(data, "accuracy")),
     ]
+
+
+def _beside(data: RunData, metric: str) -> str:
+    """Percentages of this run and of what stands beside it."""
+    found = {"this run": data.results, **{name: each.results for name, each in data.others.items()}}
+    return ", ".join(f"{name} {100 * results[metric]:.1f} %" for name, results in found.items())
+
+
+def _videos_note(data: RunData) -> str:
+    found = {"this run": data.answers, **{name: each.answers for name, each in data.others.items()}}
+    wrong = ", ".join(f"{name} {answers.errors.mean():.2f}" for name, answers in found.items())
+    return f"{_VIDEOS_NOTE} Wrong segments of a video, on average: {wrong}."
 
 
 def _time(data: RunData) -> list[Figure]:

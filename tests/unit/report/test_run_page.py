@@ -111,6 +111,16 @@ def test_a_trivial_run_is_flagged_at_the_top(data: RunData) -> None:
     assert run_page(data).notices == [f"{text[0].upper()}{text[1:]} (test)." for text in data.results["flags"]]
 
 
+def test_baselines_stand_beside_confusion_and_timelines(data: RunData) -> None:
+    sections = {each.title: each for each in run_page(data).sections}
+    (confusion,) = (
+        part for part in sections["Categories"].parts if getattr(part, "title", "") == "Confusion of labels"
+    )
+    for name, each in data.others.items():
+        assert f"{name} {100 * each.results['accuracy']:.1f} %" in confusion.caption  # type: ignore[union-attr]
+        assert f"{name} {each.answers.errors.mean():.2f}" in sections["Videos"].note
+
+
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "no complete checkpoint here" in capsys.readouterr().err
