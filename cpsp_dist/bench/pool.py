@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -79,6 +80,9 @@ def bench_tiles(batch: int, pools: Sequence[int]) -> dict[str, Any]:
 
 def launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
     """What `function` gives on rank 0 of `world` new processes."""
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else DDP warns of unused parameters, which there are none of
     with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
         context = mp.start_processes(_rank, (world, folder, function, args), world, join=False, start_method="spawn")
         ends = time.monotonic() + LIMIT_SECONDS

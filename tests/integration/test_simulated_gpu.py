@@ -3,6 +3,7 @@ the GPU at most twice a micro-batch: for the gradient's norm, and for the flag b
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,19 @@ BUDGET = 2
 WEAK = ["model.supervision=weak", "objectives.event=0", "objectives.avps=0", "objectives.psa_s=0"]
 PUBLISHED = ["objectives.psa_s_form=published_rows", "objectives.background=published"]
 PUBLISHED += ["objectives.few_negatives=published"]
-#: Every network, every way of mining, every form: settings by name.
+#: Every form: settings by name.
 VARIANTS = {
     "psp": [],
-    "avel": ["model.name=avel"],
-    "avsdn": ["model.name=avsdn"],
-    "cmran": ["model.name=cmran"],
-    "cmbs, weak": ["model.name=cmbs", *WEAK],
-    "cace": ["model.name=cace", "model.enhanced_from=0"]
-    + [f"objectives.{name}=1" for name in ("gate", "modality", "contrast")],
     "weak": WEAK,
     "weak, published": [*WEAK, "objectives.weak_category=published", "objectives.mining=supcon"],
     "bank": ["pool.bank=24"],
     "bank, accumulation": ["pool.bank=24", "train.accumulation=2"],
-    "semihard": ["objectives.mining=semihard"],
-    "supcon": ["objectives.mining=supcon"],
-    "proportional": ["objectives.mining=proportional"],
     "sspsp": ["objectives.sspsp=1"],
     "local pool": ["pool.scope=local"],
     "accumulation": ["train.accumulation=2"],
     "one pool over parts": ["train.accumulation=2", "pool.over=parts", "pool.bank=24", "objectives.sspsp=1"],
-    "pad": ["data.epoch_end=pad", "train.global_batch=20"],
-    "uneven": ["train.global_batch=15"],
+    "pad": ["data.epoch_end=pad", "train.global_batch=14"],
+    "uneven": ["train.global_batch=11"],
     "fp64": ["train.precision=fp64"],
     "sgd": ["train.optimizer=sgd", "train.grad_clip_norm=null"],
     "published forms": PUBLISHED,
@@ -47,12 +39,30 @@ VARIANTS = {
     "bf16": ["train.precision=bf16"],
     "ZeRO 0": ["engine.zero=0"],
     "ZeRO 0, accumulation": ["engine.zero=0", "train.accumulation=2"],
-    "ZeRO 1": ["engine.zero=1"],
     "ZeRO 2": ["engine.zero=2"],
     "ZeRO 2, accumulation": ["engine.zero=2", "train.accumulation=2"],
     "ZeRO 2, bfloat16": ["engine.zero=2", "train.precision=bf16"],
 }
+NETWORKS = {
+    "psp": [],
+    "avel": ["model.name=avel"],
+    "avsdn": ["model.name=avsdn"],
+    "cmran": ["model.name=cmran"],
+    "cmbs": ["model.name=cmbs", *WEAK],
+    "cace": ["model.name=cace", "model.enhanced_from=0"]
+    + [f"objectives.{name}=1" for name in ("gate", "modality", "contrast")],
+}
+ENGINES = ["engine.kind=ddp", *(f"engine.zero={stage}" for stage in range(4))]
+MININGS = ("published", "proportional", "semihard", "supcon")
+#: Each network with each engine; mining in turn, so that each network and each engine has each of them.
+GRID = [
+    (network, engine, MININGS[(row + column) % len(MININGS)])
+    for row, network in enumerate(NETWORKS)
+    for column, engine in enumerate(ENGINES)
+]
 SHORT = ("psp", "bank, accumulation", "ZeRO 0")
+#: What stage 3 waits for by itself.
+STAGE_3 = re.compile(r"zero/(stage3|partition_parameters|partitioned_param_coordinator)\.py:\d+ .*synchronize\(\)")
 #: Of the gradients, of their norm from stage 1 on, of the pool (two) and of the flag. Those of DDP's own reducer, in
 #: C++, and stage 2's coalesced all-gather of the weights are not counted.
 COLLECTIVES = {
@@ -75,10 +85,26 @@ def check(run: SimulatedRun, budget: int = BUDGET) -> None:
 )
 def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tmp_path: Path) -> None:
     run = simulate_training(keypad_shards, tmp_path, *VARIANTS[name], evaluation=name == "psp")
-    assert len(run.steps) == 3
+    assert len(run.steps) == 4
     check(run)
     assert run.step.collectives == COLLECTIVES.get(name, run.step.collectives)
     assert bool(run.step.record.bf16_products) == ("bf16" in name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("network", "engine", "mining"), GRID)
+def test_each_network_engine_and_mining(
+    network: str, engine: str, mining: str, keypad_shards: Path, tmp_path: Path
+) -> None:
+    """Stage 3 waits in DeepSpeed, too: before it takes the gradients' parts, after the step, and for each parameter
+    above its threshold, so that no more than two are on their way."""
+    run = simulate_training(keypad_shards, tmp_path, *NETWORKS[network], engine, f"objectives.mining={mining}")
+    assert len(run.steps) == 4
+    if engine.endswith("3"):
+        in_deepspeed = [sync for sync in run.step.record.syncs if STAGE_3.search(sync.where)]
+        assert len(in_deepspeed) >= 2
+        run.step.record.syncs = [sync for sync in run.step.record.syncs if sync not in in_deepspeed]
+    check(run)
 
 
 @pytest.mark.long

@@ -44,8 +44,8 @@ class SimulatedRun:
 
     @property
     def step(self) -> SimulatedStep:
-        """The second of three: the first one may allocate, the last one saves and evaluates."""
-        return self.steps[1]
+        """The third of four: DeepSpeed's timer starts, and ZeRO 3 knows its parameters' order; the last one saves."""
+        return self.steps[2]
 
     @property
     def syncs_per_micro_batch(self) -> float:
@@ -90,7 +90,7 @@ class _Collectives:
         self, output: Any, input: Any, op: Any = None, group: Any = None, async_op: bool = False
     ) -> Any:
         assert input.numel() == WORLD * output.numel()
-        _held(output).copy_(_held(input).reshape(WORLD, *output.shape).sum(0))
+        _held(output).copy_(WORLD * _held(input).reshape(WORLD, *output.shape)[0])  # the other rank's are the same
         return self._done("reduce_scatter_tensor", async_op)
 
     def all_reduce(self, tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
@@ -147,12 +147,12 @@ trainer_find = trainer.load_latest_checkpoint
 
 
 def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bool = False) -> SimulatedRun:
-    """Train 3 steps, and evaluate where asked to.
+    """Train 4 steps, and evaluate where asked to.
 
     Raises:
         RuntimeError: an operand on another device.
     """
-    small = ["tracking.enabled=false", "train.steps=3", "train.global_batch=16"]
+    small = ["tracking.enabled=false", "train.steps=4", "train.global_batch=12"]
     small += ["tracking.every_steps=100", "data.reader_threads=1"]
     small += [] if any(setting.startswith("engine.zero") for setting in settings) else ["engine.kind=ddp"]
     config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])

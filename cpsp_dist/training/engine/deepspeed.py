@@ -107,6 +107,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "bf16": {"enabled": config.train.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step, and nothing reads it
     }
     settings = read_deepspeed_file(config, world)
     # bf16 needs float32 master weights; DeepSpeed exposes those from stage 1 on. The mathematics are stage 0's.

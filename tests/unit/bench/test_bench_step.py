@@ -49,6 +49,7 @@ def test_command_prints_json(arguments: list[str], keys: set[str]) -> None:
     command = [sys.executable, "-m", "cpsp_dist", "bench", *arguments, "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "find_unused_parameters" not in done.stderr
     result = json.loads(done.stdout)
     assert keys <= result.keys()
     if "ranks" in result:
