@@ -98,7 +98,8 @@ def test_each_network_engine_and_mining(
 ) -> None:
     """Stage 3 waits in DeepSpeed, too: before it takes the gradients' parts, after the step, and for each parameter
     above its threshold, so that no more than two are on their way."""
-    run = simulate_training(keypad_shards, tmp_path, *NETWORKS[network], engine, f"objectives.mining={mining}")
+    settings = [*NETWORKS[network], engine, f"objectives.mining={mining}"]
+    run = simulate_training(keypad_shards, tmp_path, *settings, saving=False)
     assert len(run.steps) == 4
     if engine.endswith("3"):
         in_deepspeed = [sync for sync in run.step.record.syncs if STAGE_3.search(sync.where)]

@@ -146,8 +146,10 @@ def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> A
 trainer_find = trainer.load_latest_checkpoint
 
 
-def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bool = False) -> SimulatedRun:
-    """Train 4 steps, and evaluate where asked to.
+def simulate_training(
+    shards: Path, output: Path, *settings: str, evaluation: bool = False, saving: bool = True
+) -> SimulatedRun:
+    """Train 4 steps, save unless asked not to, and evaluate where asked to.
 
     Raises:
         RuntimeError: an operand on another device.
@@ -179,6 +181,8 @@ def simulate_training(shards: Path, output: Path, *settings: str, evaluation: bo
         if not evaluation:
             stack.enter_context(mock.patch.object(trainer, "evaluate", return_value=dict.fromkeys(reported(), 0.0)))
             stack.enter_context(mock.patch.object(trainer, "evaluate_best", return_value={}))
+        if not saving:
+            stack.enter_context(mock.patch.object(trainer.Trainer, "_save"))
         machine = stack.enter_context(simulated_gpu())
         stack.enter_context(mock.patch.object(ring.Slot, "__init__", _pinned_slots(machine)))
         trainer.train(config, Ranks(0, WORLD, 0, CUDA))
