@@ -74,8 +74,7 @@ def export(run: str | Path, out: str | Path) -> Path:
         UserError: no complete checkpoint in `run`, its shards are gone, or `out` is there already or cannot be written.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it, or choose another name")
+    _require_new(out)
     trained = load_run(run)
     config, progress, state, step = trained.config, trained.progress, trained.state, trained.step
     manifest = _shards_of(run, trained)
@@ -94,20 +93,29 @@ def export(run: str | Path, out: str | Path) -> Path:
     }
     part = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
-        part.mkdir(parents=True)
-        save_tensors({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
-        (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
-        digests = {name: file_sha256(part / name) for name in (WEIGHTS, CATEGORIES)}
-        settings["sha256"] = digests | {SETTINGS: digest_of(settings)}
-        (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        (part / CARD).write_text(_card(Path(run), config, manifest, progress, step), encoding="utf-8")
-        load_model(part)  # what cannot be loaded is not handed out
-        files.rename(part, out)
+        files.make_folder(part.parent)
+        with files.alone(part, folder=True):
+            try:
+                _require_new(out)  # another export may just have ended
+                save_tensors({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
+                (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
+                digests = {name: file_sha256(part / name) for name in (WEIGHTS, CATEGORIES)}
+                settings["sha256"] = digests | {SETTINGS: digest_of(settings)}
+                (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+                (part / CARD).write_text(_card(Path(run), config, manifest, progress, step), encoding="utf-8")
+                load_model(part)  # what cannot be loaded is not handed out
+                files.rename(part, out)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
     return out
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it, or choose another name")
 
 
 def tracked_model(run: str, folder: Path) -> ModelFolder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy.typing as npt
 
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import DataError, UserError
+from cpsp_dist.utils.input_files import open_input
+from cpsp_dist.utils.text import one_line
 
 Array = npt.NDArray[Any]
 
@@ -85,21 +86,36 @@ class Predictions:
 
     @staticmethod
     def load(file: Path) -> Predictions:
-        """Of an `npz` file. Raises DataError, OSError."""
+        """Of an `npz` file. Raises DataError."""
         try:
-            with np.load(file, allow_pickle=False) as content:
+            with open_input(file) as stream, np.load(stream, allow_pickle=False) as content:
                 about = json.loads(str(content["about"]))
                 arrays = {name: content[name] for name in _ARRAYS}
             if about.pop("format") != FORMAT_VERSION:
                 raise ValueError("another format")
             found = Predictions(**about, **arrays)
-            if {len(each) for each in arrays.values()} != {len(found)} or found.event.ndim != 2:
-                raise ValueError("arrays of other lengths")
-        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _require_rows(found)
+        except DataError:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib raise all sorts where a file is damaged
+            reason = one_line(error)[:150] or repr(error)
             raise DataError(
-                f"{file}: no predictions of `cpsp-dist evaluate` ({error}); evaluate the run again"
+                f"{file}: no predictions of `cpsp-dist evaluate` ({reason}); evaluate the run again"
             ) from None
         return found
+
+
+def _require_rows(found: Predictions) -> None:
+    """Raises ValueError where the arrays do not fit each other and the categories."""
+    videos, known = len(found), len(found.categories)
+    flat = (found.key, found.category, found.answer, found.probability)
+    segments = (found.event, found.event_probability)
+    if {each.shape for each in flat} != {(videos,)} or {each.shape[:1] for each in segments} != {(videos,)}:
+        raise ValueError("arrays of other lengths")
+    if found.event.ndim != 2 or found.event.shape != found.event_probability.shape:
+        raise ValueError("events and their probabilities of other shapes")
+    if ((found.answer < 0) | (found.answer >= known) | (found.category < -1) | (found.category >= known)).any():
+        raise ValueError("a category without a name")
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:

@@ -142,11 +142,11 @@ def read_tags(folder: Path, run: TrainedRun) -> dict[str, str]:
     tags = started_as(folder)
     uri, run_id = recorded_run(folder) or (tracking_uri(run.config), run.progress.run_id)
     file = sqlite_file(uri)
-    if run_id is None or file is None or not file.is_file():
-        return tags
     try:
+        if run_id is None or file is None or not file.is_file():
+            return tags
         return {**tags, **Store(uri).get_run(run_id).data.tags}
-    except StoreError as error:
+    except (StoreError, OSError) as error:  # somebody else's store among them
         logger.warning("%s; the page lacks what MLflow knows of the machine", error)
         return tags
 
@@ -201,12 +201,9 @@ def stored_answers(file: Path, seconds: float) -> Answers:
     """What a run's evaluation stored, as answers with the same labels and probabilities. seconds: of a segment.
 
     Raises:
-        UserError: the file is no such one, or cannot be read.
+        DataError: the file is no such one, or cannot be read.
     """
-    try:
-        found = Predictions.load(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    found = Predictions.load(file)
     count, categories = len(found), len(found.categories)
     event, sure = found.event_probability.astype(float), found.probability.astype(float)
     with np.errstate(divide="ignore"):  # probabilities of 0 and 1

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: Seconds that one request to the store may take, retries and all.
 ANSWER_SECONDS = 60.0
 SQLITE = "sqlite:///"
+#: A table of every version of MLflow; a file with others alone is something else.
+EXPERIMENTS = "experiments"
 #: MLflow's own tag for the run above one, and the one on the run above a sweep: how many runs it has.
 PARENT, SWEEP = "mlflow.parentRunId", "cpsp_dist.sweep"
 #: The text that MLflow shows on the page of a run, and of an experiment.
@@ -205,17 +207,28 @@ def _sqlite_client(uri: str) -> Any:
 
 
 def _require_sqlite(file: Path) -> None:
-    """Raises StoreError where it is no database: mlflow would try again for minutes."""
+    """Raises StoreError where it is no database, or one of something else, to which mlflow would add its tables; mlflow
+    would also try again for minutes."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise StoreError(f"{file}: not a regular file")
         database = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=ANSWER_SECONDS / 4)
         try:
-            database.execute("select count(*) from sqlite_master").fetchone()
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
         finally:
             database.close()
     except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"{file}: not a usable MLflow store: {error}; move it away, and a new one is made") from None
+        raise StoreError(f"{file}: not a usable MLflow store: {error}; {_remedy(error)}") from None
+    if tables and EXPERIMENTS not in tables:
+        raise StoreError(f"{file}: a database of something else, without MLflow's tables; give another file")
+
+
+def _remedy(error: Exception) -> str:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "another program holds it; end that, or try again"
+    if isinstance(error, PermissionError):
+        return "it is somebody else's; give another, or ask for permission"
+    return "move it away, and a new one is made"
 
 
 def _make_store(file: Path) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+#: Seconds that a command waits for another which is writing the same file.
+WAIT = 20.0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,13 +30,57 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     part = path.with_name(f".{path.name}.part")
+    with alone(part):
+        try:
+            yield part
+            sync(part)
+            rename(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)  # of a full disk, give back what it took
+            raise
+
+
+@contextlib.contextmanager
+def alone(part: Path, *, folder: bool = False) -> Iterator[None]:
+    """No other command writes to the file (or folder) `part` inside; it is empty, or what a killed command left. Of two
+    at once, the second waits for the first.
+
+    Raises:
+        OSError: it cannot be made, or another writes to it for longer than WAIT seconds.
+    """
+    until = time.monotonic() + WAIT
+    while True:
+        if folder:
+            part.mkdir(exist_ok=True)
+        flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+        descriptor = os.open(part, flags | os.O_CLOEXEC, 0o666)
+        try:
+            if _locked(descriptor) and _is(descriptor, part):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+        if time.monotonic() > until:
+            raise OSError(errno.EBUSY, "another command is writing it", str(part))
+        time.sleep(0.02)
+
+
+def _locked(descriptor: int) -> bool:
     try:
-        yield part
-        sync(part)
-        rename(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)  # of a full disk, give back what it took
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has this name: who held the lock before gave it another."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def rename(source: Path, target: Path) -> None:

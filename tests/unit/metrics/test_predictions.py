@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cpsp_dist.metrics import METRICS
 from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions, format_of, joined
 from cpsp_dist.models.layers import Output
 from cpsp_dist.utils.errors import DataError, UserError
+from tests.support.mutations import damaged
 
 
 def made(videos: int = 30, seed: int = 0) -> Predictions:
@@ -77,7 +79,32 @@ def test_a_damaged_file_is_one_error(tmp_path: Path) -> None:
     file = tmp_path / "p.npz"
     made().save(file)
     content = file.read_bytes()
-    for damaged in (b"", content[:300], content[:-40], b"x" * 500):
-        file.write_bytes(damaged)
+    for other in (b"", content[:300], content[:-40], b"x" * 500):
+        file.write_bytes(other)
         with pytest.raises(DataError, match="evaluate the run again"):
             Predictions.load(file)
+
+
+def test_every_damage_is_found_or_harmless(tmp_path: Path) -> None:
+    """A flipped byte of a compressed array is an error of zlib, one of the zip's directory another kind of zip."""
+    file = tmp_path / "p.npz"
+    made().save(file)
+    stored = Predictions.load(file)
+    refused = 0
+    for content in damaged(file.read_bytes(), seed=1, count=150):
+        file.write_bytes(content)
+        try:
+            found = Predictions.load(file)
+        except DataError:
+            refused += 1
+        else:
+            for name in ("key", "category", "event", "answer", "probability", "event_probability"):
+                assert (getattr(found, name) == getattr(stored, name)).all()
+    assert refused > 50
+
+
+def test_a_category_without_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "p.npz"
+    dataclasses.replace(made(), categories=list("abc")).save(file)
+    with pytest.raises(DataError, match="a category without a name"):
+        Predictions.load(file)

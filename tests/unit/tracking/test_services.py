@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -177,6 +178,28 @@ def test_a_store_that_is_no_database(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert main(["compare", "--uri", f"sqlite:///{file}"]) == 2, what
         shown = capfd.readouterr()
         assert shown.err.count("\n") == 1, shown.err
+
+
+def test_another_programs_database_stays_as_it_is(tmp_path: Path) -> None:
+    """mlflow would add its tables to it."""
+    file = tmp_path / "places.db"
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("create table places (name)")
+    content = file.read_bytes()
+    with pytest.raises(stores.StoreError, match=r"places\.db: a database of something else"):
+        stores.Store(f"sqlite:///{file}")
+    assert file.read_bytes() == content
+
+
+def test_a_store_that_another_program_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not to be moved away."""
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 2.0)
+    file = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("create table experiments (name)")
+        database.execute("begin exclusive")
+        with pytest.raises(stores.StoreError, match=r"database is locked; another program holds it"):
+            stores.Store(f"sqlite:///{file}")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
+import pytest
+
+from cpsp_dist.utils import files
 from cpsp_dist.utils.files import write_text
 
 
@@ -31,3 +35,46 @@ def test_a_file_is_replaced_at_the_end(tmp_path: Path) -> None:
     assert (kept.read(), path.read_text()) == ("old", "new")
     kept.close()
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_of_two_writers_at_once_the_second_waits(tmp_path: Path) -> None:
+    """Both would otherwise write one hidden file, and the first to end would give it its name half written."""
+    path = tmp_path / "predictions.jsonl"
+    second = threading.Thread(target=write_text, args=(path, "second"))
+    with files.replacing(path) as part:
+        with part.open("w") as stream:
+            stream.write("first" * 1000)
+            second.start()
+            second.join(0.1)
+            assert second.is_alive()
+        assert not path.exists()
+    second.join(10)
+    assert path.read_text() == "second"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_of_two_that_make_a_folder(tmp_path: Path) -> None:
+    part, out = tmp_path / ".model.part", tmp_path / "model"
+    entered: list[bool] = []
+
+    def make() -> None:
+        with files.alone(part, folder=True):
+            entered.append(out.exists())
+
+    second = threading.Thread(target=make)
+    with files.alone(part, folder=True):
+        second.start()
+        second.join(0.1)
+        assert not entered
+        files.rename(part, out)
+    second.join(10)
+    assert entered == [True]
+    assert part.is_dir()  # its own one, not the first's, which has another name
+
+
+def test_a_writer_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAIT", 0.0)
+    path = tmp_path / "results.json"
+    with files.alone(tmp_path / ".results.json.part"), pytest.raises(OSError, match="another command is writing it"):
+        write_text(path, "second")
+    assert not path.exists()
