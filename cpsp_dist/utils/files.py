@@ -27,7 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A device or a pipe, such as /dev/stdout, is written to itself: it stays what it is.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        yield path
+        with _read(path):
+            yield path
         return
     part = path.with_name(f".{path.name}.part")
     with alone(part):
@@ -63,6 +64,33 @@ def alone(part: Path, *, folder: bool = False) -> Iterator[None]:
         if time.monotonic() > until:
             raise OSError(errno.EBUSY, "another command is writing it", str(part))
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """Somebody reads the other end of `path` inside, where it is a pipe: opening it to write would wait for that.
+
+    Raises:
+        OSError: nobody does for WAIT seconds.
+    """
+    if not path.is_fifo():
+        yield
+        return
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        if time.monotonic() > until:
+            raise OSError(errno.ENXIO, "a pipe that nobody reads", str(path))
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _locked(descriptor: int) -> bool:

@@ -19,7 +19,7 @@ from cpsp_dist.training.engine.base import (
     build_optimizer,
     propagate_nonfinite,
 )
-from cpsp_dist.training.engine.deepspeed_file import read_deepspeed_file
+from cpsp_dist.training.engine.deepspeed_file import read_deepspeed_file, refusals_named
 
 
 class DeepSpeedEngine:
@@ -33,12 +33,11 @@ class DeepSpeedEngine:
         self.config, self.ranks, self.module = config, ranks, model
         self.linear = nn.functional.linear
         self.dtype = PRECISIONS[config.train.precision]
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(config, model.parameters()),
-            config=deepspeed_settings(config, ranks.world),
-            dist_init_required=False,
-        )
+        settings, optimizer = deepspeed_settings(config, ranks.world), build_optimizer(config, model.parameters())
+        with refusals_named(config):
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         self.updates = state.updates if state else 0
         if state is not None:
             deepspeed_compat.restore(self.engine, state, ranks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,19 @@ class FileSettings(_Section):
     wall_clock_breakdown: bool = False
     flops_profiler: FlopsProfiler = FlopsProfiler()
     comms_logger: CommsLogger = CommsLogger()
+
+
+@contextmanager
+def refusals_named(config: Config) -> Iterator[None]:
+    """What DeepSpeed itself refuses inside names the user's file where there is one: it checks, beyond each setting,
+    which of them go together. Raises ConfigError."""
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        if config.engine.deepspeed is None:
+            raise
+        reason = one_line(error)[:200] or type(error).__name__
+        raise ConfigError(f"engine.deepspeed: {config.engine.deepspeed}: DeepSpeed refuses it: {reason}") from error
 
 
 _MLFLOW = "metrics go to MLflow and metrics.jsonl: see tracking.*"

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from cpsp_dist.config import Config, load_config
 from cpsp_dist.training.engine import deepspeed_settings
-from cpsp_dist.training.engine.deepspeed_file import UNUSABLE, UNUSABLE_ZERO, FileSettings, ZeroSettings
+from cpsp_dist.training.engine.deepspeed_file import (
+    UNUSABLE,
+    UNUSABLE_ZERO,
+    FileSettings,
+    ZeroSettings,
+    refusals_named,
+)
 from cpsp_dist.utils.errors import ConfigError
 from cpsp_dist.utils.logs import printable
 from tests.support.examples import examples
@@ -260,3 +266,12 @@ def test_every_damage_is_taken_as_it_stands_or_refused(tmp_path, count):
                 assert found.get(key, value) == value, what
         assert all(abs(value) <= 2**53 for value in found["zero_optimization"].values() if value is not None), what
     assert 0 < taken < count
+
+
+def test_what_deepspeed_itself_refuses_names_the_file(tmp_path: Path) -> None:
+    """As gradient_predivide_factor under ZeRO-2, which it asserts."""
+    refused = r"engine.deepspeed: .*ds.json: DeepSpeed refuses it: not yet supported"
+    with pytest.raises(ConfigError, match=refused), refusals_named(config(tmp_path / "ds.json")):
+        raise AssertionError("not yet supported")
+    with pytest.raises(AssertionError), refusals_named(load_config("keypad")):
+        raise AssertionError("a mistake of the program")

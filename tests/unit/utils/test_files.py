@@ -78,3 +78,10 @@ def test_a_writer_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest
     with files.alone(tmp_path / ".results.json.part"), pytest.raises(OSError, match="another command is writing it"):
         write_text(path, "second")
     assert not path.exists()
+
+
+def test_a_pipe_that_nobody_reads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAIT", 0.0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe that nobody reads"):
+        write_text(tmp_path / "pipe", "events")
