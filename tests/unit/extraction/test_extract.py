@@ -93,7 +93,7 @@ def test_the_same_again_keeps_everything(videos, undisturbed, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--segments", "--workers"])
-@pytest.mark.parametrize("number", ["0", "-1", "9" * 30])
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 9])
 def test_numbers_out_of_range_are_refused_before_anything_begins(videos, tmp_path, capsys, flag, number):
     found = run(capsys, arguments(videos, tmp_path / "out", f"{flag}={number}"), 2).err
     assert found.startswith(f"error: {flag} {number}: has to be from 1 to ")
