@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -130,7 +131,8 @@ class _Chain:
 
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         """The mapping in `path`, merged over what it extends (relative to the file that names it, or a shipped one)."""
-        if path.resolve() in above:
+        real = Path(os.path.realpath(path))  # Path.resolve raises of a link that leads to itself
+        if real in above:
             raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(p) for p in above)}")
         if len(above) >= DEPTH_LIMIT:
             raise ConfigError(f"{path}: more than {DEPTH_LIMIT} files extend one another; make it fewer")
@@ -153,7 +155,7 @@ class _Chain:
             return content
         if not isinstance(base, str):
             raise ConfigError(f"{path}: extends: takes one file name, not {quoted(str(base))}")
-        return _merge(self._read(find_config(base, path.parent), (*above, path.resolve())), content)
+        return _merge(self._read(find_config(base, path.parent), (*above, real)), content)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Merge what each `key.key=value` sets over the content."""

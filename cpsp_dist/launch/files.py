@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -46,9 +47,9 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
 
 def _refuse_twice(runs: Sequence[Planned], output: str) -> None:
     """Two jobs that write one run's checkpoints would lose both."""
-    wanted = {Path(run_.config.output).resolve() for run_ in runs}
+    wanted = {os.path.realpath(run_.config.output) for run_ in runs}
     earlier = [job for file in Path(output).glob(f"slurm/*/{LAUNCH_FILE}") for job in load_jobs(file.parent)]
-    same = [job for job in earlier if Path(job.output).resolve() in wanted]
+    same = [job for job in earlier if os.path.realpath(job.output) in wanted]
     for job_id, state in states(same).items():
         if not state.ended and state.text != "UNKNOWN":
             raise UserError(

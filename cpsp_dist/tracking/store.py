@@ -72,7 +72,7 @@ def tracking_uri(config: Config) -> str:
 def default_uri(output: str | Path) -> str:
     """The SQLite file `mlflow.db` in the nearest folder `runs` above an output folder, where `cpsp-dist compare` looks;
     without such a folder that can be written to, beside the output folder."""
-    folder = Path(output).resolve()
+    folder = Path(os.path.realpath(output))  # of a link that leads to itself, too
     shared = (above for above in folder.parents if above.name == "runs" and _may_write(above))
     return f"{SQLITE}{_quoted(next(shared, folder.parent) / 'mlflow.db')}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
     """
     try:
         store = Store(tracking_uri(config))
-        experiment, place = experiment_id(store, config), str(Path(folder).resolve())
+        experiment, place = experiment_id(store, config), os.path.realpath(folder)
         for run in reversed(search(store, experiment)):
             if SWEEP in run.data.tags and run.data.tags.get("output") == place:
                 store.set_tag(run.info.run_id, SWEEP, str(runs))

@@ -141,6 +141,14 @@ def test_missing_file_is_one_line(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_link_that_leads_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for path in (tmp_path / "loop.yaml", write(tmp_path, "extends: loop.yaml")):
+        with pytest.raises(ConfigError, match=r"loop\.yaml: cannot read this config file") as raised:
+            load_config(path)
+        assert "Too many levels of symbolic links" in str(raised.value)
+
+
 def test_extends_and_overrides_win_in_order(tmp_path):
     write(tmp_path, "data: {shards: base}\ntrain: {epochs: 7, grad_clip_norm: 2.0}\n", "base.yaml")
     path = write(tmp_path, "extends: base.yaml\ntrain: {epochs: 8}\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpsp_dist.launch.cluster import Resources, batch_file
-from cpsp_dist.launch.files import new_folder
+from cpsp_dist.launch.files import new_folder, prepared
 from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import plan_runs
 from cpsp_dist.training.idle_starts import VARIABLE, note_checkpoint, note_start
@@ -99,3 +99,11 @@ def test_a_percent_sign_in_the_output_is_refused(tmp_path):
     """Slurm and submitit would replace `%j` in the names of the logs, which then lie elsewhere."""
     with pytest.raises(UserError, match="replace '%' in names of log files"):
         new_folder(str(tmp_path / "x%j"))
+
+
+def test_an_output_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    output = str(tmp_path / "loop")
+    _, runs = plan_runs(KEYPAD, [f"output={output}", "data.shards=s"])
+    with pytest.raises(UserError, match=r"cannot write the launch's files: .*Too many levels"), prepared(runs, output):
+        pass
