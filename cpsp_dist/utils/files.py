@@ -30,6 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with _read(path):
             yield path
         return
+    if path.is_dir():  # also "." and "", which have no name to put a file beside
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".{path.name}.part")
     with alone(part):
         try:

@@ -85,3 +85,12 @@ def test_a_pipe_that_nobody_reads_is_named(tmp_path: Path, monkeypatch: pytest.M
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="a pipe that nobody reads"):
         write_text(tmp_path / "pipe", "events")
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--out .` and `--out ""` among them."""
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path):
+        with pytest.raises(IsADirectoryError):
+            write_text(path, "events")
+    assert [*tmp_path.iterdir()] == []
