@@ -98,6 +98,18 @@ def slurm(worker_id: str) -> Iterator[Any]:
             lab.down()
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Chromium, of `support/browser.py`."""
+    from tests.support.browser import Browser, find_browser
+
+    path = find_browser()
+    if path is None:
+        skip("Chromium", "no chromium on the PATH")
+    with Browser(tmp_path_factory.mktemp("browser"), path) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def keypad_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small keypad corpus in AVE's layout: 48 train, 16 val, 16 test videos."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,11 @@ from cpsp_dist.report.comparison_page import comparison_page
 from cpsp_dist.report.page import write
 from cpsp_dist.report.preview_page import preview_page
 from cpsp_dist.report.run_page import run_page
-from tests.support.browser import Browser, find_browser
+from tests.support.browser import Browser
 from tests.support.models import untrained_run
 from tests.support.pages import some_comparison, some_run
-from tests.support.skips import skip
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        skip("Chromium", "no chromium on the PATH")
-    with Browser(tmp_path_factory.mktemp("browser"), path) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

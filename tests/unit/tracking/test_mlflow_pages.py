@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from cpsp_dist.tracking.runs import experiment_page
-from tests.support.browser import Browser, find_browser
+from tests.support.browser import Browser
 from tests.support.environment import environment, free_port
 from tests.support.runs import plain_arguments
-from tests.support.skips import skip
 
 pytestmark = pytest.mark.long
 NAMES = ("a-seed1", "a-seed2")
@@ -99,15 +98,6 @@ def test_rest(served: Served) -> None:
     assert {model["info"]["source_run_id"] for model in models} == {*served.ids}
     versions = served.ask("registered-models/get?name=keypad-model")["registered_model"]["latest_versions"]
     assert [version["run_id"] for version in versions] == served.ids[:1]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        skip("Chromium", "no chromium on the PATH")
-    with Browser(tmp_path_factory.mktemp("browser"), path) as opened:
-        yield opened
 
 
 def pages(served: Served) -> dict[str, tuple[str, list[str]]]:
