@@ -52,9 +52,9 @@ def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
         launch.ranks[victim].signal(signal.SIGSTOP)
     for victim, launch in enumerate(attempts):
         other = launch.ranks[1 - victim]
-        assert prefork.wait(other.pid, 60) == EXIT_LOST_RANK
+        assert other.wait(60) == EXIT_LOST_RANK
         launch.ranks[victim].kill()
-        assert prefork.wait(launch.ranks[victim].pid, 60) == -signal.SIGKILL
+        assert launch.ranks[victim].wait(60) == -signal.SIGKILL
         assert other.output.strip().splitlines()[-1] == f"error: rank {victim}: sent no heartbeat for 5 s"
 
 

@@ -87,7 +87,7 @@ def test_a_second_signal_ends_at_once(prefork: Any, keypad_shards: Path, tmp_pat
 
 def attempt_alive(launch: Any, seconds: float) -> None:
     """Raises when nobody ended within `seconds`."""
-    launch.until(lambda: not all(rank.prefork.alive(rank.pid) for rank in launch.ranks), seconds)
+    launch.until(lambda: not all(rank.alive for rank in launch.ranks), seconds)
 
 
 STOPPED_AND_SIGNALLED = """
@@ -219,14 +219,14 @@ def test_signal_to_a_rank_that_waits_for_others(
     if others is None:  # rank 0 waits for rank 1 to come to the meeting
         assert launch.until(lambda: listens(signalled.pid, signal.SIGTERM))
     signalled.signal(signal.SIGTERM)
-    assert prefork.wait(signalled.pid, 30) == EXIT_REQUEUE
+    assert signalled.wait(30) == EXIT_REQUEUE
     assert signalled.output.splitlines()[-1] == (
         "SIGTERM: all progress is saved; run the same command again to resume (exit code 75)"
     )
     if others is None:
         launch.ranks[1].kill()
     else:
-        assert prefork.wait(launch.ranks[0].pid, 30) == others
+        assert launch.ranks[0].wait(30) == others
         assert launch.ranks[0].output.splitlines()[-1].startswith("error: rank 1: SIGTERM: all progress is saved")
     launch.wait()
     assert checkpoint_files(stopped) == before
@@ -244,7 +244,7 @@ def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tm
 
     def ended() -> bool:
         parting.signal(signal.SIGTERM)
-        return not prefork.alive(parting.pid)
+        return not parting.alive
 
     assert launch.until(ended, 20)
     assert launch.wait() == [EXIT_REQUEUE] * 2, launch.outputs()

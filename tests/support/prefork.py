@@ -29,9 +29,32 @@ class Rank:
 
     def __init__(self, prefork: PreforkLauncher, pid: int, log: Path):
         self.prefork, self.pid, self.log = prefork, pid, log
+        self._code: int | None = None
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit code (-9: killed), as often as asked for; None where it runs after `timeout` seconds.
+
+        Kept here, not by number in the server: the number of a process that was waited for is soon another's.
+        """
+        if self._code is None:
+            self._code = self.prefork.wait(self.pid, timeout)
+        return self._code
+
+    @property
+    def alive(self) -> bool:
+        if self._code is not None:
+            return False
+        with open(f"/proc/{self.pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
     def signal(self, number: int) -> None:
-        """Until it is waited for, an ended process stays a zombie: the number is nobody else's."""
+        """Until it is waited for, an ended process stays a zombie: the number is nobody else's.
+
+        Raises:
+            ProcessLookupError: it was waited for.
+        """
+        if self._code is not None:
+            raise ProcessLookupError(f"process {self.pid} ended with exit code {self._code}")
         os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -51,12 +74,12 @@ class Launch:
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit codes (-9: killed); whoever is left after `timeout` seconds is killed, and the test fails."""
         end = time.monotonic() + timeout
-        codes = [rank.prefork.wait(rank.pid, end - time.monotonic()) for rank in self.ranks]
+        codes = [rank.wait(end - time.monotonic()) for rank in self.ranks]
         if None in codes:
             for rank, code in zip(self.ranks, codes, strict=True):
                 if code is None:
                     rank.kill()
-                    rank.prefork.wait(rank.pid, 10)
+                    rank.wait(10)
             raise AssertionError(f"no end within {timeout} s: {codes}\n{self.outputs()}")
         return [code for code in codes if code is not None]
 
@@ -74,7 +97,7 @@ class Launch:
         """Wait for something that the ranks do; False where they all ended first."""
         end = time.monotonic() + timeout
         while not condition():
-            if not any(rank.prefork.alive(rank.pid) for rank in self.ranks):
+            if not any(rank.alive for rank in self.ranks):
                 return condition()
             assert time.monotonic() < end, f"not within {timeout} s\n{self.outputs()}"
             time.sleep(0.005)
@@ -154,10 +177,6 @@ class PreforkLauncher:
         answer = self._ask({"wait": pid, "timeout": max(timeout, 0)}, timeout + 30)
         return None if answer == "none" else int(answer)
 
-    def alive(self, pid: int) -> bool:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-
     def _ask(self, question: dict[str, object], timeout: float = 60) -> str:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -186,7 +205,6 @@ def serve() -> int:
     torch.set_num_threads(1)
     import_deepspeed(torch.device("cpu"))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    codes: dict[int, int] = {}
     gc.collect()
     gc.freeze()  # a child's collections would touch, and so copy, all that it shares with this process
     gc.enable()
@@ -194,7 +212,7 @@ def serve() -> int:
     while line := sys.stdin.readline():
         question = json.loads(line)
         if "wait" in question:
-            answers.write(f"{_reap(question['wait'], question['timeout'], codes)}\n")
+            answers.write(f"{_reap(question['wait'], question['timeout'])}\n")
             continue
         pid = os.fork()
         if pid:
@@ -216,18 +234,16 @@ def serve() -> int:
     return 0
 
 
-def _reap(pid: int, timeout: float, codes: dict[int, int]) -> int | str:
-    """The exit code of a child, or "none" after `timeout` seconds."""
+def _reap(pid: int, timeout: float) -> int | str:
+    """The exit code of a child that was not waited for yet, or "none" after `timeout` seconds."""
     end = time.monotonic() + timeout
-    while pid not in codes:
+    while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > end:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
             return "none"
-        else:
-            time.sleep(0.005)
-    return codes[pid]
+        time.sleep(0.005)
 
 
 def _end(code: int) -> None:
