@@ -73,7 +73,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _launch(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cpsp_dist.launch import cluster, jobs, local
+    from cpsp_dist.launch import cluster, files, jobs, local
     from cpsp_dist.launch.sweep import plan_runs
     from cpsp_dist.utils.errors import UserError
 
@@ -103,6 +103,9 @@ def _launch(args: argparse.Namespace) -> int:
     if args.local and args.nodes > 1:
         raise UserError("--local is one machine: leave out --nodes, and give --ranks-per-node")
     if args.dry_run:
+        files.require_launchable(runs, output)
+        if args.local:
+            local.visible_gpus(resources.gpus)
         planned = [f"{run.name or name}: output {run.config.output}" for run in runs]
         logger.info("\n".join([*planned, f"each: {resources}"]))
         if args.local:

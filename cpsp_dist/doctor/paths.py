@@ -24,6 +24,7 @@ from cpsp_dist.tracking.store import default_uri, reach, sqlite_file, tracking_u
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
 from cpsp_dist.utils.errors import DataError
+from cpsp_dist.utils.files import require_can_be_made
 from cpsp_dist.utils.text import format_bytes, one_line
 
 #: Samples of each split that are read and compared with their checksums.
@@ -119,6 +120,7 @@ def output(config: Config, rendezvous: Rendezvous, limit: float) -> tuple[list[F
     try:
         if rendezvous.first_on_node:
             try:
+                require_can_be_made(Path(config.output))
                 token.write_text(token.name)
                 times = {"seconds": token.stat().st_mtime - wrote}
             except OSError as error:

@@ -14,8 +14,9 @@ from cpsp_dist.config.yaml_text import write_yaml
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, State, load_jobs, states
 from cpsp_dist.launch.sweep import Planned, with_parent
 from cpsp_dist.tracking.runs import compare_command
-from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
+from cpsp_dist.tracking.sweeps import close_sweep, open_sweep, require_store
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.files import require_can_be_made
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
     Raises:
         UserError: a job that has not ended has a run's folder; MLflow does not answer; the folder cannot be written.
     """
-    _refuse_twice(runs, output)
+    require_launchable(runs, output)
     first = runs[0].config
     parent = open_sweep(first, output, len(runs)) if runs[0].name and first.tracking.enabled else None
     folder = new_folder(output)
@@ -43,6 +44,23 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
         if isinstance(error, OSError):
             raise UserError(f"output={output}: cannot write the launch's files: {error}") from None
         raise
+
+
+def require_launchable(runs: Sequence[Planned], output: str) -> None:
+    """Refuse what `prepared` would, before anything is made; also for `--dry-run`.
+
+    Raises:
+        UserError: as there.
+    """
+    _refuse_twice(runs, output)
+    outputs = {Path(output), *(Path(run_.config.output) for run_ in runs)}
+    try:
+        for place in (new_folder(output), *filter(os.path.lexists, outputs)):
+            require_can_be_made(place)
+    except OSError as error:
+        raise UserError(f"output={output}: cannot write the launch's files: {error}") from None
+    if runs[0].name and runs[0].config.tracking.enabled:
+        require_store(runs[0].config)
 
 
 def _refuse_twice(runs: Sequence[Planned], output: str) -> None:

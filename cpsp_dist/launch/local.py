@@ -43,7 +43,7 @@ def run_local(
         executor.update_parameters(
             tasks_per_node=resources.ranks,
             gpus_per_node=resources.gpus,
-            visible_gpus=_visible_gpus(resources.gpus),
+            visible_gpus=visible_gpus(resources.gpus),
             timeout_min=525_600,
             signal_delay_s=0,
             stderr_to_stdout=True,
@@ -77,8 +77,8 @@ def run_local(
     return jobs, states(jobs)
 
 
-def _visible_gpus(count: int) -> tuple[int, ...]:
-    """The first `count` of those this shell may use."""
+def visible_gpus(count: int) -> tuple[int, ...]:
+    """The first `count` of those this shell may use; none where it does not limit them. Raises UserError."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not count or not re.fullmatch(r"\d+(,\d+)*", allowed):
         return ()

@@ -248,20 +248,27 @@ def _make_store(file: Path) -> None:
             files.rename(made, file)
 
 
-def experiment_id(store: Store, config: Config) -> str:
-    """Of `tracking.experiment`, made where there is none.
+def active_experiment(store: Store, config: Config) -> Any:
+    """`tracking.experiment`, as MLflow has it; None where there is none.
 
     Raises:
         StoreError: it was deleted, or the store does not answer.
     """
     name, uri = config.tracking.experiment, tracking_uri(config)
     found = store.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != "active":
+        raise StoreError(
+            f"{without_secrets(uri)}: experiment '{name}' was deleted; restore it (`mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}`), or set tracking.experiment to another name"
+        )
+    return found
+
+
+def experiment_id(store: Store, config: Config) -> str:
+    """Of `tracking.experiment`, made where there is none. Raises StoreError as `active_experiment`."""
+    name, uri = config.tracking.experiment, tracking_uri(config)
+    found = active_experiment(store, config)
     if found is not None:
-        if found.lifecycle_stage != "active":
-            raise StoreError(
-                f"{without_secrets(uri)}: experiment '{name}' was deleted; restore it (`mlflow experiments restore "
-                f"--experiment-id {found.experiment_id}`), or set tracking.experiment to another name"
-            )
         if missing := EXPERIMENT_TAGS.keys() - (found.tags or {}).keys():
             for key in sorted(missing):
                 store.set_experiment_tag(found.experiment_id, key, EXPERIMENT_TAGS[key])

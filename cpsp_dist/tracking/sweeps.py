@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,20 @@ from cpsp_dist.tracking.compare_formats import as_csv, as_text
 from cpsp_dist.tracking.describe import repeat_command, started_tags
 from cpsp_dist.tracking.pages import LONGEST_VALUE
 from cpsp_dist.tracking.runs import TrackedRun, search, tracked_run
-from cpsp_dist.tracking.store import NOTE, PARENT, SWEEP, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.tracking.store import (
+    NOTE,
+    PARENT,
+    SWEEP,
+    Store,
+    StoreError,
+    active_experiment,
+    experiment_id,
+    sqlite_file,
+    tracking_uri,
+)
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.files import require_can_be_made
+from cpsp_dist.utils.redact import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +42,7 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
     Raises:
         UserError: MLflow does not answer.
     """
-    try:
+    with _explained():
         store = Store(tracking_uri(config))
         experiment, place = experiment_id(store, config), os.path.realpath(folder)
         for run in reversed(search(store, experiment)):
@@ -39,6 +53,27 @@ def open_sweep(config: Config, folder: str, runs: int) -> str:
         note = f"A sweep of {runs} runs in `{place}`; they are listed below it, their table is `comparison.csv`."
         tags = {SWEEP: str(runs), "output": place, NOTE: note} | started_tags(repeat_command(1))
         return str(store.create_run(experiment, run_name=Path(folder).name, tags=tags).info.run_id)
+
+
+def require_store(config: Config) -> None:
+    """Refuse what `open_sweep` would; nothing is made. Raises UserError."""
+    uri = tracking_uri(config)
+    file = sqlite_file(uri)
+    with _explained():
+        if file is None or os.path.exists(file):
+            active_experiment(Store(uri), config)
+            return
+        try:
+            require_can_be_made(file.parent)
+        except OSError as error:
+            raise StoreError(f"{without_secrets(uri)}: {error.strerror}") from None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises UserError, with what to do, for a StoreError inside."""
+    try:
+        yield
     except StoreError as error:
         raise UserError(
             f"MLflow at {error}; a sweep is one run there with its runs below it: fix the store, or set "

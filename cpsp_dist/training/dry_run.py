@@ -29,7 +29,7 @@ from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
-from cpsp_dist.training.run_lock import require_unlocked
+from cpsp_dist.training.run_lock import require_startable
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
 from cpsp_dist.training.step import StepRunner
 from cpsp_dist.training.step_metrics import average_losses
@@ -60,9 +60,8 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         parameters = sum(p.numel() for p in model.parameters())
         checkpoint = Checkpoints.bytes_needed(model, config)
         schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
+        require_startable(config.output, write=ranks.first)
         _, progress = load_latest_checkpoint(config, manifest, ranks, choices or Choices(), schedule.steps)
-        if ranks.first:
-            require_unlocked(config.output)
         # Checked above for the planned ranks; this process alone has another share of the batch.
         checked = config.engine.model_copy(update={"ignore_conflicts": True})
         step = first_step(model, config.model_copy(update={"engine": checked}), ranks, stream, schedule)

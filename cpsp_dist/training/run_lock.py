@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,8 +26,9 @@ from cpsp_dist.config import Config
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.training.idle_starts import note_checkpoint
-from cpsp_dist.utils import files
+from cpsp_dist.utils import files, processes
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
+from cpsp_dist.utils.json_lines import read_bytes
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,14 @@ class Holder:
 
 def this_process(env: Mapping[str, str] = os.environ) -> Holder:
     job = env.get("SLURM_JOB_ID", "")
-    return Holder(socket.gethostname(), os.getpid(), _machine(), _began(os.getpid()) or "", job, secrets.token_hex(8))
+    return Holder(
+        socket.gethostname(),
+        os.getpid(),
+        processes.machine(),
+        processes.started(os.getpid()) or "",
+        job,
+        secrets.token_hex(8),
+    )
 
 
 @contextmanager
@@ -67,7 +74,7 @@ def run_folder(output: str, *, write: bool) -> Iterator[None]:
     Raises:
         UserError: it cannot be made or written, or another start has it.
     """
-    _make_folder(output, write)
+    _prepare(output, write)
     if not write:
         yield
         return
@@ -75,14 +82,34 @@ def run_folder(output: str, *, write: bool) -> Iterator[None]:
         yield
 
 
-def _make_folder(output: str, write: bool) -> None:
-    """Make the run's folder, or see that it can be written: not after hours, at the first checkpoint.
+def require_startable(output: str, *, write: bool) -> None:
+    """What `run_folder` would refuse now; nothing stays written.
+
+    Raises:
+        UserError: as `run_folder`, but for a start of the same Slurm job, which it would wait for.
+    """
+    _prepare(output, write, make=False)
+    if not write or not Path(output).is_dir():
+        return
+    path, probe = Path(output) / NAME, Path(output) / f".{NAME}.{secrets.token_hex(8)}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    _require_unlocked(path)
+
+
+def _prepare(output: str, write: bool, *, make: bool = True) -> None:
+    """Make the run's folder, and see that it can be written: not after hours, at the first checkpoint.
 
     Raises:
         UserError: it cannot.
     """
     try:
-        files.make_folder(Path(output))
+        files.require_can_be_made(Path(output))
+        if make:
+            files.make_folder(Path(output))
     except OSError as error:
         raise UserError(f"output={output}: cannot make this folder: {error.strerror}") from None
     checkpoints = Checkpoints(output).folder
@@ -94,15 +121,20 @@ def _make_folder(output: str, write: bool) -> None:
                 raise UserError(f"{folder}: this folder cannot be written to; change its rights, or set another output")
 
 
-def require_unlocked(output: str | Path) -> None:
-    """What `locked` would find now; nothing is written.
-
-    Raises:
-        UserError: another process of this machine writes the run.
-    """
-    holder = read(Path(output) / NAME)
-    if holder is not None and holder.machine == _machine() and not _gone(holder):
-        raise UserError(_is_taken(Path(output), holder))
+def _require_unlocked(path: Path) -> None:
+    """Raises UserError where another process has the lock, as far as its renewals show for one of another machine."""
+    began, seen = time.monotonic(), 0.0
+    while (holder := read(path)) is not None and not _gone(holder):
+        with contextlib.suppress(FileNotFoundError):
+            renewed = path.stat().st_mtime
+            if holder.machine == processes.machine() or (seen and renewed != seen):
+                raise UserError(_is_taken(path.parent, holder))
+            if time.monotonic() - began > 3 * RENEW:
+                return
+            if not seen:
+                logger.warning(f"{path}: waiting for {holder} for {3 * RENEW:.0f} s, whether it is alive")
+            seen = renewed
+        time.sleep(0.2)
 
 
 def save_where_held(config: Config, state: TrainingState, progress: TrainingProgress) -> str:
@@ -163,8 +195,8 @@ def locked(output: str | Path, me: Holder | None = None) -> Iterator[None]:
 def read(path: Path) -> Holder | None:
     """Who holds a lock, alive or not; None where nobody does, or a line was cut off by a full disk."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Holder(**json.loads(read_bytes(path, limit=1 << 16)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -228,7 +260,7 @@ def _age(path: Path, own: Path) -> float | None:
 
 def _gone(holder: Holder) -> bool:
     """Whether a process of this machine has ended; those of others are not seen from here."""
-    return holder.machine == _machine() and _began(holder.pid) != holder.began
+    return holder.machine == processes.machine() and processes.started(holder.pid) != holder.began
 
 
 def _remove_stale(path: Path, holder: Holder | None) -> None:
@@ -241,7 +273,10 @@ def _remove_stale(path: Path, holder: Holder | None) -> None:
     if read(aside) != holder:  # another start was quicker, and this is its lock
         with contextlib.suppress(OSError):
             os.link(aside, path)
-    aside.unlink(missing_ok=True)
+    if aside.is_dir():
+        logger.warning(f"{path}: a folder; moved to {aside.name}, for the run's lock goes there")
+    else:
+        aside.unlink(missing_ok=True)
 
 
 def _renew(path: Path, me: Holder, ended: threading.Event) -> None:
@@ -253,30 +288,3 @@ def _renew(path: Path, me: Holder, ended: threading.Event) -> None:
             os._exit(EXIT_USER_ERROR)
         with contextlib.suppress(OSError):
             os.utime(path)
-
-
-def _machine() -> str:
-    """The same for processes that see each other's numbers."""
-    parts = []
-    for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with contextlib.suppress(OSError):
-            parts.append(os.readlink(name) if name.endswith("ns/pid") else Path(name).read_text().strip())
-    return "/".join(parts) or socket.gethostname()
-
-
-def _began(pid: int) -> str | None:
-    """When a process started; None where it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        pass
-    if sys.platform == "linux":
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return ""

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +127,26 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
         sync(path.parent)
+
+
+def require_can_be_made(folder: Path) -> None:
+    """Raise the OSError that `make_folder` would, and make nothing: what is made for the test is removed at once."""
+    place = folder
+    while True:
+        try:
+            mode = place.stat().st_mode
+            break
+        except FileNotFoundError:
+            if place.is_symlink():  # to nothing
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
+            place = place.parent
+    if not stat.S_ISDIR(mode):
+        number = errno.EEXIST if place == folder else errno.ENOTDIR
+        raise OSError(number, os.strerror(number), str(place))
+    if place != folder:
+        probe = place / f".cpsp-{secrets.token_hex(8)}"
+        probe.mkdir()
+        probe.rmdir()
 
 
 def sync(path: Path) -> None:

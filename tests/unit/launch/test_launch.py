@@ -169,6 +169,42 @@ def test_mistakes_are_refused_before_anything_is_submitted(tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+SEEDS = ["--sweep", "train.seed=1,2"]
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "message"),
+    [
+        ("pipe", [], "cannot write the launch's files: [Errno 20] Not a directory"),
+        ("loop", [], "cannot write the launch's files: [Errno 40] Too many levels of symbolic links"),
+        ("out", SEEDS, "cannot write the launch's files: [Errno 17] File exists"),
+        ("a%b", [], "Slurm and submitit replace '%'"),
+        ("new", ["--gpus-per-node", "2"], "--gpus-per-node 2, but CUDA_VISIBLE_DEVICES=0"),
+        ("new", [*SEEDS, "tracking.uri=sqlite:////proc/none/no.db"], "No such file or directory"),
+        pytest.param(
+            *("new", [*SEEDS, "tracking.uri=sqlite:///pipe"], "not a regular file"), marks=pytest.mark.long
+        ),  # imports MLflow
+    ],
+)
+def test_the_dry_run_refuses_what_a_launch_would(output, more, message, tmp_path, monkeypatch, capsys):
+    """In the same words; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out/seed=2")
+    command, lines = ["launch", str(KEYPAD), f"output={output}", "--local", *more], []
+    for how in ([], ["--dry-run"]):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([*command, *how]) == 2, how
+        lines += capsys.readouterr().err.splitlines()
+        assert sorted(tmp_path.rglob("*")) == before
+    assert len(lines) == 2
+    assert message in lines[0]
+    assert lines[0].partition("slurm/")[0] == lines[1].partition("slurm/")[0], "up to the time"
+
+
 def test_without_slurm_local_is_proposed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["launch", str(KEYPAD), f"output={tmp_path}/out"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,14 @@ def test_activations_are_counted_once_and_without_parameters() -> None:
 
 def test_mistakes_are_one_line(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     good = arguments(keypad_shards, tmp_path / "run")
+    os.mkfifo(tmp_path / "pipe")
     mistakes = {
         "did you mean 'train.epochs'": [*good, "train.epoch=1"],
         "no such folder of shards": [*good, f"data.shards={tmp_path}/nothing"],
         "has 48 samples, too few for one global batch of 64": [*good, "train.global_batch=64"],
         "--world N, at least 1, goes with --dry-run": [*good, "--world", "0"],
         "engine.deepspeed: cannot read": [*good, f"engine.deepspeed={tmp_path}/none.json"],
+        "cannot make this folder: File exists": [*good, f"output={tmp_path}/pipe"],
     }
     for text, mistake in mistakes.items():
         launch = prefork.start([*mistake, "--dry-run"], 1)
