@@ -17,7 +17,7 @@ from cpsp_dist.packing.index import IndexedShard, assemble, index_shard, split_o
 from cpsp_dist.packing.plan import keyed_hash
 from cpsp_dist.packing.source import Entry
 from cpsp_dist.packing.target import workplace
-from cpsp_dist.utils.console import progress
+from cpsp_dist.utils.console import Progress
 from cpsp_dist.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def rebuild(folder: Path, categories: list[str] | None = None, encoders: Encoder
     paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar"))
     if not paths:
         raise UserError(f"{folder}: no .tar files here")
-    indexed = [(path.name, index_shard(path)) for path in progress(paths, unit="shards", label="indexing")]
+    with Progress(len(paths), "shards", "indexing") as shown:
+        indexed = [(path.name, index_shard(path)) for path in shown.over(paths)]
     indexed.sort(key=lambda shard: (split_order(shard[1].split), shard[0]))
     manifest = assemble(folder, indexed, _names(folder, indexed, categories), encoders)
     manifest.save()
@@ -87,11 +88,12 @@ def merge(folders: list[Path], out: Path) -> Manifest:
     numbers: dict[str, int] = defaultdict(int)
     with workplace(out) as part:
         indexed = []
-        for manifest, shard in progress(shards, unit="shards", label="merging"):
-            target = part / f"{shard.split}-{numbers[shard.split]:06d}.tar"
-            numbers[shard.split] += 1
-            found = _take(manifest, shard, target)
-            indexed.append((target.name, found))
+        with Progress(len(shards), "shards", "merging") as shown:
+            for manifest, shard in shown.over(shards):
+                target = part / f"{shard.split}-{numbers[shard.split]:06d}.tar"
+                numbers[shard.split] += 1
+                found = _take(manifest, shard, target)
+                indexed.append((target.name, found))
         assemble(part, indexed, manifests[0].categories, encoders).save()
         warn_nonfinite(out, indexed)
     return Manifest.load(out)

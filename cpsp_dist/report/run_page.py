@@ -28,6 +28,8 @@ CURVES = (
 )
 
 
+#: Seconds since 1970 up to the year 9999; what is above is no time.
+LAST_TIME = 253_402_300_800
 #: Tags of the run in MLflow that say what it ran on, and how often it was started again.
 OF_THE_MACHINE = ("host", "nodes", "device", "launcher", "restarts", "command", "version.torch", "git.commit")
 
@@ -78,13 +80,12 @@ def figures_table(data: RunData) -> Table:
 def _facts(data: RunData) -> list[Facts | Table]:
     progress, config, manifest = data.run.progress, data.run.config, data.manifest
     state = "finished" if progress.finished else "not finished"
-    times = [line["time"] for line in data.history if isinstance(line.get("time"), int | float)]
     best = f"{progress.best_accuracy:.2f} % on val at step {progress.best_step:,}" if progress.best_step else "unknown"
     run = [
         ("folder", str(data.folder)),
         ("state", f"{state}, step {progress.step:,}"),
         ("best", best),
-        ("first and last line of its log", " to ".join(map(_clock, (times[0], times[-1]))) if times else "none"),
+        ("first and last line of its log", logged(data.history)),
         ("steps left out (not finite)", f"{progress.nonfinite:,}"),
         ("MLflow run", progress.run_id or "none"),
         ("page made by", f"cpsp-dist {__version__}"),
@@ -114,6 +115,12 @@ def _facts(data: RunData) -> list[Facts | Table]:
         Facts("Machine", machine, wide=True),
         Table("Configuration", [Column("setting"), Column("value")], settings, page=15),
     ]
+
+
+def logged(history: Sequence[dict[str, Any]]) -> str:
+    """When the first and the last line were written."""
+    times = [at for line in history if isinstance(at := line.get("time"), int | float) and 0 <= at < LAST_TIME]
+    return " to ".join(map(_clock, (times[0], times[-1]))) if times else "none"
 
 
 def _clock(seconds: float) -> str:

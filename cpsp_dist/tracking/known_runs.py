@@ -63,7 +63,9 @@ def started_as(folder: Path) -> dict[str, str]:
         return {}
     starts = [line for line in lines if line is not None]
     tags = starts[-1].get("tags") if starts else None
-    return {**tags, "restarts": str(len(starts) - 1)} if isinstance(tags, dict) else {}
+    if not isinstance(tags, dict):
+        return {}
+    return {name: tag for name, tag in tags.items() if isinstance(tag, str)} | {"restarts": str(len(starts) - 1)}
 
 
 def recorded_run(folder: Path) -> tuple[str, str] | None:

@@ -41,10 +41,11 @@ def evaluation_tags(folder: Path) -> dict[str, str]:
 def flags_of(folder: Path, split: str) -> dict[str, str]:
     """A tag where the answers of a run on a split are trivial, by its evaluation: what is wrong with them."""
     try:
-        found = json.loads(read_bytes(folder / f"evaluation_{split}.json", limit=1 << 24))["flags"]
+        content = json.loads(read_bytes(folder / f"evaluation_{split}.json", limit=1 << 24))
+        found = "; ".join(content["flags"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return {f"flags.{split}": "; ".join(found)} if found else {}
+    return {f"flags.{split}": found} if found else {}
 
 
 def stored_predictions(store: AskedStore) -> Stored:

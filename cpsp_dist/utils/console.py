@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -111,6 +111,12 @@ class Progress:
         if self._bar is not None or time.monotonic() - self.shown >= PLAIN_SECONDS:
             self._show()
 
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Hand through `items`, each counted once it has been worked on."""
+        for item in items:
+            yield item
+            self.update()
+
     def text(self) -> str:
         """`1,200 of 4,143 videos, 310 videos/s, 0:09 left`"""
         elapsed = max(time.monotonic() - self.start, 1e-9)
@@ -132,16 +138,6 @@ class Progress:
 
     def _log(self) -> None:
         logger.info("%s: %s", self.label, self.text())
-
-
-def progress(iterable: Iterable[T], unit: str, label: str, total: int | None = None) -> Iterator[T]:
-    """Hand through `iterable`, reporting how far it is; `total` is its length where it has one."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    with Progress(total, unit, label) as shown:
-        for item in iterable:
-            yield item
-            shown.update()
 
 
 def _bar() -> Bar:

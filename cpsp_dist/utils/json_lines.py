@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from cpsp_dist.utils import files
+from cpsp_dist.utils.strict_json import integer
 
 #: Lines that wait in memory while they cannot be written, at most; bytes of a line that is no damage.
 KEPT_LINES, LONGEST_LINE = 100_000, 1 << 24
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object of a complete line; None where it is damaged or names no step."""
+    """The object of a complete line; None where it is damaged, names no step, or has an integer that no float holds."""
     if not line.endswith(b"}\n") or len(line) > LONGEST_LINE:
         return None
     try:
-        content = json.loads(line)
+        content = json.loads(line, parse_int=integer)
     except (ValueError, RecursionError):
         return None
     step = content.get("step") if isinstance(content, dict) else None

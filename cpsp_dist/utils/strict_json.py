@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections import Counter
 from typing import Any, NoReturn
 
@@ -16,7 +18,7 @@ def load_json(data: bytes | str, where: str = "", *, allow_nan: bool = False) ->
 
     Raises:
         ValueError: `where` and the line of what is no JSON, of a key that is there twice, or, unless `allow_nan`, of
-            NaN and Infinity.
+            NaN, Infinity and what no float can hold.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
@@ -24,7 +26,13 @@ def load_json(data: bytes | str, where: str = "", *, allow_nan: bool = False) ->
         line = data[: error.start].count(b"\n") + 1 if isinstance(data, bytes) else 1
         raise ValueError(_at(where, line, "not UTF-8")) from None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=float if allow_nan else _no_number)
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=integer,
+            parse_float=float if allow_nan else _finite,
+            parse_constant=float if allow_nan else _no_number,
+        )
     except json.JSONDecodeError as error:
         raise ValueError(_at(where, error.lineno, f"no JSON ({error.msg}, column {error.colno})")) from None
     except _Repeated as repeated:
@@ -35,6 +43,19 @@ def load_json(data: bytes | str, where: str = "", *, allow_nan: bool = False) ->
     except ValueError as error:  # NaN; a number of thousands of digits
         line = next((n for n, part in enumerate(text.split("\n"), 1) if str(error) in part), 1)
         raise ValueError(_at(where, line, f"not a finite number ({str(error)[:60]})")) from None
+
+
+def integer(text: str) -> int:
+    """Of JSON, where it may become a float: `parse_int` of Python's reader. Raises ValueError where none holds it."""
+    if len(text) > 400 or abs(int(text)) > sys.float_info.max:
+        raise ValueError(text)
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 class _Repeated(Exception):

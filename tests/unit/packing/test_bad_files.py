@@ -18,6 +18,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.text import read_categories, read_csv, read_label_file
 from cpsp_dist.utils.errors import DataError, UserError
+from cpsp_dist.utils.json_lines import parse_line
 from cpsp_dist.utils.strict_json import load_json
 from tests.support.packing_sources import WRITERS, video_id, write_ave, write_avel
 from tests.support.tiny_shards import write_shards
@@ -257,6 +258,15 @@ def test_csv_as_programs_write_it(tmp_path: Path, content: bytes) -> None:
 def test_json_as_python_reads_it() -> None:
     text = '{"a": {"label": [1, 0.5, null, "\\u00e9"]}, "b": [{"label": 1}, {"label": 2}]}'
     assert load_json(text) == load_json(b"\xef\xbb\xbf" + text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("number", ["9" * 309, "-" + "9" * 400, "9" * 5000, "1e309", "-1e999", "NaN", "-Infinity"])
+def test_json_numbers_that_no_float_holds(number: str) -> None:
+    with pytest.raises(ValueError, match=r"^a\.json: line 2: not a finite number"):
+        load_json(f'{{"a": 1,\n"b": [{number}]}}', "a.json")
+    line = f'{{"step": 3, "loss/total": {number}}}\n'.encode()
+    held = parse_line(line)
+    assert (held is None) == number.strip("-").isdecimal(), "others are written where a loss is not finite"
 
 
 def test_labels_in_every_documented_form(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -193,7 +194,8 @@ BAD_SAMPLES = {
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
-def test_what_cannot_be_indexed_is_named(tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_indexed_is_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cpsp_dist")
     changes, expected = BAD_SAMPLES[name]
     with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for member, data in (members("a") | changes).items():
@@ -201,6 +203,7 @@ def test_what_cannot_be_indexed_is_named(tmp_path: Path, name: str) -> None:
                 add(tar, member, data)
     with pytest.raises(DataError, match=expected) as error:
         rebuild(tmp_path)
+    assert caplog.messages[-1].startswith("indexing: "), "before the error is printed"
     assert str(tmp_path / "train-0.tar") in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["train-0.tar"]
 

@@ -16,6 +16,12 @@ from cpsp_dist.cli import main
 from cpsp_dist.inference.model import CARD, load_model
 from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe_jobs, load_jobs, save_jobs, states
 from cpsp_dist.models import build_model
+from cpsp_dist.report.collect import read_history
+from cpsp_dist.report.page import script_json
+from cpsp_dist.report.run_page import curves, logged
+from cpsp_dist.tracking.history import read_histories
+from cpsp_dist.tracking.runs import TrackedRun
+from cpsp_dist.tracking.store import RUN_FILE, AskedStore
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.utils.errors import DataError, UserError
@@ -141,6 +147,24 @@ def test_every_damage_to_metrics_costs_damaged_lines_alone(tmp_path: Path) -> No
     file.write_bytes(undamaged + undamaged)
     truncate_after_step(file, 99)
     assert file.read_bytes() == undamaged
+
+
+def test_every_damage_to_metrics_is_left_out_of_pages(tmp_path: Path) -> None:
+    """Of `report` and `compare --html`, with numbers that are no time or that no float holds."""
+    names = ("loss/total", "grad_norm", "pool/rows", "time")
+    (tmp_path / RUN_FILE).write_text('{"run_id": "a"}')
+    run = TrackedRun("a", "run", "FINISHED", metrics=dict.fromkeys(names, 1.0), tags={"output": str(tmp_path)})
+    lines = [json.dumps({"step": step} | {name: step / 7 for name in names}) for step in range(1, 5)]
+    undamaged = "".join(f"{line}\n" for line in lines)
+    numbers = [undamaged.replace(str(2 / 7), text) for text in ("9" * 400, "1e300", "1e999", "-1", "NaN", "true")]
+    for content in [*(text.encode() for text in numbers), *damaged(undamaged.encode(), 6, 100)]:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with within_limits(content):
+            history = read_history(tmp_path)
+            script_json([figure.option for figure in curves(history)])
+            logged(history)
+            found = read_histories(AskedStore("unused"), [run], names)["a"]
+        assert all(isinstance(value, float) for points in found.values() for _, value in points)
 
 
 def test_lines_wait_where_something_else_stands_in_place_of_the_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cpsp_dist.utils import console as module
-from cpsp_dist.utils.console import Progress, echo, is_terminal, progress, table
+from cpsp_dist.utils.console import Progress, echo, is_terminal, table
 
 ROWS = [
     {"video": "[red]a[/red] b", "segments": 10, "f1": 0.25, "note": None},
@@ -84,9 +84,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def work(clock: Clock, items: int, seconds: float) -> list[int]:
     done = []
-    for item in progress(range(items), unit="videos", label="packing"):
-        clock.now += seconds
-        done.append(item)
+    with Progress(items, "videos", "packing") as shown:
+        for item in shown.over(range(items)):
+            clock.now += seconds
+            done.append(item)
     return done
 
 
@@ -112,19 +113,23 @@ def test_short_work_and_disabled_progress_print_nothing(clock: Clock, caplog: py
     assert caplog.messages == []
 
 
-def test_an_error_passes_through(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fails", ["the work", "what is worked on"])
+def test_an_error_passes_through_after_the_last_line(
+    fails: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While whoever reports the error still holds it, with all its frames."""
     caplog.set_level(logging.INFO, "cpsp_dist")
 
-    def items() -> list[int]:
-        done = []
-        for item in progress((10 // n for n in (2, 1, 0)), total=5, unit="videos", label="packing"):
-            clock.now += 5.0
-            done.append(item)
-        return done
+    def work() -> None:
+        with Progress(5, "videos", "packing") as shown:
+            for number in shown.over(10 // n if fails != "the work" else n for n in (2, 1, 0)):
+                clock.now += 3.0
+                assert 10 // number
 
-    with pytest.raises(ZeroDivisionError):
-        items()
+    with pytest.raises(ZeroDivisionError) as held:
+        work()
     assert caplog.messages[-1].startswith("packing: 2 of 5 videos")
+    assert held.traceback
 
 
 @pytest.mark.parametrize("colour", [True, False])
