@@ -67,7 +67,9 @@ def _predict(args: argparse.Namespace) -> None:
     from cpsp_dist.distributed.launchers import require_one_process
 
     require_one_process("predict")
+    from cpsp_dist.inference.drawn_files import require_distinct
     from cpsp_dist.inference.model import load_model
+    from cpsp_dist.inference.plot import is_page
     from cpsp_dist.inference.predict import PredictOptions, predict
     from cpsp_dist.inference.prediction import FORMATS
     from cpsp_dist.utils import files
@@ -78,6 +80,9 @@ def _predict(args: argparse.Namespace) -> None:
     options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
     if args.overlay is not None:
         require("PIL", "report", "--overlay")
+        require_distinct(args.inputs, args.split, "--overlay", args.overlay, ".mp4")
+    if args.plot is not None and not is_page(args.plot):
+        require_distinct(args.inputs, args.split, "--plot", args.plot, ".png")
     found = predict(load_model(args.model), args.inputs, options)
     lines = FORMATS[form](_drawn(found, args.plot, args.overlay))
     if args.out is None:

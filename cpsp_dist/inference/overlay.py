@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpsp_dist.extraction.picture import Converter
+from cpsp_dist.inference.drawn_files import drawn_file
 from cpsp_dist.inference.inputs import VIDEOS
 from cpsp_dist.inference.prediction import THRESHOLD, Prediction
 from cpsp_dist.utils import files
@@ -41,7 +42,7 @@ def overlay(found: Prediction, folder: Path) -> Path:
     source = Path(found.input)
     if source.suffix.lower() not in VIDEOS:
         raise UserError(f"--overlay: {found.input} is no video; there are no pictures to draw into")
-    path = folder / f"{found.video}.mp4"
+    path = drawn_file(folder, found.video, ".mp4")
     try:
         with av.open(f"file:{source}") as container:
             sound = container.streams.best("audio")

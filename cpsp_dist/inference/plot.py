@@ -18,6 +18,7 @@ import numpy as np
 from cpsp_dist.extraction.clip import Clip, ClipForm, Floats
 from cpsp_dist.extraction.encoders import mel
 from cpsp_dist.extraction.video import read_clip
+from cpsp_dist.inference.drawn_files import drawn_file
 from cpsp_dist.inference.inputs import VIDEOS
 from cpsp_dist.inference.prediction import THRESHOLD, Prediction, spans_text, truth_spans
 from cpsp_dist.utils import files
@@ -34,6 +35,11 @@ PAGE = """<!doctype html>
 """
 
 
+def is_page(target: Path) -> bool:
+    """Whether `pictures` writes one page, not a file for each video."""
+    return target.suffix.lower() in PAGES
+
+
 @contextlib.contextmanager
 def pictures(target: Path) -> Iterator[Callable[[Prediction], None]]:
     """Gives what draws a prediction: as `VIDEO.png` into the folder `target`, or into the page `target`, NAME.html.
@@ -45,10 +51,10 @@ def pictures(target: Path) -> Iterator[Callable[[Prediction], None]]:
     suffix = target.suffix.lower()
     if suffix in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"--plot {target}: give a folder, where each video has a picture, or a page NAME.html")
-    if suffix not in PAGES:
+    if not is_page(target):
         with _reported(target):
             files.make_folder(target)
-        yield lambda found: _save(target / f"{found.video}.png", draw(found))
+        yield lambda found: _save(drawn_file(target, found.video, ".png"), draw(found))
         return
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--plot {target}: cannot be written ({'a folder' if target.is_dir() else 'no such folder'})")

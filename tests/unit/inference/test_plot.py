@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpsp_dist.cli import main
 from cpsp_dist.extraction.clip import ClipForm
 from cpsp_dist.extraction.video import read_clip
 from cpsp_dist.inference.plot import FRAME, draw, figure_of, pictures
@@ -97,3 +98,37 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, name: str, text: str
     with pytest.raises(UserError) as caught, pictures(tmp_path / name):
         pass
     assert str(caught.value) == f"--plot {tmp_path}/{name.rpartition('/')[0]}{'/' if '/' in name else ''}{text}"
+
+
+def test_files_of_one_name_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keypad_shards: Path
+) -> None:
+    """There is no model, so anything that got as far as that would say so."""
+    videos = [
+        tmp_path / name for name in ("a/x.mp4", "b/x.mp4", "c/x.webm", "y.mp4", "d/visual/x.npy", "d/audio/x.npy")
+    ]
+    for path in videos:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    same, suffix, one, features = ([str(path) for path in videos[i:j]] for i, j in ((0, 2), (0, 3), (3, 4), (4, 6)))
+    for inputs in (same, suffix[1:], [same[0], features[0]], [str(tmp_path / "a"), str(tmp_path / "b")]):
+        for flag in ("--plot", "--overlay"):
+            assert main(["predict", str(tmp_path / "model"), *inputs, flag, str(tmp_path / "out")]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.fullmatch(
+                rf"error: {flag} .*: .*x\.\w+ and .*x\.\w+ would both be written to .*/out/x\.\w+; .*", line
+            )
+    link = tmp_path / "link.mp4"
+    link.symlink_to("y.mp4")
+    for inputs in ([*one, *one], features, [one[0], str(link), same[0]], [str(keypad_shards)] * 2):
+        assert main(["predict", str(tmp_path / "model"), *inputs, "--plot", str(tmp_path / "out")]) == 2
+        assert "no such folder" in capsys.readouterr().err.replace("not a model", "no such folder")
+    assert main(["predict", str(tmp_path / "model"), *same, "--plot", str(tmp_path / "page.html")]) == 2
+    assert "would both" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_with_slashes_leads_out_of_no_folder(tmp_path: Path) -> None:
+    with pictures(tmp_path / "out") as draw:
+        draw(prediction("shards", "../../x"))
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [".._.._x.png"]
