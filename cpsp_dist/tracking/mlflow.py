@@ -27,10 +27,11 @@ from cpsp_dist.tracking.describe import Start, run_tags
 from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
 from cpsp_dist.tracking.models import log_model
 from cpsp_dist.tracking.predictions import evaluation_files, evaluation_tags
+from cpsp_dist.tracking.runs import compare_command
 from cpsp_dist.tracking.store import PARENT, Store, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.errors import Stopped, UserError
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
-from cpsp_dist.utils.redact import url_without_secrets, without_secrets
+from cpsp_dist.utils.redact import url_without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,8 @@ class Tracker:
         self.start = start or Start()
         self.config, self.manifest, self.world = config, manifest, world
         self.folder, self.step = Path(config.output), step
-        self.finished, self.enabled = finished, enabled
+        self.finished, self.enabled, self.run_id = finished, enabled, run_id
         self.file = self.folder / POINTS_FILE
-        self.run_id = run_id
         self.record = RunRecord(config, manifest.fingerprint)
         self.experiment = ""
         self.points = JsonLines(self.file, partial(self._warn, "write"), "points")
@@ -157,18 +157,18 @@ class Tracker:
             model = self.start.export(self.config.output, Path(part))
             log_model(self.store, self.experiment, str(self.run_id), model, step)
 
-    def page(self) -> str:
-        """Where the run is to be seen; the store, where it has no run yet."""
+    def where(self) -> str:
+        """Where the run is to be seen and compared; where MLflow has no run of it yet, how it gets one."""
         if not self.experiment:
-            return without_secrets(tracking_uri(self.config))
-        return page_of(tracking_uri(self.config), self.experiment, self.run_id or "")
+            return f"MLflow has no page of it yet; the same command, given again, sends what is in {self.file}"
+        page = page_of(tracking_uri(self.config), self.experiment, self.run_id or "")
+        return f"its MLflow page: {page}\nto compare it: {compare_command(self.config)}"
 
     def add_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags to the run, once that can be."""
         if self.sender is not None:
-            self._further.append(
-                (f"the tags {', '.join(tags)}", lambda: pages.set_tags(self.store, str(self.run_id), tags))
-            )
+            what = f"the tags {', '.join(tags)}"
+            self._further.append((what, lambda: pages.set_tags(self.store, str(self.run_id), tags)))
 
     def _work(self) -> None:
         """The thread: send every SEND_EVERY_SECONDS, and a last time at the end, until that went well."""

@@ -24,7 +24,6 @@ from cpsp_dist.models.layers import start_step
 from cpsp_dist.tracking.describe import Export, Report, Start
 from cpsp_dist.tracking.environment import with_environment
 from cpsp_dist.tracking.mlflow import Tracker
-from cpsp_dist.tracking.runs import compare_command
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.agreement import require_same_data
 from cpsp_dist.training.checkpoint import TrainingProgress
@@ -104,7 +103,7 @@ def train(
             logger.info("; ".join(f"{name} {value:.2f} %" for name, value in results.items()))
             logger.info(f"results in {config.output}/results.json")
             if config.tracking.enabled:
-                logger.info(f"its MLflow page: {tracker.page()}\nto compare it: {compare_command(config)}")
+                logger.info(tracker.where())
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.models import model_for
-from cpsp_dist.report.collect import RunData, collect
+from cpsp_dist.report.collect import RunData, collect, read_tags
 from cpsp_dist.report.run_page import run_page
+from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training.evaluate import evaluate_run
+from tests.support.forked_command import hold_to_permissions, make_private
 from tests.support.models import untrained_run
 
 
@@ -126,6 +129,31 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "no complete checkpoint here" in capsys.readouterr().err
     assert main(["report", str(run), "--split", "tset"]) == 2
     assert "no split 'tset'" in capsys.readouterr().err
+
+
+def test_a_store_that_may_not_be_entered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The page of the run lacks what somebody else's store knows, and says so."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "mlflow.db").touch()
+    (tmp_path / RUN_FILE).write_text(json.dumps({"store": f"sqlite:///{private}/mlflow.db", "run_id": "a"}))
+    (tmp_path / "starts.jsonl").write_text(json.dumps({"step": 0, "tags": {"host": "n1", "device": 7}}) + "\n")
+    make_private(private)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            hold_to_permissions()
+            tags = read_tags(tmp_path, None)  # type: ignore[arg-type]
+            (line,) = caplog.messages
+            code = 0 if tags == {"host": "n1", "restarts": "0"} and "Permission denied" in line else 2
+        finally:
+            os._exit(code)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    private.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(private, 0, 0)
+    assert ended == 0
 
 
 def test_trivial_answers_are_a_tag(tmp_path: Path) -> None:

@@ -61,15 +61,20 @@ def in_folder(config: Config, folder: Path, flush_timeout: float = 2.0, **tracki
     return config.model_copy(update={"output": str(folder), "tracking": settings})
 
 
-def track(config: Config, manifest: Manifest, steps: int = 3, run_id: str | None = None) -> str | None:
-    """What a run of so many steps logs; the id of its MLflow run, where there is one."""
+def tracked(config: Config, manifest: Manifest, steps: int = 3, run_id: str | None = None) -> Tracker:
+    """What a run of so many steps logs."""
     with Tracker(config, manifest, 1, run_id=run_id, step=0, finished=False, enabled=True) as tracker:
         for step in range(1, steps + 1):
             tracker.log(step, {"loss/total": 1 / step})
         tracker.send()
     steps_logged = [json.loads(line)["step"] for line in Path(config.output, "metrics.jsonl").read_text().splitlines()]
     assert steps_logged == [*range(1, steps + 1)]
-    return tracker.run_id
+    return tracker
+
+
+def track(config: Config, manifest: Manifest, steps: int = 3, run_id: str | None = None) -> str | None:
+    """The id of its MLflow run, where there is one."""
+    return tracked(config, manifest, steps, run_id).run_id
 
 
 def silent(connection: Any, path: str, number: int) -> None:
@@ -352,7 +357,11 @@ def test_a_port_where_nobody_listens(
     for uri in (f"http://127.0.0.1:{free_port()}", "nonsense://x", "http://", "postgresql://u:s3cretpw@127.0.0.1:1/x"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert main(["compare"]) == 2
-        track(in_folder(config, tmp_path / "run"), manifest)
+        tracker = tracked(in_folder(config, tmp_path / "run"), manifest)
+        assert tracker.where() == (
+            "MLflow has no page of it yet; the same command, given again, sends what is in "
+            f"{tmp_path}/run/metrics.jsonl"
+        )
         (tmp_path / "run" / "metrics.jsonl").unlink()
         shown = capfd.readouterr().err
         assert shown.count("\n") == 2, shown
