@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cpsp_dist.utils import processes
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.json_lines import read_bytes
@@ -27,13 +28,15 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a launch. `id` is Slurm's (12, or 12_3 in an array), or the pid of a local one."""
+    """One run of a launch. `id`: Slurm's (12, or 12_3 in an array), or the number of a local one's process, whose
+    `processes.identity` is `process`."""
 
     id: str
     name: str  # '' where the launch has one run
     output: str
     folder: str
     cluster: str  # slurm or local
+    process: str = ""
 
     @property
     def log(self) -> Path:
@@ -112,7 +115,7 @@ def states(jobs: Sequence[Job]) -> dict[str, State]:
         if code is not None:
             known[job.id] = State("COMPLETED" if code == 0 else "FAILED", code=code)
         elif job.cluster == "local":
-            known[job.id] = State("RUNNING" if _alive(job) else "FAILED", "its launcher was killed")
+            known[job.id] = _of_process(job)
     ask = [job.id for job in jobs if job.id not in known]
     if ask:
         mains = ",".join(sorted({job_id.partition("_")[0] for job_id in ask}))
@@ -160,8 +163,12 @@ def read_code(file: Path) -> int | None:
     return code if 0 <= code < 256 else None
 
 
-def _alive(job: Job) -> bool:
-    return "submitit" in _ask(["ps", "-p", job.id, "-o", "args="]).stdout
+def _of_process(job: Job) -> State:
+    """The state of a local job that left no exit code."""
+    if job.process.rpartition(" ")[0] != processes.machine():
+        return State("UNKNOWN", "it was started on another machine, or before this one was started")
+    alive = processes.identity(int(job.id)) == job.process
+    return State("RUNNING") if alive else State("FAILED", "its launcher was killed")
 
 
 def describe_jobs(jobs: Sequence[Job], now: dict[str, State]) -> str:

@@ -21,6 +21,7 @@ from cpsp_dist.launch.jobs import LOOK, Job, Logs, State, read_code, save_jobs, 
 from cpsp_dist.launch.sweep import Planned
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.processes import identity
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def run_local(
                 run_, snapshot = waiting.popleft()
                 with _ignore_sigint():
                     handle = executor.submit(run, snapshot, source)
-                job = Job(handle.job_id, run_.name, run_.config.output, str(folder), "local")
+                process = identity(int(handle.job_id))
+                job = Job(handle.job_id, run_.name, run_.config.output, str(folder), "local", process)
                 jobs.append(job)
                 save_jobs(folder, jobs)
                 running[job.id] = handle

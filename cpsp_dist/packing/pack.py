@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Generator
@@ -230,7 +231,7 @@ def make_shard(job: PackJob, planned: ShardPlan, stamp: str, done: Callable[[], 
     """
     path, work = job.part / planned.name, job.part / WORK_NAME
     note = work / (planned.name + DONE)
-    draft = work / f"{planned.name}.{os.getpid()}"
+    draft = work / f"{planned.name}.{secrets.token_hex(8)}"  # on another machine the same portion may be made
     samples, problems, notes = write_shard(draft, job.source, planned, job.fields, done)
     if not samples or (problems and job.on_error == "raise"):
         path.unlink(missing_ok=True)

@@ -61,7 +61,8 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         checkpoint = Checkpoints.bytes_needed(model, config)
         schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
         require_startable(config.output, write=ranks.first)
-        _, progress = load_latest_checkpoint(config, manifest, ranks, choices or Choices(), schedule.steps)
+        choices = choices or Choices()
+        _, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
         # Checked above for the planned ranks; this process alone has another share of the batch.
         checked = config.engine.model_copy(update={"ignore_conflicts": True})
         step = first_step(model, config.model_copy(update={"engine": checked}), ranks, stream, schedule)

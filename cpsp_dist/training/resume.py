@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
@@ -35,7 +37,7 @@ class Choices:
 
 
 def load_latest_checkpoint(
-    config: Config, manifest: Manifest, ranks: Ranks, choices: Choices, steps: int
+    config: Config, manifest: Manifest, ranks: Ranks, choices: Choices, steps: int, model: nn.Module
 ) -> tuple[TrainingState | None, TrainingProgress]:
     """The newest complete checkpoint, the same one on every rank, or a fresh start; all ranks call it together.
 
@@ -45,7 +47,7 @@ def load_latest_checkpoint(
         DataError: no checkpoint there is complete, or one has another format.
         UserError: it is another configuration's, or other shards', or of a later step than `steps`, and
             `choices.allow_change` is not given; or there is one, and `choices.fresh` is; or it was trained on features
-            of other encoders.
+            of other encoders; or its weights are none of `model`.
     """
     checkpoints = Checkpoints(config.output)
     if choices.fresh and checkpoints.steps():
@@ -71,6 +73,7 @@ def load_latest_checkpoint(
             f"{checkpoints.path(newest)} was written by another configuration: {'; '.join(changed)}; "
             "set another output=…, or pass --allow-config-change"
         )
+    _require_fits(state.weights, model, f"{checkpoints.path(newest)}")
     finished = progress.step >= steps
     return state, replace(
         progress,
@@ -80,6 +83,19 @@ def load_latest_checkpoint(
         finished=finished,
         encoders=manifest.encoders.as_json() if manifest.encoders.known else progress.encoders,
     )
+
+
+def _require_fits(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: str) -> None:
+    """Raises UserError where weights are of another network, which --allow-config-change does not make this one."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            theirs, ours = (f"{shapes[name]}" if name in shapes else "none" for shapes in (found, wanted))
+            raise UserError(
+                f"{checkpoint}: its weights are of another network: {name} is {theirs} there, {ours} in this one; set "
+                "model.* as they were, or another output=…"
+            )
 
 
 def _newest_on_all_ranks(checkpoints: Checkpoints, ranks: Ranks) -> int | None:

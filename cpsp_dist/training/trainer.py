@@ -85,7 +85,7 @@ def train(
         check_engine_settings(config, ranks)
         model = initial_model(config, manifest)
         stack.enter_context(run_folder(config.output, write=ranks.first))
-        state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps)
+        state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
         about = say_start(config, manifest, ranks, model, schedule, progress)
         tracker = Tracker(
             config,

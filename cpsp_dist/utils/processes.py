@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 
+def identity(pid: int) -> str:
+    """Of a process of this machine, which no later one of the same number has."""
+    return f"{machine()} {started(pid) or ''}"
+
+
 def machine() -> str:
     """The same for processes that see each other's numbers."""
     parts = []

@@ -27,6 +27,7 @@ from cpsp_dist.launch.jobs import Job, State
 from cpsp_dist.launch.sweep import plan_runs, with_parent
 from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.tracking.sweeps import close_sweep, open_sweep
+from cpsp_dist.utils import processes
 from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO, environment
 from tests.support.limits import SECONDS
@@ -324,6 +325,21 @@ def test_states_of_jobs(tmp_path, monkeypatch):
     stub(tmp_path / "bin", "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     assert jobs.states(found[:1])["7_0"].reason.endswith("Unable to contact slurm controller")
     assert not jobs.states(found[:1])["7_0"].ended
+
+
+def test_a_local_job_is_known_by_more_than_its_number(tmp_path):
+    """Which is given to other processes again, and is another's on another machine."""
+    mine = processes.identity(os.getpid())
+    machine, _, began = mine.rpartition(" ")
+    found = {
+        mine: State("RUNNING"),
+        f"{machine} {int(began) - 1}": State("FAILED", "its launcher was killed"),
+        f"another boot {began}": State("UNKNOWN", "it was started on another machine, or before this one was started"),
+        "": State("UNKNOWN", "it was started on another machine, or before this one was started"),
+    }
+    for process, state in found.items():
+        jobs.save_jobs(tmp_path, [Job(str(os.getpid()), "", "out", str(tmp_path), "local", process)])
+        assert [*jobs.states(jobs.load_jobs(tmp_path)).values()] == [state], process
 
 
 def test_a_forgotten_job_ends_the_wait(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpsp_dist.cli import main
+from cpsp_dist.packing import pack as packing
 from cpsp_dist.packing.pack import pack, pack_portion
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.target import LOCK_NAME, WORK_NAME
@@ -92,3 +94,21 @@ def test_another_command_at_work_is_waited_for_and_named(
         assert main([*arguments, "--portion=0/3"]) == 2
     assert "another process is writing it" in capsys.readouterr().err
     assert (work / "key").read_text() == "of other options"
+
+
+def test_a_shard_made_twice_at_once_has_two_drafts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same portion on two machines, or in two containers, whose processes may have one number."""
+    drafts: list[Path] = []
+    write = packing.write_shard
+
+    def written(draft: Path, *args: Any) -> Any:
+        drafts.append(draft)
+        return write(draft, *args)
+
+    monkeypatch.setattr(packing, "write_shard", written)
+    for name in ("a", "b"):
+        pack_portion(open_source(SourceOptions("avel100k-zip", source=source)), tmp_path / name, SMALL, 0, 2, workers=1)
+    assert len({draft.name for draft in drafts}) == len(drafts) >= 2
+    assert len({draft.stem for draft in drafts}) < len(drafts)

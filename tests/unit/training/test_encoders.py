@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpsp_dist.cli import main
-from cpsp_dist.config import load_config
+from cpsp_dist.config import Config, load_config
 from cpsp_dist.data.encoders import UNKNOWN, Encoders, named
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
@@ -74,12 +75,29 @@ def test_export_and_its_card(folder: Path, tmp_path: Path, capsys: pytest.Captur
 def test_a_run_is_not_resumed_on_them(folder: Path, allow: bool) -> None:
     def resume(name: str) -> object:
         config = load_config(str(KEYPAD), overrides(folder / name, folder / "run"))
-        return load_latest_checkpoint(config, Manifest.load(folder / name), discover(), Choices(False, allow), 1)
+        return resumed(config, allow)
 
     with pytest.raises(UserError, match=r"step-00000001 was trained on those of wall; extract them with the same"):
         resume("other")
     _state, progress = resume("ours")  # type: ignore[misc]
     assert progress.encoders == OURS.as_json()
+
+
+def resumed(config: Config, allow: bool) -> Any:
+    manifest = Manifest.load(config.data.shards)
+    model = initial_model(config, manifest)
+    return load_latest_checkpoint(config, manifest, discover(), Choices(False, allow), 1, model)
+
+
+def test_another_network_is_not_resumed(folder: Path) -> None:
+    """With --allow-config-change; by the dry run, too, which looks here."""
+    first = Checkpoints(folder / "run").path(1)
+    for setting in ("model.name=avel", "model.name=cmran"):
+        config = load_config(str(KEYPAD), [*overrides(folder / "ours", folder / "run"), setting])
+        with pytest.raises(UserError) as caught:
+            resumed(config, allow=True)
+        assert f"{first}: its weights are of another network: " in str(caught.value)
+        assert str(caught.value).endswith("; set model.* as they were, or another output=…")
 
 
 def test_weights_to_start_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

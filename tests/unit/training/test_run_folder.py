@@ -14,7 +14,7 @@ import torch
 
 from cpsp_dist.cli import main
 from cpsp_dist.inference.model import CARD, load_model
-from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, describe_jobs, load_jobs, save_jobs, states
+from cpsp_dist.launch.jobs import LAUNCH_FILE, Job, Logs, State, describe_jobs, load_jobs, save_jobs, states
 from cpsp_dist.models import build_model
 from cpsp_dist.report.collect import read_history
 from cpsp_dist.report.page import script_json
@@ -236,7 +236,7 @@ def test_every_damage_to_a_launch_file_is_one_line(tmp_path: Path, capsys: pytes
         for _ in replaced(tmp_path / name):
             Logs(jobs[:1]).show()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("cpsp_dist.launch.jobs._alive", lambda job: True)
+                patch.setattr("cpsp_dist.launch.jobs._of_process", lambda job: State("RUNNING"))
                 assert "seed=0" in describe_jobs(jobs[:1], states(jobs[:1]))
     for code in ("999", "-1", "9" * 5000, "\x00"):
         (tmp_path / f"{jobs[0].id}_exit").write_text(code)
