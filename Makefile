@@ -8,6 +8,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # Threads of each process: two ranks or test workers share a laptop's cores.
 export OMP_NUM_THREADS ?= 1
+# Where it is set, every process compiles every module again: 6 s for each worker of the tests alone.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test test-all lint ruff format docs bench-peers slurm-up slurm-down clean
 
