@@ -9,7 +9,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from cpsp_dist.demo.keypad import generate
 from cpsp_dist.packing.source import SourceOptions, open_source
@@ -27,6 +26,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def digits_and_labels() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    scans, labels = load_digits(return_X_y=True)
+    return scans, labels
+
+
 def array(folder: Path, name: str, key: str = "avadataset") -> np.ndarray:
     return h5py.File(folder / f"{name}.h5")[key][...]
 
@@ -34,7 +40,7 @@ def array(folder: Path, name: str, key: str = "avadataset") -> np.ndarray:
 @pytest.fixture(scope="module")
 def seen(corpus: Path) -> list[list[Counter[int]]]:
     """For each video and second, how many cells show a scan of each digit: by looking each cell up in the data set."""
-    pixels, digits = load_digits(return_X_y=True)
+    pixels, digits = digits_and_labels()
     known = {scan.tobytes(): int(digit) for scan, digit in zip((pixels / 16).astype(np.float16), digits, strict=True)}
     visual = array(corpus, "visual_feature").reshape(-1, 10, 49, 64)
     return [[Counter(known[c.tobytes()] for c in wall if c.tobytes() in known) for wall in video] for video in visual]
@@ -98,7 +104,7 @@ def test_an_event_is_the_digit_seen_and_heard(corpus: Path, seen: list, heard: n
 
 def test_walls_have_empty_and_noisy_cells(corpus: Path) -> None:
     """A noisy cell is as bright as a digit, and none: a scan's pixels in another order."""
-    scans = (load_digits(return_X_y=True)[0] / 16).astype(np.float16)
+    scans = (digits_and_labels()[0] / 16).astype(np.float16)
     known, shuffled = ({scan.tobytes() for scan in each} for each in (scans, np.sort(scans, axis=1)))
     for wall in array(corpus, "visual_feature").reshape(-1, 49, 64):
         others = [cell for cell in wall if cell.tobytes() not in known]
@@ -160,7 +166,7 @@ def test_images_alone_do_not_even_show_which_digit(corpus: Path, seen: list) -> 
 
 
 def test_scans_are_disjoint_between_splits(corpus: Path) -> None:
-    pixels, _ = load_digits(return_X_y=True)
+    pixels, _ = digits_and_labels()
     known = {scan.tobytes() for scan in (pixels / 16).astype(np.float16)}
     visual = array(corpus, "visual_feature").reshape(-1, 490, 64)
     used = {

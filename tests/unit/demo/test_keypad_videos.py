@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shlex
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from cpsp_dist.cli import main
 from cpsp_dist.demo import run_videos
@@ -17,13 +17,20 @@ from cpsp_dist.extraction.clip import ClipForm
 from cpsp_dist.extraction.video import read_clip
 
 ROWS, COLUMNS = (697, 770, 852, 941), (1209, 1336, 1477)
-SCANS = load_digits(return_X_y=True)
 KEYS = {(3, 1): 0} | {(k // 3, k % 3): k + 1 for k in range(9)}
+
+
+@functools.cache
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    pixels, digits = load_digits(return_X_y=True)
+    return pixels, digits
 
 
 def on_wall(frame: np.ndarray) -> list[int]:
     """How many cells of a picture [224, 224, 3] show each digit."""
-    pixels, digits = SCANS
+    pixels, digits = scans()
     cells = frame[..., 0].reshape(7, 8, 4, 7, 8, 4).mean(axis=(2, 5)).transpose(0, 2, 1, 3).reshape(49, 64) / 255
     squares = (cells**2).sum(axis=1)[:, None] + ((pixels / 16) ** 2).sum(axis=1)
     distance = (squares - 2 * cells @ (pixels / 16).T) / 64

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from torch import Tensor
 
 from cpsp_dist.data.batch import Batch
@@ -37,6 +36,8 @@ def random_case(seed: int, size: int) -> tuple[Output, Batch]:
 @examples(50)
 @given(seed=st.integers(0, 2**20), size=st.integers(0, 6))
 def test_confusion_equals_sklearn(seed: int, size: int) -> None:
+    from sklearn.metrics import confusion_matrix
+
     output, batch = random_case(seed, size)
     predicted, target = [], []
     for b in range(size):
@@ -83,6 +84,8 @@ def evaluated(output: Output, batch: Batch, categories: list[str]) -> dict[str, 
 @examples(50)
 @given(seed=st.integers(0, 2**20), size=st.integers(1, 8))
 def test_results_equal_sklearn(seed: int, size: int) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
     output, batch = random_case(seed, size)
     batch.valid[0] = True
     answer = predict(output)[batch.valid]

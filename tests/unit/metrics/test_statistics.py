@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy  # imports its parts when first used
 
 from cpsp_dist.metrics import statistics
 
@@ -26,10 +26,10 @@ def test_t_intervals_and_paired_tests_are_scipys(count: int) -> None:
     random = np.random.default_rng(count)
     first, second = random.normal(70, 2, count), random.normal(69.5, 2, count)
     found = statistics.t_interval(first)
-    low, high = stats.t.interval(0.95, count - 1, loc=first.mean(), scale=stats.sem(first))
+    low, high = scipy.stats.t.interval(0.95, count - 1, loc=first.mean(), scale=scipy.stats.sem(first))
     assert (found.mean, found.low, found.high) == pytest.approx((first.mean(), low, high), rel=1e-11)
     assert found.half == pytest.approx((high - low) / 2)
-    pair, oracle = statistics.paired_test(first, second), stats.ttest_rel(first, second)
+    pair, oracle = statistics.paired_test(first, second), scipy.stats.ttest_rel(first, second)
     interval = oracle.confidence_interval(0.95)
     assert pair.p == pytest.approx(oracle.pvalue, rel=1e-10)
     assert (pair.difference.low, pair.difference.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
@@ -38,9 +38,9 @@ def test_t_intervals_and_paired_tests_are_scipys(count: int) -> None:
 def test_t_is_scipys_from_one_degree_of_freedom_to_a_million() -> None:
     for degrees in (1, 2, 7, 100, 1e6):
         for t in (0, 1e-9, 0.3, 2, 40):
-            assert statistics.t_tail(t, degrees) == pytest.approx(stats.t.sf(t, degrees), rel=1e-9, abs=1e-300)
+            assert statistics.t_tail(t, degrees) == pytest.approx(scipy.stats.t.sf(t, degrees), rel=1e-9, abs=1e-300)
         for share in (0.6, 0.9, 0.975, 0.9995):
-            assert statistics.t_quantile(share, degrees) == pytest.approx(stats.t.ppf(share, degrees), rel=1e-9)
+            assert statistics.t_quantile(share, degrees) == pytest.approx(scipy.stats.t.ppf(share, degrees), rel=1e-9)
 
 
 def test_few_or_equal_values() -> None:
@@ -61,7 +61,7 @@ def test_the_bootstrap_over_videos_is_scipys() -> None:
     totals = random.integers(5, 11, 300)
     right = random.binomial(totals, random.beta(4, 2, 300))
     found = statistics.bootstrap_interval(right, totals, draws=5000)
-    oracle = stats.bootstrap(
+    oracle = scipy.stats.bootstrap(
         (right, totals),
         lambda x, n, axis: x.sum(axis=axis) / n.sum(axis=axis),
         paired=True,
@@ -118,4 +118,4 @@ def test_mcnemar_is_scipys_binomial_test() -> None:
         assert found.both + found.only_first + found.only_second + found.neither == size
         assert found.only_first == sum(a and not b for a, b in zip(first, second, strict=True))
         if trials := found.only_first + found.only_second:
-            assert found.p == pytest.approx(stats.binomtest(found.only_first, trials).pvalue, rel=1e-9)
+            assert found.p == pytest.approx(scipy.stats.binomtest(found.only_first, trials).pvalue, rel=1e-9)

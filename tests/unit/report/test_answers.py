@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.decomposition import PCA
 
 from cpsp_dist.report.answers import Answers, calibrate, measure, principal_map, recall_by_length, trivial
 
@@ -73,6 +72,8 @@ def test_recall_by_length(answers: Answers) -> None:
 
 
 def test_map_is_pca(answers: Answers) -> None:
+    from sklearn.decomposition import PCA
+
     points, shares = principal_map(answers.embedding)
     expected = PCA(2).fit(answers.embedding.astype(float))
     assert shares == pytest.approx(expected.explained_variance_ratio_)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn.metrics import f1_score
+import scipy  # imports its parts when first used
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import load_config
@@ -38,7 +37,7 @@ def test_intervals_are_scipys(data: ComparedRuns) -> None:
     names = [column.name for column in table.columns]
     for row, group in zip(table.rows, data.found.groups, strict=True):
         values = [*group.by_seed("accuracy/test").values()]
-        low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
         start = names.index("accuracy/test")
         assert row[start : start + 3] == pytest.approx([np.mean(values), low, high])
     assert names[names.index("high") + 1] == "- kind0"
@@ -60,7 +59,7 @@ def test_curves_are_means_over_seeds_with_a_band(data: ComparedRuns) -> None:
     assert drawn[0]["data"][-1] == pytest.approx([299, np.mean([run[299] for run in own])])
     low = np.array(drawn[1]["data"])[-1, 1]
     assert low == pytest.approx(
-        stats.t.interval(0.95, 2, np.mean([r[299] for r in own]), stats.sem([r[299] for r in own]))[0]
+        scipy.stats.t.interval(0.95, 2, np.mean([r[299] for r in own]), scipy.stats.sem([r[299] for r in own]))[0]
     )
 
 
@@ -103,6 +102,8 @@ def test_a_repeated_seed_is_counted_once_and_not_drawn() -> None:
 
 
 def test_f1_is_sklearns() -> None:
+    from sklearn.metrics import f1_score
+
     found = predictions(some_answers(50, 4))
     expected = f1_score(found.truth.ravel(), found.label.ravel(), labels=range(5), average=None, zero_division=0)
     assert f1_by_label(found) == pytest.approx(expected)
@@ -115,7 +116,7 @@ def test_mcnemar_counts_the_same_segments(data: ComparedRuns) -> None:
     a, b = (each.label == each.truth for each in (own, other))
     both, only_first, only_second, neither, p = table.rows[0][2:]
     assert (both, neither) == ((a & b).sum(), (~a & ~b).sum())
-    assert p == pytest.approx(stats.binomtest(only_first, only_first + only_second).pvalue)
+    assert p == pytest.approx(scipy.stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
 def test_few_things_known_are_a_page_too() -> None:

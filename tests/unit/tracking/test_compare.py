@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy  # imports its parts when first used
 
 from cpsp_dist.config import load_config
 from cpsp_dist.launch.sweep import plan_runs
@@ -53,13 +53,13 @@ def test_seeds_share_a_row_and_are_paired_with_the_baseline() -> None:
     assert [*rows] == ["cpsp", "psp"]
     entry = rows["cpsp"]["metrics"]["accuracy/test"]
     assert entry["seeds"] == {"1": 73.0, "2": 74.0, "3": 74.5}
-    assert entry["over_seeds"] == pytest.approx(stats.t.interval(0.95, 2, np.mean(CPSP), stats.sem(CPSP)))
-    oracle = stats.ttest_rel(CPSP, PSP)
+    assert entry["over_seeds"] == pytest.approx(scipy.stats.t.interval(0.95, 2, np.mean(CPSP), scipy.stats.sem(CPSP)))
+    oracle = scipy.stats.ttest_rel(CPSP, PSP)
     assert entry["difference"]["p"] == pytest.approx(oracle.pvalue)
     assert entry["difference"]["interval"] == pytest.approx([*oracle.confidence_interval()])
     assert "difference" not in rows["psp"]["metrics"]["accuracy/test"]
     text = as_text(found)
-    half = stats.t.ppf(0.975, 2) * stats.sem(CPSP)
+    half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(CPSP)
     assert f"73.83 ± {half:.2f}  +2.83 ± " in text
     assert "paired t test: runs are paired by seed" in text
     assert found.warnings == ()
@@ -148,7 +148,7 @@ def test_one_seed_has_the_interval_over_videos() -> None:
     runs = [run(name, 100 * found.parts("accuracy")[0].sum() / 400) for name, found in stored.items()]
     found = compare_runs(runs, Question(("accuracy/test",), baseline="a"), lambda each, split: stored[each.name])
     row = rows_of(found)["a"]["metrics"]["accuracy/test"]
-    oracle = stats.bootstrap((right / 10,), np.mean, method="percentile", random_state=2).confidence_interval
+    oracle = scipy.stats.bootstrap((right / 10,), np.mean, method="percentile", random_state=2).confidence_interval
     assert row["over_videos"] == pytest.approx([100 * oracle.low, 100 * oracle.high], abs=0.5)
     difference = rows_of(found)["b"]["metrics"]["accuracy/test"]["difference"]
     assert difference == {"mean": pytest.approx(10), "interval": pytest.approx([10, 10]), "p": None}
@@ -273,7 +273,9 @@ def test_csv_and_latex() -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [row["runs"] for row in rows] == ["cpsp", "psp", "odd_{name}~100%"]
     assert float(rows[1]["accuracy/test"]) == pytest.approx(71)
-    assert float(rows[1]["accuracy/test low"]) == pytest.approx(stats.t.interval(0.95, 2, 71, stats.sem(PSP))[0])
+    assert float(rows[1]["accuracy/test low"]) == pytest.approx(
+        scipy.stats.t.interval(0.95, 2, 71, scipy.stats.sem(PSP))[0]
+    )
     assert (rows[1]["accuracy/test seeds"], rows[2]["accuracy/test"]) == ("3", "")
     latex = as_latex(found).splitlines()
     assert latex[-3] == r"odd\_\{name\}\textasciitilde{}100\% & a\&b & -- \\"
@@ -283,7 +285,7 @@ def test_csv_and_latex() -> None:
 def test_csv_and_latex_have_the_difference_to_the_baseline() -> None:
     found = compare_runs(two_kinds(), Question(mean=True, baseline="psp"))
     cpsp, psp = csv.DictReader(io.StringIO(as_csv(found)))
-    oracle = stats.ttest_rel(CPSP, PSP)
+    oracle = scipy.stats.ttest_rel(CPSP, PSP)
     assert float(cpsp["accuracy/test difference"]) == pytest.approx(np.mean(CPSP) - np.mean(PSP))
     ends = [float(cpsp[f"accuracy/test difference {end}"]) for end in ("low", "high")]
     assert ends == pytest.approx([*oracle.confidence_interval()])

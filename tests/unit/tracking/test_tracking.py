@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy  # imports its parts when first used
 import torch
-from scipy import stats
 
 from cpsp_dist.cli import main
 from cpsp_dist.config import flat, load_config
@@ -294,7 +294,7 @@ def test_compare_shows_what_differs_and_what_came_out(two_runs: Path, capsys):
     (both, alone) = json.loads(capsys.readouterr().out)["rows"]
     assert (both["runs"], alone["runs"]) == ("a", "local")
     assert both["metrics"]["accuracy/test"]["seeds"] == {"1": first, "2": second}
-    low, high = stats.t.interval(0.95, 1, loc=(first + second) / 2, scale=stats.sem([first, second]))
+    low, high = scipy.stats.t.interval(0.95, 1, loc=(first + second) / 2, scale=scipy.stats.sem([first, second]))
     assert both["metrics"]["accuracy/test"]["over_seeds"] == pytest.approx([low, high])
 
 
