@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import examples
-from tests.support.environment import LAUNCHER, environment
-from tests.support.ranks import prefork_launcher, run_ranks
+from tests.support.environment import LAUNCHER, SHORT, environment
+from tests.support.prefork import SHARED, own_prefork, prefork_launcher
 from tests.support.skips import pytest_make_collect_report, pytest_runtest_makereport, skip  # noqa: F401, the hooks work here
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -58,7 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Shells start background jobs with Ctrl-C ignored, which all that the tests start would inherit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("markexpr") == "short":
-        os.environ[examples.SHORT] = "1"
+        os.environ[SHORT] = "1"
+    if getattr(config.option, "numprocesses", 0) and not hasattr(config, "workerinput"):
+        os.environ[SHARED] = str(own_prefork().folder)  # for all workers
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -67,9 +68,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_sessionfinish() -> None:
-    if prefork_launcher.cache_info().currsize:
-        prefork_launcher().close()
-        shutil.rmtree(prefork_launcher().folder, ignore_errors=True)
+    for made in (prefork_launcher, own_prefork):
+        if made.cache_info().currsize:
+            made().close()
 
 
 @pytest.fixture(scope="session")
@@ -111,28 +112,54 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def keypad_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small keypad corpus in AVE's layout: 48 train, 16 val, 16 test videos."""
-    from cpsp_dist.demo.keypad import generate
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """`made_once(name, make)`: a folder that all workers share, which the first that asks for it makes.
 
-    folder = tmp_path_factory.mktemp("keypad") / "features"
-    generate(folder, {"train": 48, "val": 16, "test": 16}, seed=3)
-    return folder
+    Nobody may change what it holds.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / name).exists():
+                make(base / name)
+        return base / name
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def keypad_shards(keypad_features: Path) -> Path:
-    """The same, packed by the command."""
-    from cpsp_dist.cli import main
+def keypad_features(made_once: Callable[..., Path]) -> Path:
+    """A small keypad corpus in AVE's layout: 48 train, 16 val, 16 test videos."""
 
-    out = keypad_features.parent / "shards"
-    assert main(["shards", "pack", "--layout", "ave-h5", "--source", str(keypad_features), "--out", str(out)]) == 0
-    return out
+    def make(out: Path) -> None:
+        from cpsp_dist.demo.keypad import generate
+
+        generate(out, {"train": 48, "val": 16, "test": 16}, seed=3)
+
+    return made_once("keypad-features", make)
+
+
+@pytest.fixture(scope="session")
+def keypad_shards(keypad_features: Path, made_once: Callable[..., Path]) -> Path:
+    """The same, packed by the command."""
+
+    def make(out: Path) -> None:
+        from cpsp_dist.cli import main
+
+        arguments = ["--layout", "ave-h5", "--source", str(keypad_features), "--out", str(out)]
+        assert main(["shards", "pack", *arguments]) == 0
+
+    return made_once("keypad-shards", make)
 
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """`ranks(function, world, *args)`: see `run_ranks`. Each call gets a folder of its own."""
+    from tests.support.ranks import run_ranks  # imports torch, which pytest itself does without
+
     count = iter(range(1000))
 
     def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:

@@ -1,7 +1,7 @@
 """CPU seconds of tests, which other load changes little: `pytest -p tests.support.cpu_times`, a table at the end.
 
 Counted are the process of pytest, the children that it waited for, and the forked ranks (see prefork.py). What a
-fixture costs is counted to the first test that needs it.
+fixture costs is counted to the first test that needs it; what the forked ranks import, once for all workers, to none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.ranks import prefork_launcher
+from tests.support.prefork import prefork_launcher
 
 BEFORE = pytest.StashKey[float]()
 SHOWN = 1.0  # tests below this many seconds are only in their file's sum
@@ -25,7 +25,7 @@ def spent() -> float:
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     if prefork_launcher.cache_info().currsize:
-        with open(f"/proc/{prefork_launcher().process.pid}/stat") as file:
+        with open(f"/proc/{prefork_launcher().pid}/stat") as file:
             ticks = file.read().rsplit(")", 1)[1].split()[11:15]  # user, system, and both of its children
         seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return seconds

@@ -13,6 +13,8 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 #: What a launcher around the tests would set, and a developer's own tracking server: not for tests.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "MLFLOW_")
 
+#: Set by conftest.py where `-m short` selects, before the tests are imported: see examples.py.
+SHORT = "CPSP_SHORT_TIER_ALONE"
 
 REPO = Path(__file__).resolve().parents[2]
 DATA = REPO / "tests" / "data"  # see its README
@@ -22,6 +24,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    return listening
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from hypothesis import settings
 
-#: Set by conftest.py where `-m short` selects, before the tests are imported.
-SHORT = "CPSP_SHORT_TIER_ALONE"
+from tests.support.environment import SHORT
 
 
 def examples(number: int, **more: Any) -> settings:

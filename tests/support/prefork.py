@@ -1,27 +1,28 @@
-"""A parent that has imported everything and forks the ranks of a test: real processes at 0.1 s a start, not 7.
+"""A process that has imported everything and forks the ranks of a test: real processes at 0.1 s a start, not 7.
 
-The client (`PreforkLauncher`) sends one line for each rank; its server forks before any thread or process
-group is there, and the child is a process like one that a launcher started: its own environment,
-output, signals and exit code.
+`Prefork` starts it (`prefork_server.py`), once for all workers of pytest; it forks a server for each that connects
+(`PreforkLauncher`). The client sends its server one line for each rank; the server forks before any thread or process
+group is there, and the child is a process like one that a launcher started: its own environment, output, signals and
+exit code.
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
-import importlib
+import functools
 import json
 import os
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.support.environment import REPO, environment, free_port
+from tests.support.environment import REPO, environment, free_port, listen_at
 
 
 class Rank:
@@ -116,28 +117,62 @@ def last_step(output: str) -> int:
     return int(logged[-1].split()[1].split("/")[0]) if logged else 0
 
 
-class PreforkLauncher:
-    """Client of the process below."""
+class Prefork:
+    """The process that forks the servers. It imports when first asked, and ends with who started it."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="prefork-"))
         env = environment(PYTHONPATH=str(REPO), DS_ACCELERATOR="cpu")
         env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as train.py has it, before torch is imported
         env["GIT_PYTHON_REFRESH"] = "quiet"  # as tracking.py has it, before mlflow is
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.prefork"],
-            env=env,
-            cwd=REPO,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        assert self._answer(120) == "ready"
+        with listen_at(self.folder / "socket") as listening, open(self.folder / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.prefork_server", str(listening.fileno())],
+                env=env,
+                cwd=REPO,
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.PIPE,  # which ends with this process, however that ends
+                stdout=log,
+                stderr=log,
+            )
 
     def close(self) -> None:
-        self.process.kill()  # its children end with it, see below
+        self.process.kill()  # its servers end with it, and the ranks with them, see below
         self.process.communicate(timeout=60)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+#: The folder of the `Prefork` that pytest's workers share: set by conftest.py before they start.
+SHARED = "CPSP_TESTS_PREFORK"
+
+
+@functools.cache
+def own_prefork() -> Prefork:
+    """This process's own, made when first asked for."""
+    return Prefork()
+
+
+@functools.cache
+def prefork_launcher() -> PreforkLauncher:
+    """One for all tests of a process, made when first asked for."""
+    return PreforkLauncher(Path(os.environ.get(SHARED) or own_prefork().folder))
+
+
+class PreforkLauncher:
+    """Client of a server of its own, which the `Prefork` of `folder` forks."""
+
+    def __init__(self, folder: Path):
+        self.server_log = folder / "log"
+        self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(folder / "socket"))
+        self.answers = self.socket.makefile()
+        self.pid = int(self._answer(300))
+
+    def close(self) -> None:
+        """The server ends where it is asked no more."""
+        self.answers.close()
+        self.socket.close()
 
     def start(
         self,
@@ -178,89 +213,12 @@ class PreforkLauncher:
         return None if answer == "none" else int(answer)
 
     def _ask(self, question: dict[str, object], timeout: float = 60) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
+        self.socket.sendall(f"{json.dumps(question)}\n".encode())
         return self._answer(timeout)
 
     def _answer(self, timeout: float) -> str:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        assert ready, "the prefork server does not answer"
-        return self.process.stdout.readline().strip()
-
-
-def serve() -> int:
-    """The server itself. In a child this returns the training command's exit code."""
-    import ctypes
-
-    gc.disable()
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-    import torch
-    import torch._dynamo  # that an optimizer imports, for 4 s
-
-    import cpsp_dist.training.trainer  # noqa: F401  # a sixth of what a short run costs
-    from cpsp_dist.training.engine import import_deepspeed
-    from tests.support import rank_worker
-
-    torch.set_num_threads(1)
-    import_deepspeed(torch.device("cpu"))
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    gc.collect()
-    gc.freeze()  # a child's collections would touch, and so copy, all that it shares with this process
-    gc.enable()
-    answers.write("ready\n")
-    while line := sys.stdin.readline():
-        question = json.loads(line)
-        if "wait" in question:
-            answers.write(f"{_reap(question['wait'], question['timeout'])}\n")
-            continue
-        pid = os.fork()
-        if pid:
-            answers.write(f"{pid}\n")
-            continue
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives the server
-        answers.close()
-        log = os.open(question["log"], os.O_WRONLY | os.O_APPEND)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(source, target)
-        os.environ.update(question["env"])
-        if "call" in question:
-            return rank_worker.work(Path(question["call"]))
-        if question["patch"]:
-            module, name = question["patch"].split(":")
-            getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), *question["args"])
-        return importlib.import_module(question["command"]).main(question["arguments"])
-    return 0
-
-
-def _reap(pid: int, timeout: float) -> int | str:
-    """The exit code of a child that was not waited for yet, or "none" after `timeout` seconds."""
-    end = time.monotonic() + timeout
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            return "none"
-        time.sleep(0.005)
-
-
-def _end(code: int) -> None:
-    """As `sys.exit`, but that modules are not taken apart: 0.5 s of CPU time, for pages shared with the server."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):  # closed by a test
-        code = code or 120  # Python's own code for it
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    try:
-        ended = serve()
-    except SystemExit as exit:
-        ended = exit.code if isinstance(exit.code, int) else exit.code is not None
-    _end(ended)
+        ready, _, _ = select.select([self.socket], [], [], timeout)
+        assert ready, f"the prefork server does not answer\n{self.server_log.read_text(errors='replace')}"
+        answer = self.answers.readline().strip()
+        assert answer, f"the prefork server ended\n{self.server_log.read_text(errors='replace')}"
+        return answer

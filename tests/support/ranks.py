@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.prefork import PreforkLauncher
+from tests.support.prefork import prefork_launcher
 
 
 def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:
@@ -33,9 +32,3 @@ def in_each_world(function: Callable[[], Any], tmp_path_factory: pytest.TempPath
         return run_ranks(function, world, tmp_path_factory.mktemp(f"world{world}"), timeout=300)
 
     return start
-
-
-@functools.cache
-def prefork_launcher() -> PreforkLauncher:
-    """One for all tests of a process, made when first asked for."""
-    return PreforkLauncher(Path(tempfile.mkdtemp(prefix="prefork-")))
