@@ -31,12 +31,19 @@ def prepared(runs: Sequence[Planned], output: str) -> Iterator[tuple[Path, list[
     first = runs[0].config
     parent = open_sweep(first, output, len(runs)) if runs[0].name and first.tracking.enabled else None
     folder = new_folder(output)
+    base, made = folder.parent, False
     try:
-        folder.mkdir(parents=True)
+        base.mkdir(parents=True, exist_ok=True)
+        while not made:
+            with contextlib.suppress(FileExistsError):  # of a launch in the same second
+                folder = new_folder(output)
+                folder.mkdir()
+                made = True
         yield folder, [with_parent(run_, parent) if parent else run_ for run_ in runs]
     except (OSError, UserError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        for empty in (folder.parent, folder.parent.parent):
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for empty in (base, base.parent):
             with contextlib.suppress(OSError):
                 empty.rmdir()
         if parent:

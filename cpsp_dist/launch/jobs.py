@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpsp_dist.utils import processes
+from cpsp_dist.utils import files, processes
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.json_lines import read_bytes
@@ -71,7 +71,7 @@ class State:
 
 
 def save_jobs(folder: Path, jobs: Sequence[Job]) -> None:
-    (folder / LAUNCH_FILE).write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
+    files.write_text(folder / LAUNCH_FILE, json.dumps([asdict(job) for job in jobs], indent=1) + "\n")
 
 
 def load_jobs(folder: str | Path) -> list[Job]:

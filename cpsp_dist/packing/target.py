@@ -44,20 +44,15 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
         UserError: `out` is there and must not be, another process is writing it, or it cannot be written.
     """
     given, out = out, _resolve(out)
+    _remove_work(out)
     _check_target(out, overwrite, given)
-    part, old = (out.with_name(out.name + end) for end in (".part", ".old"))
-    work = part / WORK_NAME
-    with _no_empty_parents(part), _locked(part, fcntl.LOCK_EX):
+    part = out.with_name(out.name + ".part")
+    with _no_empty_parents(part), _locked(part, fcntl.LOCK_EX) as lock:
         try:
             _prepare(part, key)
             yield part
             _check_target(out, overwrite, given)  # once more: long work gives others time to make it
-            shutil.rmtree(work)
-            shutil.rmtree(old, ignore_errors=True)
-            if out.exists():
-                files.rename(out, old)
-            files.rename(part, out)
-            shutil.rmtree(old, ignore_errors=True)
+            _publish(part, out, lock)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             if error.filename is not None and not _is_in(error.filename, out.parent):
@@ -72,6 +67,32 @@ def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Ite
             raise
 
 
+def _publish(part: Path, out: Path, lock: IO[str] | None) -> None:
+    """Give the complete folder its name.
+
+    It is locked until it has it: another command that came in between would empty it. And the lock is closed before it
+    is removed: NFS keeps an open file, under another name, and its folder.
+    """
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        files.rename(out, old)
+    files.rename(part, out)
+    if lock is not None:
+        lock.close()
+    _remove_work(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_work(out: Path) -> None:
+    """Remove the work folder of a complete folder, its lock last: by that the rest of a killed command is known."""
+    work = out / WORK_NAME
+    with contextlib.suppress(OSError):
+        if os.path.isfile(work / LOCK_NAME) or not os.listdir(work):
+            _empty(work)
+            shutil.rmtree(work)
+
+
 @contextlib.contextmanager
 def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
     """The folder that `workplace` works in, for several processes (on several machines, too) that fill it together.
@@ -82,6 +103,7 @@ def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
         UserError: `out` is there and must not be, others are at work in it with another `key`, or it cannot be written.
     """
     given, out = out, _resolve(out)
+    _remove_work(out)
     _check_target(out, overwrite, given)
     part = out.with_name(out.name + ".part")
     end = time.monotonic() + PREPARING_SECONDS
@@ -118,10 +140,13 @@ def _locked(part: Path, kind: int, patient: bool = False) -> Iterator[IO[str] | 
     The kernel gives the lock back, however the process ends."""
     with contextlib.ExitStack() as stack:
         lock: IO[str] | None = None
+        path = part / WORK_NAME / LOCK_NAME
         try:
-            (part / WORK_NAME).mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(part / WORK_NAME / LOCK_NAME, "w"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(_opened(path))
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            if not files.has_name(lock.fileno(), path):
+                raise BlockingIOError
         except BlockingIOError:
             if not patient:
                 raise UserError(
@@ -131,6 +156,13 @@ def _locked(part: Path, kind: int, patient: bool = False) -> Iterator[IO[str] | 
         except OSError as error:
             raise UserError(f"{part}: cannot make this folder ({error.strerror})") from None
         yield lock
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return open(path, "w")
+    except FileNotFoundError:  # its folder was there: it just got its name
+        raise BlockingIOError from None
 
 
 def _prepare(part: Path, key: str | None) -> None:

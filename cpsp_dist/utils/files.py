@@ -60,7 +60,7 @@ def alone(part: Path, *, folder: bool = False) -> Iterator[None]:
         flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
         descriptor = os.open(part, flags | os.O_CLOEXEC, 0o666)
         try:
-            if _locked(descriptor) and _is(descriptor, part):
+            if _locked(descriptor) and has_name(descriptor, part):
                 yield
                 return
         finally:
@@ -107,7 +107,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _is(descriptor: int, path: Path) -> bool:
+def has_name(descriptor: int, path: Path) -> bool:
     """Whether the open file still has this name: who held the lock before gave it another."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

@@ -6,6 +6,7 @@ import difflib
 import shutil
 from pathlib import Path
 
+from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -54,8 +55,8 @@ def _short(name: Path) -> Path:
 
 def listed(folder: Path) -> list[Path]:
     """The files in CONFIGS or SLURM, less their READMEs."""
-    files = [path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.suffix != ".md"]
-    return sorted(files, key=lambda path: (len(path.relative_to(folder).parts), path))
+    found = [path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.suffix != ".md"]
+    return sorted(found, key=lambda path: (len(path.relative_to(folder).parts), path))
 
 
 def description(path: Path) -> str:
@@ -72,16 +73,23 @@ def copy_out(folder: Path, target: str | Path) -> list[Path]:
     """Write the files of CONFIGS or SLURM to `target`, which is made where it does not exist.
 
     Raises:
-        UserError: a file there already, or one that cannot be written. In the first case nothing is written.
+        UserError: another file of that name there already, or one that cannot be written. In the first case nothing is
+            written.
     """
     copies = {path: Path(target) / path.relative_to(folder) for path in listed(folder)}
-    for copy in copies.values():
-        if copy.exists():
-            raise UserError(f"--copy {target}: {copy} exists already; remove it, or choose another folder")
     try:
         for path, copy in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)  # with its mode: scripts stay executable
+            if copy.exists() and not _is_copy(path, copy):
+                raise UserError(f"--copy {target}: {copy} exists already; remove it, or choose another folder")
+        for path, copy in copies.items():
+            files.make_folder(copy.parent)
+            with files.replacing(copy) as part:
+                shutil.copy(path, part)  # with its mode: scripts stay executable
     except OSError as error:
         raise UserError(f"--copy {target}: cannot write: {error.strerror or error}") from None
     return [*copies.values()]
+
+
+def _is_copy(path: Path, copy: Path) -> bool:
+    """Also of a command that was killed, whose files are complete."""
+    return copy.is_file() and copy.stat().st_size == path.stat().st_size and copy.read_bytes() == path.read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cpsp_dist.launch import files
 from cpsp_dist.launch.cluster import Resources, batch_file
 from cpsp_dist.launch.files import new_folder, prepared
 from cpsp_dist.launch.requeue import POLICY, RETRIES
@@ -107,3 +108,24 @@ def test_an_output_that_is_a_link_to_itself_is_refused(tmp_path):
     _, runs = plan_runs(KEYPAD, [f"output={output}", "data.shards=s"])
     with pytest.raises(UserError, match=r"cannot write the launch's files: .*Too many levels"), prepared(runs, output):
         pass
+
+
+def test_launches_in_the_same_second(tmp_path, monkeypatch):
+    """The folder of the other one, made after the first has looked, was removed as its own."""
+    _, runs = plan_runs(KEYPAD, [f"output={tmp_path}/run", "data.shards=s"])
+    free = files.new_folder
+
+    def taken_in_between(output: str) -> Path:
+        found = free(output)
+        if not (tmp_path / "other").exists():
+            found.mkdir(parents=True)
+            (found / "launch.json").touch()
+            (tmp_path / "other").symlink_to(found)
+        return found
+
+    monkeypatch.setattr(files, "new_folder", taken_in_between)
+    monkeypatch.setattr(files, "_refuse_twice", lambda *_: None)
+    with prepared(runs, f"{tmp_path}/run") as (folder, _):
+        assert folder.is_dir()
+        assert (tmp_path / "other/launch.json").is_file()
+        assert not folder.samefile(tmp_path / "other")

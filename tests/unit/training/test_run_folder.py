@@ -223,6 +223,10 @@ def test_every_damage_to_a_launch_file_is_one_line(tmp_path: Path, capsys: pytes
     jobs = [Job(str(2**22 + 7 + n), f"seed={n}", f"runs/s/seed={n}", str(tmp_path), "local") for n in range(3)]
     save_jobs(tmp_path, jobs)
     file = tmp_path / LAUNCH_FILE
+    before = file.open()
+    save_jobs(tmp_path, jobs[:1])  # who reads, or is killed, in between finds the old list or the new one
+    assert len(json.load(before)) == 3
+    before.close()
     undamaged = file.read_bytes()
     for content in damaged(undamaged, 9, 300):
         file.write_bytes(content)

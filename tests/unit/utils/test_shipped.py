@@ -91,6 +91,12 @@ def test_copies_are_the_files_and_overwrite_nothing(tmp_path, capsys):
     assert "exists already" in error
     assert (tmp_path / "mine/ave_full.yaml").read_text() == "edited"
     assert not (tmp_path / "mine/accelerate/one_machine.yaml").exists(), "nothing is written where one is refused"
+    (tmp_path / "mine/ave_full.yaml").unlink()
+    (tmp_path / "mine/.ave_weak.yaml.part").write_text("of a command that was killed")
+    (tmp_path / "mine/ave_weak.yaml").unlink()
+    assert main(["configs", "--copy", "mine"]) == 0, "what a killed command copied stays"
+    assert load_config("mine/ave_full") == load_config(REPO / "configs/ave_full.yaml")
+    assert not [*(tmp_path / "mine").glob(".*")]
     (tmp_path / "file").touch()
     assert main(["configs", "--copy", "file"]) == 2
     assert "cannot write" in capsys.readouterr().err
