@@ -165,15 +165,16 @@ def timelines(answers: Answers) -> Table:
         rows.append(
             [
                 answers.keys[row],
+                [percents[row].tolist(), answers.truth_event[row].astype(int).tolist()],
+                int(answers.errors[row]),
                 answers.categories[true] if true >= 0 else None,
                 answers.categories[int(answers.category[row])],
                 round(float(sure[row]), 3),
-                int(answers.errors[row]),
-                [percents[row].tolist(), answers.truth_event[row].astype(int).tolist()],
             ]
         )
-    columns = [Column("video"), Column("category"), Column("predicted"), Column("probability", "percent")]
-    columns += [Column("wrong segments", "number"), Column("event at each second", "seconds")]
+    # What a narrow window shows without scrolling comes first.
+    columns = [Column("video"), Column("event at each second", "seconds"), Column("wrong segments", "number")]
+    columns += [Column("category"), Column("predicted"), Column("probability", "percent")]
     return Table("Timelines of all videos, most errors first", columns, rows, page=20)
 
 

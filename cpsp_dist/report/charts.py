@@ -14,7 +14,7 @@ GRID = {"left": 12, "right": 24, "top": 60, "bottom": 34, "containLabel": True}
 
 
 def _axis(name: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "nameLocation": "middle", "nameGap": 30} | more
+    return {"name": name, "nameLocation": "middle", "nameGap": 30, "axisLabel": {"hideOverlap": True}} | more
 
 
 def _base(**more: Any) -> dict[str, Any]:
@@ -53,7 +53,8 @@ def lines(
     for name, value in (levels or {}).items():
         mark = {"silent": True, "symbol": "none", "lineStyle": {"color": "var(--quiet)", "type": "dotted", "width": 2}}
         mark |= {"data": [{"yAxis": value, "name": name}]}
-        mark["label"] = {"formatter": "{b}", "position": "insideStartTop", "color": "var(--text)"}
+        side = "Bottom" if share and value > 0.9 else "Top"  # at the top its text would lie on the axis' name
+        mark["label"] = {"formatter": "{b}", "position": f"insideStart{side}", "color": "var(--text)"}
         drawn.append({"type": "line", "data": [], "markLine": mark})
     limits = {"min": 0, "max": 1} if share else {"scale": True}
     return _base(

@@ -93,29 +93,25 @@ def _drawn_note(data: ComparedRuns) -> str:
 
 
 def runs_table(data: ComparedRuns) -> Table:
-    """A row each: settings, each metric with its interval, and the difference to the baseline."""
+    """A row each: each metric with its interval and the first one's difference to the baseline, then the settings: a
+    narrow window shows the first columns."""
     found, baseline = data.found, data.found.baseline
-    columns = [
-        Column("run"),
-        Column("state"),
-        Column("seeds", "number"),
-        *(Column(short(key)) for key in found.settings),
-    ]
+    columns = [Column("run")]
     for metric in found.metrics:
         columns += [Column(metric, "number"), Column("low", "number"), Column("high", "number")]
         if baseline is not None and metric == found.metrics[0]:
             columns += [Column(f"- {baseline.name}", "number"), Column("p", "number")]
+    columns += [Column("seeds", "number"), *(Column(short(key)) for key in found.settings), Column("state")]
     rows = []
     for group in found.groups:
         seeds = len(group.by_seed(found.metrics[0])) if found.metrics else len(group.runs)
-        row: list[Any] = [group.name, group.runs[0].status.lower(), seeds]
-        row += [group.settings.get(key) for key in found.settings]
+        row: list[Any] = [group.name]
         for metric in found.metrics:
             row += interval_of(group, metric)
             if baseline is not None and metric == found.metrics[0]:
                 test = found.difference(group, metric)
                 row += [None, None] if test is None else [test.difference.mean, test.p]
-        rows.append(row)
+        rows.append([*row, seeds, *(group.settings.get(key) for key in found.settings), group.runs[0].status.lower()])
     return Table("All rows", columns, rows)
 
 
