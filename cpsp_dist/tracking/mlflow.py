@@ -6,7 +6,6 @@ server that is down or slow delays the page, never the training.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
@@ -28,7 +27,7 @@ from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
 from cpsp_dist.tracking.models import log_model
 from cpsp_dist.tracking.predictions import evaluation_files, evaluation_tags
 from cpsp_dist.tracking.runs import compare_command
-from cpsp_dist.tracking.store import PARENT, Store, experiment_id, page_of, tracking_uri
+from cpsp_dist.tracking.store import PARENT, Store, experiment_id, import_mlflow, page_of, tracking_uri
 from cpsp_dist.utils.errors import Stopped, UserError
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets
@@ -39,12 +38,6 @@ SEND_EVERY_SECONDS = 15.0
 PATIENCE_WHEN_STOPPED = 5.0
 #: Names of metrics that every server takes.
 _METRIC_NAME = re.compile(r"[\w.-][\w. /-]{0,199}")
-
-
-def import_mlflow() -> None:
-    """Import the library, which takes seconds of CPU time and holds up all other threads meanwhile."""
-    with contextlib.suppress(Exception):  # the first use reports it
-        import mlflow  # noqa: F401
 
 
 class Tracker:
@@ -96,7 +89,8 @@ class Tracker:
             except OSError as error:
                 self._warn("write", f"{self.file}: {error.strerror}; training continues")
         if self.enabled and self.config.tracking.enabled:
-            import_mlflow()  # here, before the first step: in the thread it would slow the first steps down
+            # Here, before the first step: in the thread it would slow the first steps down.
+            import_mlflow(tracking_uri(self.config))
             self.sender = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self.sender.start()
         return self

@@ -92,10 +92,21 @@ def _quoted(path: Path) -> str:
     return "".join(quote(c) if c in "%?#" else c for c in str(path))
 
 
+def import_mlflow(uri: str) -> None:
+    """Import the library and what it needs for this store, which takes seconds of CPU time and holds up all other
+    threads meanwhile."""
+    with contextlib.suppress(Exception):  # the first use reports it
+        import mlflow
+
+        if sqlite_file(uri):
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 class Store:
     """MlflowClient's methods, each answered within ANSWER_SECONDS. Raises StoreError from all of them."""
 
     def __init__(self, uri: str):
+        import_mlflow(uri)  # it is no part of the answer, and takes a minute on a busy machine
         self._uri = uri
         self._client = self._bounded(lambda: _client(uri))
 

@@ -12,6 +12,7 @@ import pytest
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.training.step import StepRunner
 from tests.support.runs import plain_arguments
+from tests.tools.first_steps import rates
 
 #: Seconds between two sends: more often than in a training, so that a short one has some.
 EVERY = 2.0
@@ -43,6 +44,12 @@ def measured(rank: int) -> None:
     tracking.Tracker._send = timed_send  # type: ignore[method-assign]
     StepRunner.run_micro_batches = timed_step  # type: ignore[method-assign]
     tracking.Tracker.__exit__ = write  # type: ignore[method-assign]
+
+
+def test_first_steps_beside_later_ones() -> None:
+    """3 s for 25 steps of 2 videos, one for 20; the tool that prints how a run began."""
+    lines = [{"step": step, "videos_per_second": rate} for step, rate in ((10.0, 10.0), (25.0, 30.0), (45.0, 40.0))]
+    assert rates(lines, 2, 25) == pytest.approx((50 / 3, 40))
 
 
 @pytest.mark.timing

@@ -196,6 +196,15 @@ def test_another_programs_database_stays_as_it_is(tmp_path: Path) -> None:
     assert file.read_bytes() == content
 
 
+def test_the_import_of_mlflow_is_no_part_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine it takes longer than an answer may."""
+    seen: list[threading.Thread] = []
+    monkeypatch.setattr(stores, "import_mlflow", lambda uri: seen.append(threading.current_thread()))
+    with pytest.raises(stores.StoreError, match="a database in memory keeps no runs"):
+        stores.Store("sqlite://")
+    assert seen == [threading.main_thread()]
+
+
 def test_a_store_that_another_program_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not to be moved away."""
     monkeypatch.setattr(stores, "ANSWER_SECONDS", 2.0)

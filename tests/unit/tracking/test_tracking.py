@@ -30,9 +30,10 @@ from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions
 from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
+from cpsp_dist.tracking.known_runs import started_as
 from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.utils.console import table
-from tests.support.environment import REPO, free_port
+from tests.support.environment import REPO, environment, free_port
 from tests.support.runs import tracked_points
 
 CONFIG = REPO / "configs" / "keypad.yaml"
@@ -340,6 +341,41 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
     assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
 
 
+def send_often_and_stay_at_the_third_point(rank: int) -> None:
+    tracking.SEND_EVERY_SECONDS = 0.2
+    log, count = tracking.Tracker.log, iter(range(1000))
+
+    def stay(self: tracking.Tracker, step: int, metrics: Mapping[str, float]) -> None:
+        log(self, step, metrics)
+        if "loss/total" in metrics and next(count) == 2:
+            time.sleep(600)
+
+    tracking.Tracker.log = stay  # type: ignore[method-assign]
+
+
+@pytest.mark.long
+def test_a_run_killed_three_times_is_one_run(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """Its history is unbroken, each step once; it began with the first start and ended with the last."""
+    from mlflow import MlflowClient
+
+    run, store = arguments(keypad_shards, tmp_path / "run", "train.steps=14"), tmp_path / "mlflow.db"
+    began = time.time()
+    for last in (6, 8, 12):  # saved are the steps 3, 6 and 9
+        launch = prefork.start(run, 1, patch="tests.unit.tracking.test_tracking:send_often_and_stay_at_the_third_point")
+        assert launch.until(lambda last=last: store.is_file() and points_of(store, last) > 0)
+        launch.kill()
+        launch.wait()
+    prefork.start(run, 1).finish()
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    (found,) = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["restarts"] == "3"
+    points = client.get_metric_history(found.info.run_id, "loss/total")
+    assert [point.step for point in points] == [2, 4, 6, 8, 10, 12, 14]
+    assert began <= found.info.start_time / 1000 < points[0].timestamp / 1000
+    assert points[-1].timestamp <= found.info.end_time <= 1000 * time.time()
+
+
 @pytest.mark.long
 def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
     run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
@@ -350,6 +386,9 @@ def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad
     assert logged_steps(tmp_path / "run") == [2, 4, 6]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert not (tmp_path / "mlflow.db").exists()
+    known = started_as(tmp_path / "run")  # what the page of a run has of its machine, whatever the store
+    assert (known["host"], known["device"], known["restarts"]) == (socket.gethostname(), "CPU", "0")
+    assert known["launcher"]
 
     for _ in range(2):  # the second time there is nothing left to send
         assert "(finished)" in prefork.start(run, 1).finish()
@@ -415,7 +454,7 @@ def test_the_library_is_imported_before_training_begins(
 ):
     """By the thread that trains, and not beside its first steps."""
     seen: list[threading.Thread] = []
-    monkeypatch.setattr(tracking, "import_mlflow", lambda: seen.append(threading.current_thread()))
+    monkeypatch.setattr(tracking, "import_mlflow", lambda uri: seen.append(threading.current_thread()))
     config = load_config(CONFIG, [f"data.shards={keypad_shards}", f"output={tmp_path / 'out'}"])
     tracker = tracking.Tracker(
         config, Manifest.load(keypad_shards), 1, run_id=None, step=0, finished=False, enabled=True
@@ -423,3 +462,16 @@ def test_the_library_is_imported_before_training_begins(
     monkeypatch.setattr(tracker, "_work", lambda: None)
     with tracker:
         assert seen == [threading.main_thread()]
+
+
+@pytest.mark.long
+def test_the_sender_imports_nothing_large(tmp_path: Path) -> None:
+    """What SQLite needs of MLflow, too: it slowed the steps down that followed the first 15 s."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = "import sys; from cpsp_dist.tracking.store import Store, import_mlflow; import_mlflow(sys.argv[1]); "
+    code += "before = len(sys.modules); Store(sys.argv[1]).search_experiments(); print(len(sys.modules) - before)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, uri], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40
