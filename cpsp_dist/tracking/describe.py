@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpsp_dist import __version__
 from cpsp_dist.config import Config
 from cpsp_dist.data.encoders import MODALITIES, encoder_text
@@ -117,7 +119,10 @@ def dataset_of(manifest: Manifest, split: str) -> dict[str, str]:
     profile |= {"videos": len(samples), "segments": segments, "event_segments": event}
     profile |= {"categories": len(manifest.categories), "shards": len(own), "fingerprint": digest}
     features, targets = _specs(manifest)[:2], _specs(manifest)[2:]
-    schema = {"mlflow_tensorspec": {"features": json.dumps(features), "targets": json.dumps(targets)}}
+    # Of tensors alone MLflow's page shows no schema; of columns it shows names and types.
+    columns = [{"name": each["name"], "type": _type_text(each)} for each in _specs(manifest)]
+    schema: dict[str, Any] = {"mlflow_colspec": columns}
+    schema |= {"mlflow_tensorspec": {"features": json.dumps(features), "targets": json.dumps(targets)}}
     return {
         "name": f"{Path(shards).name} {split}"[:500],
         "digest": digest[:32],
@@ -134,6 +139,12 @@ def _specs(manifest: Manifest) -> list[dict[str, Any]]:
         {"name": name, "type": "tensor", "tensor-spec": {"dtype": field_.dtype, "shape": [-1, *field_.shape]}}
         for name, field_ in ((name, manifest.fields[name]) for name in ("visual", "audio", "label"))
     ]
+
+
+def _type_text(spec: Mapping[str, Any]) -> str:
+    """`float16 [10, 7, 7, 512]`, of one video."""
+    tensor = spec["tensor-spec"]
+    return f"{np.dtype(tensor['dtype']).name} {tensor['shape'][1:]}"
 
 
 def _elements(spec: Mapping[str, Any]) -> int:

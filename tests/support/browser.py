@@ -178,7 +178,7 @@ class Browser:
 LACKING = """(async () => {
   const texts = TEXTS, ends = performance.now() + MILLISECONDS;
   const missing = () => texts.filter(text => !(document.body?.innerText ?? '').includes(text));
-  while (missing().length && performance.now() < ends) await new Promise(done => setTimeout(done, 100));
+  while (missing().length && performance.now() < ends) await new Promise(done => setTimeout(done, 300));
   return missing();
 })()"""
 #: Shows each choice in turn, draws its figures, and gives the labels of those without a mark.

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.tracking.runs import experiment_page
 from tests.support.browser import Browser
 from tests.support.environment import environment, free_port
@@ -124,10 +126,29 @@ def pages(served: Served) -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def test_pages(served: Served, browser: Browser) -> None:
+#: Opens the drawer of the run page's first data set.
+OPEN_DATA = """(() => {
+  const names = [...document.querySelectorAll('*')].filter(e => !e.children.length && e.textContent.includes('TEXT'));
+  (names[0].closest('button, a, [role=button]') ?? names[0]).click();
+})()""".replace("TEXT", "shards train")
+
+
+def test_pages(served: Served, browser: Browser, keypad_shards: Path) -> None:
     for what, (place, texts) in pages(served).items():
         browser.visit(served.url + place)
         assert browser.lacking(texts) == [], what
+        if what == "run":
+            browser.run(OPEN_DATA)
+            assert browser.lacking(drawer(keypad_shards)) == [], "the data set's profile and schema"
+
+
+def drawer(shards: Path) -> list[str]:
+    """What MLflow shows of train: of its profile, and name and type of each array."""
+    manifest = Manifest.load(shards)
+    types = [f"{np.dtype(field.dtype).name} {[*field.shape]}" for field in manifest.fields.values()]
+    rows = manifest.rows("train")
+    events = int(manifest.samples[rows.start : rows.stop]["events"].sum())
+    return ["num rows: 48", "segments: 480", f"event segments: {events}", *manifest.fields, *types]
 
 
 def test_the_printed_address_opens_the_charts_of_all_runs(
