@@ -24,10 +24,11 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.tracking import pages
 from cpsp_dist.tracking.describe import Start, run_tags
 from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
+from cpsp_dist.tracking.library import import_mlflow
 from cpsp_dist.tracking.models import log_model
 from cpsp_dist.tracking.predictions import evaluation_files, evaluation_tags
 from cpsp_dist.tracking.runs import compare_command
-from cpsp_dist.tracking.store import PARENT, Store, experiment_id, import_mlflow, page_of, tracking_uri
+from cpsp_dist.tracking.store import PARENT, Store, experiment_id, page_of, tracking_uri
 from cpsp_dist.utils.errors import Stopped, UserError
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from cpsp_dist.utils.redact import url_without_secrets

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from cpsp_dist.config import Config
+from cpsp_dist.tracking.library import import_mlflow
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
@@ -90,16 +91,6 @@ def sqlite_file(uri: str) -> Path | None:
 def _quoted(path: Path) -> str:
     """As part of a database's URL, in which these characters mean something else."""
     return "".join(quote(c) if c in "%?#" else c for c in str(path))
-
-
-def import_mlflow(uri: str) -> None:
-    """Import the library and what it needs for this store, which takes seconds of CPU time and holds up all other
-    threads meanwhile."""
-    with contextlib.suppress(Exception):  # the first use reports it
-        import mlflow
-
-        if sqlite_file(uri):
-            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 class Store:

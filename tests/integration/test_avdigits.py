@@ -12,6 +12,7 @@ import pytest
 
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import DATA, REPO, environment
 from tests.support.runs import loss_history
 from tests.tools import modalities
@@ -48,6 +49,28 @@ def test_the_ave_layout_is_learnt(prefork: Any, tmp_path: Path, capsys: pytest.C
     results = results_of(output)
     assert 100 * evaluated(output, "test", capsys)["accuracy"] == results["accuracy/test"]
     assert evaluated(output, "train", capsys)["accuracy"] > 0.9  # background is 57.5 %
+
+
+@pytest.mark.long
+def test_weak_supervision_that_never_predicts_background_is_flagged(
+    prefork: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of the published objective, as trained: on the page's top, in what `evaluate` prints, and as a tag."""
+    shards, output, store = tmp_path / "shards", tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert (
+        main(["shards", "pack", "--layout", "ave-h5", "--source", str(AVDIGITS / "ave_h5"), "--out", str(shards)]) == 0
+    )
+    run = ["--config", str(REPO / "configs" / "ave_weak_published.yaml"), f"data.shards={shards}", f"output={output}"]
+    run += ["train.global_batch=4", "train.epochs=10", "evaluation.every_epochs=99", f"tracking.uri={store}"]
+    prefork.start(run, 1).finish(300)
+    text = "the model never predicts background: its event accuracy is the share of event segments"
+    (tracked,) = find_runs(store, ["cpsp"])
+    assert tracked.tags["flags.test"].startswith(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(output), "--split", "test"]) == 0
+    assert f"attention: {text}" in capsys.readouterr().out
+    top = (output / "report.html").read_text(encoding="utf-8").partition("<h2")[0]
+    assert f"T{text[1:]}" in top
 
 
 def test_what_is_kept_is_best_on_val_whatever_test_shows():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import EvalStream
 from cpsp_dist.models import model_for
+from cpsp_dist.report import collect as collect_module
+from cpsp_dist.report.answers import measure
 from cpsp_dist.report.collect import RunData, collect, read_tags
+from cpsp_dist.report.page import Facts
 from cpsp_dist.report.run_page import run_page
+from cpsp_dist.tracking.known_runs import RunRecord
 from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training.evaluate import evaluate_run
 from tests.support.forked_command import hold_to_permissions, make_private
@@ -83,6 +88,18 @@ def test_inside_the_model(keypad_shards: Path, data: RunData) -> None:
         assert np.diagonal(example.affinity) == pytest.approx(similarity[example.row].numpy(), abs=1e-5)
 
 
+def test_evaluate_writes_predictions_as_format_says(
+    run: Path, data: RunData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the file's name ends in."""
+    asked = ["evaluate", str(run), "--predictions", str(tmp_path / "answers.txt")]
+    assert main([*asked, "--format", "jsonl"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "answers.txt").read_text(encoding="utf-8").splitlines()]
+    assert [line["video"] for line in found] == sorted(data.answers.keys)
+    assert main(["evaluate", str(run), "--format", "csv"]) == 2
+    assert "error: --format csv is that of --predictions FILE, which is missing" in capsys.readouterr().err
+
+
 def text_of(html: str) -> str:
     return re.sub(r"<[^>]+>", " ", html.partition('<script type="application/json"')[0])
 
@@ -99,10 +116,6 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def changed(data: RunData, **logits: Any) -> RunData:
-    from dataclasses import replace
-
-    from cpsp_dist.report.answers import measure
-
     answers = replace(data.answers, **logits)
     return replace(data, answers=answers, results=measure(answers))
 
@@ -122,6 +135,27 @@ def test_baselines_stand_beside_confusion_and_timelines(data: RunData) -> None:
     for name, each in data.others.items():
         assert f"{name} {100 * each.results['accuracy']:.1f} %" in confusion.caption  # type: ignore[union-attr]
         assert f"{name} {each.answers.errors.mean():.2f}" in sections["Videos"].note
+
+
+def test_the_machine_is_known_where_the_store_is_a_server(
+    data: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host, launcher and restarts are in the run's folder; the server is not asked."""
+    tracking = data.run.config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})
+    record = RunRecord(data.run.config.model_copy(update={"output": str(tmp_path), "tracking": tracking}), "data")
+    shown = {"host": "node7", "launcher": "torchrun", "device": "NVIDIA H100", "nodes": "2"}
+    for step in (0, 6, 9):
+        record.note_start(step, shown)
+    record.write("0" * 32)
+    monkeypatch.setattr(collect_module, "Store", None)
+    page = run_page(replace(data, tags=read_tags(tmp_path, data.run)))
+    (machine,) = (
+        part
+        for section in page.sections
+        for part in section.parts
+        if isinstance(part, Facts) and part.title == "Machine"
+    )
+    assert dict(machine.pairs).items() >= (shown | {"restarts": "2"}).items()
 
 
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
