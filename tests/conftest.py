@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.environment import LAUNCHER, SHORT, environment
 from tests.support.prefork import SHARED, own_prefork, prefork_launcher
+from tests.support.rewriting import rewrite_share
 from tests.support.skips import pytest_make_collect_report, pytest_runtest_makereport, skip  # noqa: F401, the hooks work here
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -29,6 +30,12 @@ LONG = ["slurm", "launch_slurm", "training", "crashes", "changing_ranks", "pool"
 LONG += ["models_under_engines", "demo", "launch", "avdigits", "tracking", "losses", "checkpoint", "engine"]
 LONG += ["python_api", "export", "installed", "corruption", "s3", "nonfinite", "dry_run", "remote", "reader"]
 LONG += ["packing_resume", "doctor", "extract", "extract_shards", "run_page"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    if worker := getattr(session.config, "workerinput", None):
+        rewrite_share(session.config, int(worker["workerid"].removeprefix("gw")), worker["workercount"])
 
 
 def pytest_collection_finish() -> None:
