@@ -13,6 +13,7 @@ from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.numbers import integer, real
 
 if TYPE_CHECKING:
+    from cpsp_dist.data.manifest import Manifest
     from cpsp_dist.packing.packed import Packed
 
 
@@ -80,6 +81,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _subset(args: argparse.Namespace) -> int:
+    from cpsp_dist.packing.preview import describe_shards
     from cpsp_dist.packing.rework import subset
 
     if args.first is not None and args.first < 1:
@@ -91,12 +93,15 @@ def _subset(args: argparse.Namespace) -> int:
         source.manifest.rows(split)  # names the splits that there are, if not this one
     entries = [e for e in source.entries if not args.split or e.split in args.split]
     source.entries = subset(entries, first=args.first, fraction=args.fraction, seed=args.seed)
-    _repack(args, source, args.out)
+    echo(describe_shards(_repack(args, source, args.out)))
     return 0
 
 
 def _split(args: argparse.Namespace) -> int:
+    from cpsp_dist.data.manifest import Manifest
+    from cpsp_dist.packing.preview import describe_shards
     from cpsp_dist.packing.rework import cut
+    from cpsp_dist.packing.target import workplace
 
     shares = {}
     for part in args.part:
@@ -104,15 +109,15 @@ def _split(args: argparse.Namespace) -> int:
         if not re.fullmatch(r"[\w-]+=[0-9]{0,9}\.?[0-9]{1,9}", part) or float(share) <= 0:
             raise UserError(f"--part {part}: write it as NAME=SHARE, for example a=0.5")
         shares[name] = float(share)
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; choose another --out")
     source = _packed(args)
     parts = cut(source.entries, shares, args.seed)
     if empty := [name for name, entries in parts.items() if not entries]:
         raise UserError(f"{args.folder}: too few videos to give part '{empty[0]}' any; give it a larger share")
-    for name, entries in parts.items():
-        source.entries = entries
-        _repack(args, source, args.out / name)
+    with workplace(args.out) as part_of_out:  # all parts or none
+        for name, entries in parts.items():
+            source.entries = entries
+            _repack(args, source, part_of_out / name)
+    echo(*(describe_shards(Manifest.load(args.out / name)) for name in parts))
     return 0
 
 
@@ -123,10 +128,9 @@ def _packed(args: argparse.Namespace) -> Packed:
     return Packed(SourceOptions("packed", source=args.folder))
 
 
-def _repack(args: argparse.Namespace, source: Packed, out: Path) -> None:
+def _repack(args: argparse.Namespace, source: Packed, out: Path) -> Manifest:
     from cpsp_dist.packing.pack import pack
     from cpsp_dist.packing.plan import PackOptions
-    from cpsp_dist.packing.preview import describe_shards
 
     dtype = {"<f2": "float16", "<f4": "float32"}[source.manifest.fields["visual"].dtype]
-    echo(describe_shards(pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)))
+    return pack(source, out, PackOptions(dtype, args.shard_mb, args.seed), workers=args.workers)

@@ -137,9 +137,7 @@ def extract_shards(extraction: Extraction, work: Work) -> Extracted:
     options, found = extraction.options, extraction.found
     if any(video.label is None for video in work.right):
         raise UserError("--shards needs a label of each video: give --labels")
-    place = (
-        shared_workplace(options.out, False, PLACE_KEY) if options.portion else workplace(options.out, key=PLACE_KEY)
-    )
+    place = shared_workplace(options.out, None, PLACE_KEY) if options.portion else workplace(options.out, key=PLACE_KEY)
     with place as part, _kept(options.out):
         source = ListedFeatures(work, part / WORK_NAME / STORE_NAME)
         fields = fields_of(*extraction.shapes(), options.visual_dtype)

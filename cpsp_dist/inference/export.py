@@ -97,6 +97,8 @@ def export(run: str | Path, out: str | Path) -> Path:
         with files.alone(part, folder=True):
             try:
                 _require_new(out)  # another export may just have ended
+                for rest in part.iterdir():  # of one that was killed: safetensors' own hidden file among them
+                    rest.unlink()
                 save_tensors({name: tensor.to(torch.float32) for name, tensor in state.weights.items()}, part / WEIGHTS)
                 (part / CATEGORIES).write_text("".join(f"{name}\n" for name in manifest.categories), encoding="utf-8")
                 digests = {name: file_sha256(part / name) for name in (WEIGHTS, CATEGORIES)}

@@ -65,7 +65,7 @@ class Outcome:
 
 
 def pack(
-    source: Source, out: Path, options: PackOptions, *, overwrite: bool = False, workers: int | None = None
+    source: Source, out: Path, options: PackOptions, *, overwrite: bool | None = None, workers: int | None = None
 ) -> Manifest:
     """Pack the videos of `source` into the folder `out`, which appears only when it is complete.
 
@@ -99,7 +99,7 @@ def pack_portion(
     number: int,
     portions: int,
     *,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     workers: int | None = None,
 ) -> tuple[int, int]:
     """Make every `portions`-th shard of what `pack` would make, from shard `number` on (from 0), and leave them in the

@@ -31,14 +31,14 @@ PREPARING_SECONDS, POLL_SECONDS = 60.0, 0.05
 
 
 @contextlib.contextmanager
-def workplace(out: Path, overwrite: bool = False, key: str | None = None) -> Iterator[Path]:
+def workplace(out: Path, overwrite: bool | None = None, key: str | None = None) -> Iterator[Path]:
     """A folder `<out>.part` to work in, which becomes `out` at the end.
 
     Its subfolder `WORK_NAME` is for drafts and notes, and is removed at the end.
 
     A mistake (UserError, or a full disk) removes it, and the folders above it that were made for it. When the program
     is stopped otherwise (Ctrl-C, SIGKILL, a crash) it stays, and a later call with the same `key` finds it as it was;
-    with another key or none it starts empty.
+    with another key or none it starts empty. overwrite: shards that are `out`; None: of a command that cannot.
 
     Raises:
         UserError: `out` is there and must not be, another process is writing it, or it cannot be written.
@@ -94,7 +94,7 @@ def _remove_work(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def shared_workplace(out: Path, overwrite: bool, key: str) -> Iterator[Path]:
+def shared_workplace(out: Path, overwrite: bool | None, key: str) -> Iterator[Path]:
     """The folder that `workplace` works in, for several processes (on several machines, too) that fill it together.
 
     It stays; `workplace` with the same `key` finishes it. Whoever comes first prepares it while the others wait.
@@ -206,10 +206,11 @@ def _is_in(name: str | bytes | int, folder: Path) -> bool:
     return not isinstance(name, int) and Path(os.fsdecode(name)).is_relative_to(folder)
 
 
-def _check_target(out: Path, overwrite: bool, given: Path) -> None:
+def _check_target(out: Path, overwrite: bool | None, given: Path) -> None:
     if os.path.exists(out):  # Path.exists raises where a folder above may not be entered
         if not overwrite:
-            raise UserError(f"{given} is there already; choose another --out, or replace it with --overwrite")
+            replace = "" if overwrite is None else ", or replace it with --overwrite"
+            raise UserError(f"{given} is there already; choose another --out{replace}")
         if not os.path.isfile(out / INDEX_NAME) and not (os.path.isdir(out) and not os.listdir(out)):
             raise UserError(f"{given} is not a folder of shards, so --overwrite does not replace it")
 

@@ -190,5 +190,5 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one video"):
         generate(tmp_path / "x", {"train": 1, "val": 0, "test": 1})
     assert not (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=r"is there already; choose another --out$"):
         generate(tmp_path, SIZES)

@@ -393,10 +393,12 @@ def test_split(shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert a | b == arrays_by_row(shards.folder)
     assert not a.keys() & b.keys()
     assert len(a) == 12
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'parts' / 'a'}" in printed
+    assert ".part" not in printed
     for flags, expected in (
         (["--part", "a"], "--part a: write it as NAME=SHARE"),
-        (["--part", "a=1"], "is there already"),
+        (["--part", "a=1"], "is there already; choose another --out\n"),
     ):
         assert main([*base, *flags]) == 2
         assert expected in capsys.readouterr().err
