@@ -66,9 +66,13 @@ def _frames_in(folder: Path) -> FramesOf:
 
     require("av", "video", "--videos")
     try:
-        files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in VIDEOS}
+        videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in VIDEOS)
     except OSError as error:
         raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from None
+    files = {file.stem: file for file in videos}
+    for file in videos:
+        if files[file.stem] != file:
+            raise UserError(f"--videos {folder}: two videos of one name, {file.name} and {files[file.stem].name}")
     if not files:
         raise UserError(f"--videos {folder}: no video in there ({', '.join(VIDEOS[:3])}, …)")
 

@@ -80,6 +80,10 @@ def test_mistakes_of_a_user(doctor: Run, keypad_shards: Path, tmp_path: Path) ->
         assert all(text in message for text in texts), message
         assert code == 2
         assert lines[-1].startswith(f"{errors} error"), "no room in /proc either"
+    (tmp_path / "loop").symlink_to("loop")
+    code, lines = doctor(*config(shards, str(tmp_path / "loop")))
+    assert code == 2
+    assert "Too many levels of symbolic links" in line_of(lines, "output", "error"), "as a training would say"
     os.environ["RANK"] = "0"
     code, (line,) = doctor()
     assert code == 2

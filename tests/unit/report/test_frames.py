@@ -15,6 +15,7 @@ from cpsp_dist.cli.report import _frames_in
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.demo.keypad import CATEGORIES
 from cpsp_dist.report.frames import EVENT, KEYPAD, attended, png, wall
+from cpsp_dist.utils.errors import UserError
 from tests.support.models import untrained_run
 from tests.support.videos import Spec, make_video, shown
 
@@ -76,6 +77,9 @@ def test_frames_of_videos_by_the_end_of_a_key(
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "run"), "--videos", str(tmp_path / "empty")]) == 2
     assert f"--videos {tmp_path}/empty: no video in there" in capsys.readouterr().err
+    (tmp_path / "videos" / "clip_1.webm").touch()
+    with pytest.raises(UserError, match=r"two videos of one name, clip_1\.mp4 and clip_1\.webm$"):
+        _frames_in(tmp_path / "videos")
 
 
 def test_the_manifest_of_keypad_is_recognised(keypad_shards: Path) -> None:
