@@ -1,8 +1,8 @@
 """Does one setting train a better model than another, at the same seeds? And do all of its runs hold?
 
     python -m tests.tools.paired_experiment pool.scope=local pool.scope=gather --data keypad=SHARDS --ranks 2
-    python -m tests.tools.paired_experiment "" "train.learning_rate=1e-3 train.warmup_steps=50" \\
-        --config configs/small.yaml --data avdigits=SHARDS --seeds 15
+    python -m tests.tools.paired_experiment "" "objectives.psa_s=0 objectives.psa_v=0" \\
+        --config configs/small.yaml --data avdigits=SHARDS --seeds 10
 
 Trains with each of the settings on each seed, then prints the table: test accuracy of the weights best on val, the
 paired difference to the first setting with its 95 % interval (Student's t over seeds), and how many runs hold: whose
@@ -48,9 +48,9 @@ def train_all(given: argparse.Namespace) -> None:
         for seed in range(1, given.seeds + 1):
             for setting in given.settings:
                 settings = [f"data.shards={shards}", f"output={folder_of(given, data, setting, seed)}"]
-                settings += [*setting.split(), *lengths, f"train.seed={seed}"]
                 settings += ["engine.kind=ddp", "evaluation.every_epochs=2", "tracking.enabled=false"]
                 settings += ["tracking.every_steps=1000", "checkpoint.keep=1"]
+                settings += [*lengths, *setting.split(), f"train.seed={seed}"]
                 train(load_config(given.config, settings), ranks)
     dist.barrier()
     dist.destroy_process_group()
