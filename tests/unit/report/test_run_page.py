@@ -88,6 +88,18 @@ def test_inside_the_model(keypad_shards: Path, data: RunData) -> None:
         assert np.diagonal(example.affinity) == pytest.approx(similarity[example.row].numpy(), abs=1e-5)
 
 
+def test_evaluate_writes_predictions_as_format_says(
+    run: Path, data: RunData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the file's name ends in."""
+    asked = ["evaluate", str(run), "--predictions", str(tmp_path / "answers.txt")]
+    assert main([*asked, "--format", "jsonl"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "answers.txt").read_text(encoding="utf-8").splitlines()]
+    assert [line["video"] for line in found] == sorted(data.answers.keys)
+    assert main(["evaluate", str(run), "--format", "csv"]) == 2
+    assert "error: --format csv is that of --predictions FILE, which is missing" in capsys.readouterr().err
+
+
 def text_of(html: str) -> str:
     return re.sub(r"<[^>]+>", " ", html.partition('<script type="application/json"')[0])
 

@@ -341,6 +341,41 @@ def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_
     assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
 
 
+def send_often_and_stay_at_the_third_point(rank: int) -> None:
+    tracking.SEND_EVERY_SECONDS = 0.2
+    log, count = tracking.Tracker.log, iter(range(1000))
+
+    def stay(self: tracking.Tracker, step: int, metrics: Mapping[str, float]) -> None:
+        log(self, step, metrics)
+        if "loss/total" in metrics and next(count) == 2:
+            time.sleep(600)
+
+    tracking.Tracker.log = stay  # type: ignore[method-assign]
+
+
+@pytest.mark.long
+def test_a_run_killed_three_times_is_one_run(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    """Its history is unbroken, each step once; it began with the first start and ended with the last."""
+    from mlflow import MlflowClient
+
+    run, store = arguments(keypad_shards, tmp_path / "run", "train.steps=14"), tmp_path / "mlflow.db"
+    began = time.time()
+    for last in (6, 8, 12):  # saved are the steps 3, 6 and 9
+        launch = prefork.start(run, 1, patch="tests.unit.tracking.test_tracking:send_often_and_stay_at_the_third_point")
+        assert launch.until(lambda last=last: store.is_file() and points_of(store, last) > 0)
+        launch.kill()
+        launch.wait()
+    prefork.start(run, 1).finish()
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    (found,) = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["restarts"] == "3"
+    points = client.get_metric_history(found.info.run_id, "loss/total")
+    assert [point.step for point in points] == [2, 4, 6, 8, 10, 12, 14]
+    assert began <= found.info.start_time / 1000 < points[0].timestamp / 1000
+    assert points[-1].timestamp <= found.info.end_time <= 1000 * time.time()
+
+
 @pytest.mark.long
 def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
     run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
