@@ -75,9 +75,15 @@ def _publish(part: Path, out: Path, lock: IO[str] | None) -> None:
     """
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
+    replaced = out.exists()
+    if replaced:
         files.rename(out, old)
-    files.rename(part, out)
+    try:
+        files.rename(part, out)
+    except OSError:
+        if replaced and not out.exists():
+            files.rename(old, out)
+        raise
     if lock is not None:
         lock.close()
     _remove_work(out)

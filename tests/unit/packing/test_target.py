@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_nobody_enters_a_folder_that_gets_its_name(tmp_path: Path, monkeypatch: 
     assert (out / "shard").read_text() == "complete"
     assert not entered
     assert [path.name for path in (*tmp_path.iterdir(), *out.iterdir())] == ["out", "shard"]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses the new folder its name when the old one has lost it already."""
+    out, real = tmp_path / "out", target.files.rename
+    out.mkdir()
+    (out / target.INDEX_NAME).write_text("of the old shards")
+
+    def rename(source: Path, new: Path) -> None:
+        if source.name == "out.part":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(new))
+        real(source, new)
+
+    monkeypatch.setattr(target.files, "rename", rename)
+    with pytest.raises(UserError, match="Input/output error"), workplace(out, overwrite=True) as part:
+        (part / "shard").write_text("complete")
+    assert [path.name for path in (*tmp_path.iterdir(), *out.iterdir())] == ["out", target.INDEX_NAME]
 
 
 def test_who_locked_what_just_got_its_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
