@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,9 @@ def require_comparison(folder: Path, printed: str) -> str:
         assert run.metrics["accuracy/test"] == pytest.approx(100 * evaluated["accuracy"])
         assert f" {100 * evaluated['accuracy']:.2f} " in row
     assert " demo --videos\n" in table
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store:
+        ((number,),) = store.execute("SELECT experiment_id FROM experiments WHERE name = 'demo'")
+    assert f" then open http://127.0.0.1:5000/#/experiments/{number}/runs\n" in table
     return table
 
 

@@ -132,7 +132,7 @@ class Prefork:
                 cwd=REPO,
                 pass_fds=[listening.fileno()],
                 stdin=subprocess.PIPE,  # which ends with this process, however that ends
-                stdout=log,
+                stdout=subprocess.PIPE,  # nobody writes to it; what cannot seek may become anything in a rank
                 stderr=log,
             )
 

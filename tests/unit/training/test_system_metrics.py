@@ -17,13 +17,14 @@ from cpsp_dist.training.system_metrics import NODE, SWITCH, SystemMeter
 from tests.support.runs import KEYPAD
 
 
-def read_on_two_nodes(switched_off: bool) -> dict[str, float]:
-    """As ranks 0 and 1 of one node, and rank 2 of another."""
+def read_on_two_nodes(setting: bool, switch: str | None) -> dict[str, float]:
+    """As ranks 0 and 1 of one node, and rank 2 of another. switch: MLflow's variable, of rank 0 alone."""
     rank = int(os.environ["RANK"])
     system_metrics.hostname = lambda: "ab"[rank // 2]  # type: ignore[attr-defined]
-    if rank == 0 and switched_off:
-        os.environ[SWITCH] = "false"
-    meter = SystemMeter(load_config(KEYPAD, ["data.shards=x"]), Ranks(rank, 3, rank % 2, torch.device("cpu")))
+    if rank == 0 and switch is not None:
+        os.environ[SWITCH] = switch
+    config = load_config(KEYPAD, ["data.shards=x", f"tracking.system_metrics={str(setting).lower()}"])
+    meter = SystemMeter(config, Ranks(rank, 3, rank % 2, torch.device("cpu")))
     end = time.process_time() + 0.05
     while time.process_time() < end:
         pass
@@ -31,7 +32,7 @@ def read_on_two_nodes(switched_off: bool) -> dict[str, float]:
 
 
 def test_each_node_is_there_once(ranks: Any) -> None:
-    found = ranks(read_on_two_nodes, 3, False)
+    found = ranks(read_on_two_nodes, 3, True, None)
     assert found[0] == found[1] == found[2]
     assert [*found[0]] == [f"system/{host}/{name}" for host in "ab" for name in NODE]
     total = sum(map(int, Path("/proc/meminfo").read_text().split("kB")[0].split()[1:])) / 1e3
@@ -41,7 +42,9 @@ def test_each_node_is_there_once(ranks: Any) -> None:
 
 
 def test_rank_0_decides_whether_it_is_measured(ranks: Any) -> None:
-    assert ranks(read_on_two_nodes, 3, True) == [{}, {}, {}]
+    """Its variable counts before the setting, either way."""
+    assert ranks(read_on_two_nodes, 3, True, "false") == [{}, {}, {}]
+    assert all(len(found) == 2 * len(NODE) for found in ranks(read_on_two_nodes, 3, False, "true"))
 
 
 def test_a_machine_without_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
