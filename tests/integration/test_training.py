@@ -317,6 +317,7 @@ def test_a_finished_run_trains_more_epochs(prefork, keypad_shards, tmp_path):
     assert Checkpoints(output).newest_valid()[0] == 18
 
 
+@pytest.mark.long  # test_pool_over_parts.py has the short form
 def test_a_pool_over_parts_trains_as_one_part(ranks: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """Two ranks, a global batch in four parts, a bank, an epoch's padded end, and a resume halfway: losses and weights
     of one rank with one part."""
