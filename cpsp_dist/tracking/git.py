@@ -33,5 +33,7 @@ def git_source() -> dict[str, str]:
 
 def _git(*arguments: str) -> str:
     top = Path(__file__).resolve().parents[2]
-    done = subprocess.run(["git", *arguments], cwd=top, capture_output=True, text=True, timeout=10, check=True)
+    # Without locks: a training that is killed here would leave `index.lock`, and git refuse its user's next command.
+    command = ["git", "--no-optional-locks", *arguments]
+    done = subprocess.run(command, cwd=top, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()

@@ -244,9 +244,14 @@ def test_git_state_names_the_commit_and_changes(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(git_state_module, "__file__", str(tmp_path / "cpsp_dist" / "tracking" / "git.py"))
     git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "--message=x")
-    commit = git("rev-parse", "HEAD").strip()
+    (tmp_path / "kept").touch()
+    git("add", "kept")
+    git("commit", "--quiet", "--message=x")
+    commit, index = git("rev-parse", "HEAD").strip(), tmp_path / ".git" / "index"
+    os.utime(tmp_path / "kept", (1, 1))  # what makes git write its index again, under a lock that a kill would leave
+    before = index.read_bytes()
     assert git_state_module.git_state() == {"git.commit": commit, "git.changed": "false"}
+    assert index.read_bytes() == before
     (tmp_path / "new").touch()
     assert git_state_module.git_state() == {"git.commit": commit, "git.changed": "true"}
 
