@@ -77,7 +77,7 @@ class Tracker:
         self._warned: set[str] = set()
         # Of the thread:
         self._sent_bytes = 0  # of the file, whose lines up to there the server has
-        self._has: dict[str, set[int]] | None = {}  # what the server has, by name, as far as asked; None: nothing
+        self._steps_on_server: dict[str, set[int]] | None = {}  # by metric, as asked; None: a new run
         self._opened = False
         self._further: deque[tuple[str, Callable[[], None]]] = deque()
 
@@ -183,7 +183,7 @@ class Tracker:
                         self.store.set_terminated(self.run_id, status)
                     return
             except Exception as error:  # whatever comes of a server's answer: training continues
-                self._has = {}  # the server may have taken it all the same
+                self._steps_on_server = {}  # the server may have taken it all the same
                 self._warn("send", f"MLflow: {str(error) or repr(error)}; points are in {self.file} and are sent "
                            "later, training continues")  # fmt: skip
                 if status:
@@ -205,7 +205,7 @@ class Tracker:
             run = self.store.create_run(experiment_id(self.store, config), began, run_name=name, tags=above)
             self.run_id = run.info.run_id
             self.record.write(run.info.run_id)
-            self._has, self._sent_bytes = None, 0
+            self._steps_on_server, self._sent_bytes = None, 0
         else:
             self.run_id = run.info.run_id
             if not self.finished:
@@ -240,10 +240,10 @@ class Tracker:
                 for name, value in content.items()
                 if math.isfinite(_number(value)) and _METRIC_NAME.fullmatch(name)
             ]
-        if self._has is not None:  # also of later lines: a killed process may have sent far more than it saved
-            for name in {point.key for point in points} - self._has.keys():
-                self._has[name] = {point.step for point in self.store.get_metric_history(self.run_id, name)}
-            points = [point for point in points if point.step not in self._has[point.key]]
+        if self._steps_on_server is not None:  # for later lines, too: a killed process may have sent more than it saved
+            for name in {point.key for point in points} - self._steps_on_server.keys():
+                self._steps_on_server[name] = {point.step for point in self.store.get_metric_history(self.run_id, name)}
+            points = [point for point in points if point.step not in self._steps_on_server[point.key]]
         for start in range(0, len(points), 1000):  # the server's limit for one batch
             self.store.log_batch(self.run_id, metrics=points[start : start + 1000])
         self._sent_bytes += len(text)
