@@ -74,6 +74,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) + 1
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Just the names of what failed, last: where a log is cut to its end, the reasons may be all of it."""
+    reports = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
+    for report in reports[:20]:
+        terminalreporter.write_line(f"failed: {report.nodeid}")
+
+
 def pytest_sessionfinish() -> None:
     for made in (prefork_launcher, own_prefork):
         if made.cache_info().currsize:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from cpsp_dist.cli import main
+from tests.support.folders import Content, content_of
 from tests.support.killed import KILLED, changes_of
 from tests.support.prefork import Launch
 from tests.support.runs import arguments
 
-Files = dict[str, bytes | None]
+Files = dict[str, Content | None]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ class Trial:
 
     def files(self) -> Files:
         found = [path for path in self.folder.rglob("*")]
-        return {str(p.relative_to(self.folder)): p.read_bytes() if p.is_file() else None for p in found}
+        return {str(p.relative_to(self.folder)): content_of(p.read_bytes()) if p.is_file() else None for p in found}
 
     def ends_as(self, expected: Files, launch: Launch) -> None:
         """It ended well, or is refused in one line for the result is there; either way that is what it should be."""
@@ -98,8 +99,7 @@ class Trial:
         if code:
             errors = [line for line in launch.ranks[0].output.splitlines() if line.startswith("error: ")]
             assert len(errors) == 1, launch.outputs()
-        found = self.files()
-        assert found == expected, [name for name in {*found} ^ {*expected}]
+        assert self.files() == expected
 
 
 def named(files: Files) -> Files:
@@ -118,7 +118,7 @@ def test_killed_and_given_again(prefork: Any, inputs: Path, tmp_path: Path, name
     before = trial.files()
     assert trial.start("before_change", trial.folder, 0, count).wait() == [0]
     expected, changes = trial.files(), changes_of(count)
-    sizes = [len(content) for path, content in expected.items() if content and content != before.get(path)]
+    sizes = [content.size for path, content in expected.items() if content and content != before.get(path)]
     moments = [
         ("before_change", trial.folder, draw.randint(1, changes), count),
         ("within_write", draw.randrange(max(sizes))),

@@ -20,7 +20,7 @@ from cpsp_dist.cli import main
 from cpsp_dist.tracking.runs import find_runs
 from tests.support.environment import REPO
 from tests.support.extraction import make_folder
-from tests.support.packing_sources import files_under
+from tests.support.folders import files_under
 from tests.support.runs import audited, loss_history, newest_state, overrides
 from tests.tools.slurm_lab import Lab
 
@@ -50,6 +50,12 @@ class Job:
         while not condition():
             assert time.monotonic() < end, f"not within {timeout} s; {self.shown()}\n{self.output[-6000:]}"
             time.sleep(0.1)
+
+    def until_all_are_over(self, timeout: float = 240) -> None:
+        """The jobs of an array and the one behind it, which still tidies when its folder has its name."""
+        name = self.shown()["JobName"]
+        names = f"--name={name},{name}-finish"
+        self.until(lambda: not self.slurm.run("squeue", "--noheader", names).stdout.strip(), timeout)
 
     def until_trains(self, start: int) -> None:
         """Until the `start`-th start of the job has done some steps."""
@@ -274,7 +280,7 @@ def test_packs_as_an_array(slurm: Any, keypad_features: Path, tmp_path: Path) ->
     assert main(["shards", "pack", *options, "--out", str(tmp_path / "one" / "shards")]) == 0
     out = tmp_path / "array" / "shards"
     job = Job(slurm, tmp_path, "pack_100k.sh", ["--array=3-5"], [*options, "--out", str(out)])
-    job.until(out.exists)
+    job.until_all_are_over()
     assert list(tmp_path.glob("cpsp-pack-finish-*.log")), "its log lies beside the others'"
     assert files_under(out) == files_under(tmp_path / "one" / "shards")
 
@@ -291,7 +297,7 @@ def test_extracts_as_an_array(slurm: Any, tmp_path: Path) -> None:
     assert main(["extract", "--shards", "--on-error", "skip", *options, "--out", str(tmp_path / "one" / "shards")]) == 0
     out = tmp_path / "array" / "shards"
     job = Job(slurm, tmp_path, "extract_100k.sh", ["--array=3-4"], [*options, "--out", str(out)])
-    job.until(out.exists, 240)
+    job.until_all_are_over()
     assert list(tmp_path.glob("cpsp-extract-finish-*.log")), "its log lies beside the others'"
     assert files_under(out) == files_under(tmp_path / "one" / "shards")
     assert len(list(out.glob("*.tar"))) == 5

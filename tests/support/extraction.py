@@ -14,6 +14,7 @@ import numpy as np
 
 from cpsp_dist.extraction.encoders import ENCODERS
 from cpsp_dist.extraction.encoders.encoder import VisualEncoder
+from tests.support.folders import Content, files_under
 from tests.support.videos import Spec, chirps, make_video
 
 #: Of the clips below.
@@ -63,10 +64,9 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def written(folder: Path) -> dict[str, bytes]:
+def written(folder: Path) -> dict[str, Content]:
     """All that packing may read of an extraction, hidden files too; not its journal."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "journal"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: content for name, content in files_under(folder).items() if Path(name).parent.name != "journal"}
 
 
 def complete(store: Path) -> set[str]:

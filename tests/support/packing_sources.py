@@ -17,6 +17,7 @@ import webdataset
 from cpsp_dist.packing.pack import pack
 from cpsp_dist.packing.plan import PackOptions
 from cpsp_dist.packing.source import SourceOptions, open_source
+from tests.support.folders import Content, content_of, files_under
 
 CATEGORIES = ["bark", "bell", "cat"]
 
@@ -156,17 +157,14 @@ def read_back(folder: Path) -> Iterator[dict[str, Any]]:
         yield from ({**sample, "shard": path.name} for sample in dataset)
 
 
-def files_under(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 SMALL_SHARDS = PackOptions(shard_mb=0.04)  # 5 videos a shard
 
 
-def without_folder_name(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The index without the folder's own name, which is all that may differ."""
-    index = files["index.json"].decode().splitlines()
-    return files | {"index.json": "\n".join(line for line in index if '"name": ' not in line).encode()}
+def shards_under(folder: Path) -> dict[str, Content]:
+    """Its files; of the index without the folder's own name, which is all that may differ."""
+    lines = (folder / "index.json").read_text().splitlines()
+    index = "\n".join(line for line in lines if '"name": ' not in line)
+    return files_under(folder) | {"index.json": content_of(index.encode())}
 
 
 def pack_command(source: Path, out: Path, workers: int) -> list[str]:

@@ -15,7 +15,8 @@ import pytest
 from cpsp_dist.cli import main
 from cpsp_dist.data.manifest import Manifest
 from tests.support.environment import REPO, environment
-from tests.support.packing_sources import files_under, video_id, write_ave, write_avel, write_zip
+from tests.support.folders import content_of, files_under
+from tests.support.packing_sources import video_id, write_ave, write_avel, write_zip
 from tests.support.shards_command import AUDIO, V3, assert_matches, edit, fails, pack, put, truncate
 
 
@@ -177,7 +178,7 @@ def test_an_existing_target_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert files_under(out) == {n.removeprefix("out/"): d for n, d in before.items() if n.startswith("out/")}
     edit(source / AUDIO, put((0, 0, 0), 0))
     assert main(pack(source, out, "ave-h5", "--seed", 1, "--overwrite")) == 0
-    assert (out / "train-000000.tar").read_bytes() != before["out/train-000000.tar"]
+    assert content_of((out / "train-000000.tar").read_bytes()) != before["out/train-000000.tar"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     # Anything that is no folder of shards is never replaced.
     (line,) = fails(capsys, *pack(source, source, "ave-h5", "--overwrite"))

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.support.packing_sources import WRITERS, files_under, video_id, write_ave, write_avel, write_h5, write_zip
+from tests.support.folders import files_under
+from tests.support.packing_sources import WRITERS, video_id, write_ave, write_avel, write_h5, write_zip
 from tests.support.shards_command import AUDIO, LABELS, V3, VISUAL, assert_matches, edit, fails, pack, put, truncate
 
 AVE_MISTAKES = {

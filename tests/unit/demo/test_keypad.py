@@ -13,7 +13,7 @@ import pytest
 from cpsp_dist.demo.keypad import generate
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.utils.errors import UserError
-from tests.support.packing_sources import files_under
+from tests.support.folders import files_under
 
 SIZES = {"train": 120, "val": 30, "test": 50}
 SPLITS = tuple(SIZES)

@@ -28,7 +28,8 @@ from cpsp_dist.extraction.work import find_work, read_labels
 from cpsp_dist.packing.verify import verify
 from cpsp_dist.utils.errors import DataError
 from tests.support.extraction import add_cells, arguments, break_files, complete, killed, make_folder
-from tests.support.packing_sources import files_under, read_back, write_zip
+from tests.support.folders import Content, files_under
+from tests.support.packing_sources import read_back, write_zip
 
 SMALL = ["--shards", "--shard-mb", "0.06"]
 STORE = ".work/features"
@@ -50,7 +51,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
     return arguments(folder, out, "--labels", str(folder / "labels.json"), *SMALL, "--workers", "1", *more)
 
 
-def packed(arguments: list[str], folder: Path) -> dict[str, bytes]:
+def packed(arguments: list[str], folder: Path) -> dict[str, Content]:
     """The shards that `extract` and `shards pack` make."""
     given = [part for part in arguments if part not in SMALL]
     given[given.index("--out") + 1] = str(folder / "features")
@@ -66,18 +67,18 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(videos: Path) -> dict[str, bytes]:
+def expected(videos: Path) -> dict[str, Content]:
     add_cells()
     return packed(command(videos, videos.parent / "none"), videos.parent)
 
 
-def shards_of(out: Path) -> dict[str, bytes]:
+def shards_of(out: Path) -> dict[str, Content]:
     """All of a folder but the report, which packing does not write."""
     return {name: data for name, data in files_under(out).items() if not name.endswith("report.jsonl")}
 
 
 def test_portions_make_the_shards_of_extract_and_pack(
-    videos: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    videos: Path, expected: dict[str, Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "packed"
     for portion in ("1/2", "0/2"):
@@ -104,7 +105,7 @@ STAGES = ["features", *(pytest.param(each, marks=pytest.mark.long) for each in (
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ended_at_each_stage_it_ends_with_the_same_bytes(
-    videos: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    videos: Path, expected: dict[str, Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """After some features are written; before a shard is; before the features of a finished one are deleted; by a full
     disk, which is one line."""
@@ -159,7 +160,7 @@ def test_broken_files_are_left_out_and_reported(
 
 
 def test_a_video_that_was_late_is_tried_again(
-    videos: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    videos: Path, expected: dict[str, Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As is one whose decoder was killed; alone, for the features beside it are kept."""
     problems = {"v000": "not decoded after 1 s", "v001": "the decoding process ended (signal 9)"}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cpsp_dist.cli import main
-from tests.support.packing_sources import CATEGORIES, files_under, read_back, write_ave, write_ave_pickles, write_h5
+from tests.support.folders import files_under
+from tests.support.packing_sources import CATEGORIES, read_back, write_ave, write_ave_pickles, write_h5
 
 VIDEOS, NOISY = 12, 3
 

@@ -27,11 +27,11 @@ from cpsp_dist.packing.plan import PackOptions, plan_shards
 from cpsp_dist.packing.source import Entry
 from tests.support.environment import DATA
 from tests.support.examples import examples
+from tests.support.folders import files_under
 from tests.support.packed import packed
 from tests.support.packing_sources import (
     CATEGORIES,
     WRITERS,
-    files_under,
     read_back,
     split_of,
     video_id,

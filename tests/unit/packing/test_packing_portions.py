@@ -15,10 +15,10 @@ from cpsp_dist.packing.pack import pack, pack_portion
 from cpsp_dist.packing.source import SourceOptions, open_source
 from cpsp_dist.packing.target import LOCK_NAME, WORK_NAME
 from tests.support.environment import environment
+from tests.support.folders import Content
 from tests.support.packing_sources import SMALL_SHARDS as SMALL
-from tests.support.packing_sources import files_under, write_avel
 from tests.support.packing_sources import pack_command as command
-from tests.support.packing_sources import without_folder_name as named
+from tests.support.packing_sources import shards_under, write_avel
 
 VIDEOS, PORTIONS = 60, 3
 
@@ -31,13 +31,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def complete(source: Path) -> dict[str, bytes]:
+def complete(source: Path) -> dict[str, Content]:
     """What one process makes of it."""
     pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "complete", SMALL, workers=1)
-    return named(files_under(source.parent / "complete"))
+    return shards_under(source.parent / "complete")
 
 
-def test_portions_at_once_give_the_same_bytes(source: Path, complete: dict[str, bytes], tmp_path: Path) -> None:
+def test_portions_at_once_give_the_same_bytes(source: Path, complete: dict[str, Content], tmp_path: Path) -> None:
     """Also where the work folder holds what an earlier call with other options left; the last command makes nothing."""
     out = tmp_path / "out"
     work = tmp_path / "out.part" / WORK_NAME
@@ -58,19 +58,19 @@ def test_portions_at_once_give_the_same_bytes(source: Path, complete: dict[str, 
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.part").glob("*.tar")}
     assert len(times) == shards
     subprocess.run(command(source, out, 1), env=environment(), check=True, timeout=120)
-    assert named(files_under(out)) == complete
+    assert shards_under(out) == complete
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
 
 
 def test_a_portion_that_is_missing_is_made_by_the_last_command(
-    source: Path, complete: dict[str, bytes], tmp_path: Path
+    source: Path, complete: dict[str, Content], tmp_path: Path
 ) -> None:
     opened, out = open_source(SourceOptions("avel100k-zip", source=source)), tmp_path / "out"
     shards = len([name for name in complete if name.endswith(".tar")])
     assert pack_portion(opened, out, SMALL, 1, PORTIONS, workers=1) == (len(range(1, shards, PORTIONS)), shards)
     assert pack_portion(opened, out, SMALL, shards, shards + 1, workers=1) == (0, shards), "more jobs than shards"
     pack(opened, out, SMALL, workers=1)
-    assert named(files_under(out)) == complete
+    assert shards_under(out) == complete
 
 
 @pytest.mark.parametrize("portion", ["3/3", "1", "a/b", "-1/3", "1/"])

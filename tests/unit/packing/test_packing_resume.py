@@ -22,10 +22,10 @@ from cpsp_dist.packing.target import Interrupted, workplace
 from cpsp_dist.packing.verify import verify
 from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.environment import environment
+from tests.support.folders import Content, files_under
 from tests.support.packing_sources import SMALL_SHARDS as SMALL
-from tests.support.packing_sources import files_under, read_back, video_id, write_ave, write_avel, write_zip
 from tests.support.packing_sources import pack_command as command
-from tests.support.packing_sources import without_folder_name as named
+from tests.support.packing_sources import read_back, shards_under, video_id, write_ave, write_avel, write_zip
 
 VIDEOS = 240
 
@@ -38,11 +38,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(source: Path) -> dict[str, bytes]:
+def uninterrupted(source: Path) -> dict[str, Content]:
     """The shards of a run that nothing disturbed."""
     pack(open_source(SourceOptions("avel100k-zip", source=source)), source.parent / "uninterrupted", SMALL, workers=1)
     verify(source.parent / "uninterrupted")
-    return named(files_under(source.parent / "uninterrupted"))
+    return shards_under(source.parent / "uninterrupted")
 
 
 def wait_for(condition: object, seconds: float = 60) -> None:
@@ -105,7 +105,7 @@ def test_killed_and_continued(source: Path, uninterrupted: dict, tmp_path: Path,
     kept = {path.name: path.stat().st_mtime_ns for path in finished(part)}
     done = subprocess.run(command(source, out, workers), env=environment(), timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert named(files_under(out)) == uninterrupted
+    assert shards_under(out) == uninterrupted
     assert not part.exists()
     assert kept, "nothing was finished when it was killed"
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # kept, not written again
@@ -126,13 +126,13 @@ def stop_after(shards: int, source: Path, out: Path) -> None:
         pack(opened, out, SMALL, workers=1)
 
 
-def resumed(source: Path, out: Path, options: PackOptions = SMALL) -> tuple[dict[str, bytes], set[str]]:
+def resumed(source: Path, out: Path, options: PackOptions = SMALL) -> tuple[dict[str, Content], set[str]]:
     """What a second call gives, and which shards it kept from the first."""
     part = out.with_name(out.name + ".part")
     before = {path.name: path.stat().st_mtime_ns for path in part.glob("*.tar")}
     pack(open_source(SourceOptions("avel100k-zip", source=source)), out, options, workers=1)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    return named(files_under(out)), {name for name in before if after.get(name) == before[name]}
+    return shards_under(out), {name for name in before if after.get(name) == before[name]}
 
 
 def test_a_finished_shard_is_kept_only_if_it_is_complete(source: Path, uninterrupted: dict, tmp_path: Path) -> None:

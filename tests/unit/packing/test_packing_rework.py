@@ -32,7 +32,8 @@ from cpsp_dist.packing.verify import verify
 from cpsp_dist.utils.errors import DataError, UserError
 from tests.support.environment import environment
 from tests.support.examples import examples
-from tests.support.packing_sources import CATEGORIES, arrays, files_under, read_back, video_id, write_ave
+from tests.support.folders import files_under
+from tests.support.packing_sources import CATEGORIES, arrays, read_back, video_id, write_ave
 
 
 def packed(source: Path, out: Path, **options: Any) -> Manifest:
