@@ -74,10 +74,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) + 1
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Just the names of what failed, last: where a log is cut to its end, the reasons may be all of it."""
-    reports = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
-    for report in reports[:20]:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own, which ends with the reasons
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """The names of what failed, last: where a log is cut to its end, one reason may be all that is left."""
+    yield
+    for report in [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])][:20]:
         terminalreporter.write_line(f"failed: {report.nodeid}")
 
 
