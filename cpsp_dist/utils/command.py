@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +28,9 @@ from cpsp_dist.utils.errors import (
     UserError,
     of_file,
 )
-from cpsp_dist.utils.logs import console
+from cpsp_dist.utils.files import write_text
+from cpsp_dist.utils.logs import console, printable
+from cpsp_dist.utils.redact import without_secrets
 from cpsp_dist.utils.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -97,9 +102,27 @@ def _arguments(pid: int) -> bytes:
 
 def report(error: BaseException) -> None:
     """Print it as one line, where this process is to print it; with debug, its traceback too."""
+    _leave_for_agent(str(error))
     if should_print(error):
         level, prefix = (logging.WARNING, "") if isinstance(error, Stopped) else (logging.ERROR, "error: ")
         logger.log(level, "%s", error, exc_info=error, extra={"prefix": prefix})
+
+
+def _leave_for_agent(text: str) -> None:
+    """The agent of torchrun and accelerate ends with a traceback of its own, whatever the ranks do; the last lines of
+    that are what a rank left in the file that the agent named to it. Form: torch.distributed.elastic's ErrorHandler."""
+    path = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or "/")
+    line = printable(without_secrets(text))[:1000]
+    message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError, ValueError):
+        if not path.exists():
+            write_text(path, json.dumps({"message": message}))
+
+
+def _report_unexpected(error: BaseException, doing: str) -> None:
+    text = unexpected(error, doing)
+    _leave_for_agent(text)
+    logger.error("%s", text, exc_info=error, extra={"prefix": "error: "})
 
 
 def unexpected(error: BaseException, doing: str) -> str:
@@ -156,6 +179,8 @@ def run_command(
     with console(stdout=stdout, debug=debug), _threads_in_one_line(doing):
         try:
             code = main() or 0
+            if code:
+                _leave_for_agent(f"{doing}: exit code {code}; its lines are above")
             if not stdout:  # a training that has ended well has; that its lines are lost was printed
                 streams.flush()
             return code
@@ -176,12 +201,12 @@ def run_command(
             return 128 + signal.SIGPIPE
         except OSError as error:
             if (mistake := of_file(error)) is None:
-                logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
+                _report_unexpected(error, doing)
                 return EXIT_UNEXPECTED
             report(mistake)
             return EXIT_USER_ERROR
         except Exception as error:
-            logger.error("%s", unexpected(error, doing), exc_info=error, extra={"prefix": "error: "})
+            _report_unexpected(error, doing)
             if "CUDA error" in str(error):
                 _leave_failed_gpu(EXIT_UNEXPECTED)
             return EXIT_UNEXPECTED

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cpsp_dist.utils.command import run_command, should_print
 from cpsp_dist.utils.errors import DataError, LostRank, RankError, Stopped, UserError
@@ -71,6 +73,37 @@ def test_one_line_and_an_exit_code(
 
     assert run_command(main) == code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (UserError("no such folder s3://me:hunter22@b/\x1b[2J"), "no such folder s3://b/\\x1b[2J"),
+        (LostRank("rank 1: gone", 9, [1]), "rank 1: gone"),
+        (KeyError("x"), "training: unexpected KeyError: 'x'"),
+        (None, "training: exit code 2; its lines are above"),
+    ],
+)
+def test_the_agents_report_ends_with_the_line_of_the_rank(
+    raised: BaseException | None, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch reads the file that torchrun's agent names to each rank."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def main() -> int:
+        if raised is not None:
+            raise raised
+        return 2
+
+    code = run_command(main, doing="training")
+    failure = ProcessFailure(0, 1, code, str(file))
+    report = ChildFailedError("train", {0: failure}).format_msg()
+    assert f"traceback : {line}" in report.splitlines()[-2]
+    before = file.read_bytes()
+    assert run_command(lambda: 1) == 1
+    assert file.read_bytes() == before, "what is there is somebody's"
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
