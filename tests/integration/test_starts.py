@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.utils.errors import EXIT_USER_ERROR
 from tests.support.environment import REPO, environment, free_port
+from tests.support.processes import Process, children
 from tests.support.runs import arguments, loss_history
 
 ENDLESS = ["train.steps=100000", "train.epochs=99999"]
@@ -115,18 +115,6 @@ def torchrun(arguments: list[str], log: Path, *flags: str, **env: str) -> subpro
         return subprocess.Popen(command, env=environment(**env), cwd=REPO, stdout=file, stderr=file)
 
 
-def children(pid: int) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(folder.name))
-    return sorted(found)
-
-
 def wait_for(condition: Any, seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -138,7 +126,7 @@ def wait_for(condition: Any, seconds: float, log: Path) -> None:
 def test_ranks_end_when_their_agent_is_killed(keypad_shards: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     agent = torchrun(arguments(keypad_shards, tmp_path / "run", *ENDLESS), log, "--standalone", "--nproc-per-node=2")
-    ranks: list[int] = []
+    ranks: list[Process] = []
     try:
         wait_for(lambda: "step 3/" in log.read_text(errors="replace"), 240, log)
         ranks = children(agent.pid)
@@ -146,24 +134,13 @@ def test_ranks_end_when_their_agent_is_killed(keypad_shards: Path, tmp_path: Pat
         agent.kill()
         agent.wait(60)
         gone = time.monotonic()
-        wait_for(lambda: not any(alive(rank) for rank in ranks), 30, log)
+        wait_for(lambda: not any(rank.alive for rank in ranks), 30, log)
         assert time.monotonic() - gone < 10
     finally:
-        for pid in [agent.pid, *ranks]:
-            kill(pid)
+        for process in [agent, *ranks]:
+            process.kill()
+        agent.wait()
     assert "is gone: this rank ends" in log.read_text(errors="replace")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def kill(pid: int) -> None:
-    if alive(pid):
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.long
@@ -176,13 +153,13 @@ def test_elastic_agents_restart_after_a_lost_rank(keypad_shards: Path, tmp_path:
     agents = [torchrun(run, log, *flags) for log in logs]
     try:
         wait_for(lambda: Checkpoints(tmp_path / "run").steps(), 240, logs[0])
-        victim = children(agents[1].pid)[0]
-        os.kill(victim, signal.SIGKILL)
+        children(agents[1].pid)[0].kill()
         codes = [agent.wait(300) for agent in agents]
     finally:
         for agent in agents:
-            for pid in [*children(agent.pid), agent.pid]:
-                kill(pid)
+            for process in [*children(agent.pid), agent]:
+                process.kill()
+            agent.wait()
     output = "".join(log.read_text(errors="replace") for log in logs)
     assert codes == [0, 0], output[-6000:]
     assert "resuming from" in output

@@ -26,6 +26,7 @@ from tests.support.folders import Content, files_under
 from tests.support.packing_sources import SMALL_SHARDS as SMALL
 from tests.support.packing_sources import pack_command as command
 from tests.support.packing_sources import read_back, shards_under, video_id, write_ave, write_avel, write_zip
+from tests.support.processes import Process, children
 
 VIDEOS = 240
 
@@ -50,26 +51,6 @@ def wait_for(condition: object, seconds: float = 60) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "nothing happened within the limit"
         time.sleep(0.001)
-
-
-def children(parent: int) -> list[int]:
-    """Processes whose parent is `parent`, from /proc."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, rest = stat.read_text().split(" ", 1)
-            if int(rest.rpartition(")")[2].split()[1]) == parent:
-                found.append(int(pid))
-        except OSError:
-            continue
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def finished(part: Path) -> list[Path]:
@@ -101,7 +82,7 @@ def test_killed_and_continued(source: Path, uninterrupted: dict, tmp_path: Path,
         process.wait()
     assert process.returncode == -signal.SIGKILL, "it was too fast to be killed"
     assert not out.exists()
-    wait_for(lambda: not any(map(alive, workers_alive)))  # no orphan keeps writing
+    wait_for(lambda: not any(worker.alive for worker in workers_alive))  # no orphan keeps writing
     kept = {path.name: path.stat().st_mtime_ns for path in finished(part)}
     done = subprocess.run(command(source, out, workers), env=environment(), timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -191,13 +172,12 @@ def test_a_killed_worker_is_reported_and_what_is_finished_is_kept(
     out, part = tmp_path / "out", tmp_path / "out.part"
     process = subprocess.Popen(command(source, out, 2), env=environment(), stderr=subprocess.PIPE, text=True)
 
-    def workers() -> list[int]:
-        commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children(process.pid)}
-        return [pid for pid, line in commands.items() if "spawn_main" in line]
+    def workers() -> list[Process]:
+        return [child for child in children(process.pid) if "spawn_main" in child.command]
 
     try:
         wait_for(lambda: len(finished(part)) >= 2)
-        os.kill(workers()[0], signal.SIGKILL)
+        workers()[0].kill()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
