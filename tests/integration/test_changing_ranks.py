@@ -48,9 +48,10 @@ def test_a_run_that_changes_its_ranks(
     before, last, steps = moves
     run = arguments(keypad_shards, tmp_path / "moved", f"engine.zero={zero}", f"train.steps={steps}", *STEPS)
     for world, step in before:
-        launch = prefork.start(run, world)
+        launch = prefork.start(run, world, hold=[step + 1])
         assert launch.until_step(step)
         launch.ranks[-1].signal(signal.SIGUSR2)
+        launch.release()
         assert launch.wait() == [EXIT_REQUEUE] * world, launch.outputs()
     assert "resuming from" in prefork.start(run, last).finish(240)
 

@@ -16,6 +16,9 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.utils.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
 from tests.support.runs import arguments
 
+#: Nobody comes to the end before what is done to one of them.
+ENDLESS = ("train.steps=100000", "train.epochs=99999")
+
 
 def last_lines(launch: Any, but: int) -> list[str]:
     """Of each rank that has something to say, but one; checks that nobody floods."""
@@ -27,7 +30,7 @@ def last_lines(launch: Any, but: int) -> list[str]:
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path, victim: int) -> None:
     """Rank 0 holds the store that the others meet at, so it is a case of its own."""
-    launch = prefork.start(arguments(keypad_shards, tmp_path / "run"), 3)
+    launch = prefork.start(arguments(keypad_shards, tmp_path / "run", *ENDLESS), 3)
     assert launch.until_step(2)
     launch.ranks[victim].kill()
     began = time.monotonic()
@@ -44,7 +47,7 @@ def test_a_killed_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_pa
 def test_a_frozen_rank_ends_the_others(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
     """Collectives alone would wait for engine.timeout, 600 s. Both cases at once: it is waiting, mostly."""
     attempts = [
-        prefork.start(arguments(keypad_shards, tmp_path / f"run{victim}", "engine.heartbeat_timeout=5"), 2)
+        prefork.start(arguments(keypad_shards, tmp_path / f"run{victim}", "engine.heartbeat_timeout=5", *ENDLESS), 2)
         for victim in (0, 1)
     ]
     for victim, launch in enumerate(attempts):
@@ -65,7 +68,7 @@ def test_an_error_of_one_rank_is_reported_by_the_others(prefork: Any, keypad_sha
     manifest = Manifest.load(shards)
     row = manifest.rows("train")[7]
     shard, sample = manifest.shards[manifest.samples[row]["shard"]], manifest.samples[row]
-    launch = prefork.start(arguments(shards, tmp_path / "run", "train.steps=1000"), 2)
+    launch = prefork.start(arguments(shards, tmp_path / "run", *ENDLESS), 2)
     assert launch.until_step(1)
     with open(manifest.path(shard), "r+b") as file:
         file.seek(int(sample["visual"]) + 100)

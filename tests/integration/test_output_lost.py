@@ -62,9 +62,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_folder_that_is_lost(prefork: Any, keypad_shards: Path, tmp_path: Path, name: str, world: int) -> None:
     lose, text = CASES[name]
     output = tmp_path / "run"
-    launch = prefork.start(arguments(keypad_shards, output, *MORE), world, patch=f"{__name__}:bound")
+    launch = prefork.start(arguments(keypad_shards, output, *MORE), world, patch=f"{__name__}:bound", hold=[14])
     assert launch.until_step(13)
     lose(output)
+    launch.release()
     assert launch.wait(60) == [EXIT_USER_ERROR] * world, launch.outputs()
     lines = [line for line in launch.outputs().splitlines() if not line.startswith("step ")]
     (error,) = {line for line in lines if line.startswith("error: ")}
@@ -82,9 +83,10 @@ def test_a_folder_that_is_lost(prefork: Any, keypad_shards: Path, tmp_path: Path
 def test_a_disk_that_fills_up(prefork: Any, keypad_shards: Path, tmp_path: Path, size: int) -> None:
     """By a limit of the size of files, see test_checkpoint.py; the smaller it is, the earlier a write fails."""
     output = tmp_path / "run"
-    launch = prefork.start(arguments(keypad_shards, output, *MORE, "tracking.enabled=true"), 1)
+    launch = prefork.start(arguments(keypad_shards, output, *MORE, "tracking.enabled=true"), 1, hold=[14])
     assert launch.until_step(13)
     resource.prlimit(launch.ranks[0].pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    launch.release()
     assert launch.wait(90) == [EXIT_USER_ERROR], launch.outputs()
     if size > 10_000:  # else the file that its output goes to is full, too
         *_, last = launch.ranks[0].output.splitlines()

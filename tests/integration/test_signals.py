@@ -37,9 +37,10 @@ def test_each_signal_saves_and_asks_for_a_new_start(
     prefork.start(arguments(keypad_shards, tmp_path / "alone", *rising), 2).finish()
     stopped, before = arguments(keypad_shards, tmp_path / "stopped", *rising), 0
     for turn, number in enumerate(signals):
-        launch = prefork.start(stopped, 2)
+        launch = prefork.start(stopped, 2, hold=[before + 3])
         assert launch.until_step(before + 2)
         launch.ranks[turn % 2].signal(number)
+        launch.release()
         assert launch.wait() == [EXIT_REQUEUE, EXIT_REQUEUE]
         step = Checkpoints(tmp_path / "stopped").newest_valid()[0]
         assert step is not None
@@ -249,10 +250,11 @@ def test_a_second_signal_once_all_is_saved(prefork: Any, keypad_shards: Path, tm
     """As when a launcher ends the ranks that are left: it does not replace the code that asks for a new start."""
     where = ["cpsp_dist.distributed.process_group", "_disconnect", 1, str(tmp_path / "go")]
     run = arguments(keypad_shards, tmp_path / "run")
-    launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where)
+    launch = prefork.start(run, 2, patch="tests.integration.test_signals:wait_inside", patch_args=where, hold=[2])
     assert launch.until_step(1)
     parting = launch.ranks[1]
     parting.signal(signal.SIGUSR1)
+    launch.release()
     assert launch.until(lambda: "waiting" in parting.output)
 
     def ended() -> bool:

@@ -131,8 +131,8 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
     more = ["tracking.every_steps=1", "checkpoint.every_steps=6"]
     run = arguments(keypad_shards, tmp_path / "killed", *more)
     for step in (2, 8, 14):
-        # Rank 1 falls asleep there, so that MLflow has the time it takes to make a new store.
-        launch = prefork.start(run, 2, patch="tests.integration.test_signals:sleep_before_step", patch_args=[step, 1])
+        # They wait there, so that MLflow has the time it takes to make a new store.
+        launch = prefork.start(run, 2, hold=[step])
         assert launch.until_step(step), launch.outputs()
         assert launch.until(lambda: (tmp_path / "killed" / RUN_FILE).exists())
         launch.kill()
@@ -176,7 +176,7 @@ def test_another_world_size_and_engine_resumes(prefork, keypad_shards, tmp_path,
     more = ["tracking.enabled=false", "tracking.every_steps=1", "checkpoint.every_steps=4", *before]
     more += [f"train.steps={steps[1]}"]
     prefork.start(arguments(keypad_shards, tmp_path / "one", *more), 1).finish()
-    launch = prefork.start(arguments(keypad_shards, tmp_path / "moved", *more), 1)
+    launch = prefork.start(arguments(keypad_shards, tmp_path / "moved", *more), 1, hold=[steps[0] + 2])
     assert launch.until_step(steps[0] + 1)
     launch.kill()
     launch.wait()

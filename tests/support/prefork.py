@@ -69,8 +69,12 @@ class Rank:
 class Launch:
     """The ranks of one start of the training command."""
 
-    def __init__(self, ranks: list[Rank]):
-        self.ranks = ranks
+    def __init__(self, ranks: list[Rank], holds: Sequence[Path] = ()):
+        self.ranks, self._holds = ranks, [*holds]
+
+    def release(self) -> None:
+        """Let the ranks pass the next of the steps before which they wait (`hold`), or will."""
+        self._holds.pop(0).touch()
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit codes (-9: killed); whoever is left after `timeout` seconds is killed, and the test fails."""
@@ -182,15 +186,19 @@ class PreforkLauncher:
         command: str = "cpsp_dist.train",
         patch: str | None = None,
         patch_args: Sequence[object] = (),
+        hold: Sequence[int] = (),
         **env: str,
     ) -> Launch:
         """Start `python -m cpsp_dist.train` with `arguments` on `world` ranks.
 
         command: another module with a `main`; "cpsp_dist.cli" is the console command.
         patch: "module:function", called in each child before the training as function(rank, *patch_args).
+        hold: numbers of steps; with so many done, the ranks wait for `Launch.release`, once for each number.
         """
         question = {"command": command, "arguments": [*arguments], "patch": patch, "args": [*patch_args]}
-        return self._start(question, world, env)
+        folder = Path(tempfile.mkdtemp(prefix="hold-", dir=self.folder)) if hold else self.folder
+        launch = self._start(question | {"hold": [str(folder), [*hold]]}, world, env)
+        return Launch(launch.ranks, [folder / str(step) for step in hold])
 
     def call(self, folder: Path, world: int) -> Launch:
         """Start `world` ranks that do what lies in `folder`: see rank_worker.py."""

@@ -53,7 +53,7 @@ def _import() -> None:
     from cpsp_dist.distributed.card import own_card
     from cpsp_dist.metrics import METRICS
     from cpsp_dist.training.engine import import_deepspeed
-    from tests.support import rank_worker  # noqa: F401
+    from tests.support import holds, rank_worker  # noqa: F401
 
     torch.set_num_threads(1)
     import_deepspeed(torch.device("cpu"))
@@ -70,7 +70,7 @@ def _end_with_parent() -> None:
 
 def serve(connection: socket.socket) -> int:
     """One client's server. In a child this returns the training command's exit code."""
-    from tests.support import rank_worker
+    from tests.support import holds, rank_worker
 
     questions = connection.makefile()
 
@@ -97,6 +97,8 @@ def serve(connection: socket.socket) -> int:
         os.environ.update(question["env"])
         if "call" in question:
             return rank_worker.work(Path(question["call"]))
+        if question["hold"][1]:
+            holds.before_steps(*question["hold"])
         if question["patch"]:
             module, name = question["patch"].split(":")
             getattr(importlib.import_module(module), name)(int(os.environ["RANK"]), *question["args"])

@@ -177,19 +177,22 @@ def test_full_disk_ends_a_run_only_at_a_checkpoint(prefork: Any, keypad_shards: 
     prefork.start(arguments(keypad_shards, tmp_path / "roomy", *more), 2).finish()
     output = tmp_path / "run"
     run = arguments(keypad_shards, output, *more)
-    launch = prefork.start(run, 2)
+    launch = prefork.start(run, 2, hold=[2, 6, 14])
     assert launch.until_step(2)
     points, aside, full = output / "metrics.jsonl", output / "aside", output / "full"
     full.write_bytes(bytes(LIMIT))
     os.link(points, aside)
     full.replace(points)
     limit_files(launch.ranks[0], LIMIT)
+    launch.release()
     assert launch.until(lambda: "File too large; points wait in memory" in launch.ranks[0].output)
     limit_files(launch.ranks[0], resource.RLIM_INFINITY)
     aside.replace(points)
+    launch.release()
     assert launch.until(lambda: (output / "checkpoints" / LATEST).exists())
     assert logged_steps(output)[:12] == list(range(1, 13))
     limit_files(launch.ranks[0], LIMIT)
+    launch.release()
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     last = launch.ranks[0].output.strip().splitlines()[-1]
     assert "cannot write the checkpoint of step 24" in last
@@ -207,10 +210,11 @@ def test_folder_that_becomes_unwritable(prefork: Any, keypad_shards: Path, tmp_p
     """A file takes its place, in which nothing can be made whoever tries; permissions do not concern root."""
     output, aside = tmp_path / "run", tmp_path / "aside"
     run = arguments(keypad_shards, output, "train.steps=12", "checkpoint.every_steps=6")
-    launch = prefork.start(run, 2)
+    launch = prefork.start(run, 2, hold=[7])
     assert launch.until(lambda: (output / "checkpoints" / LATEST).exists())
     output.rename(aside)
     output.touch()
+    launch.release()
     assert launch.wait() == [EXIT_USER_ERROR] * 2, launch.outputs()
     printed = launch.ranks[0].output
     assert "Not a directory; points wait in memory, training continues" in printed

@@ -63,7 +63,7 @@ def test_epochs_are_the_same_for_any_ranks_and_parts_and_over_a_kill(
 
     prefork.start(command("one"), 1).finish()
     prefork.start(command("parts", "train.accumulation=4"), 2).finish()
-    killed = prefork.start(command("killed"), 2)
+    killed = prefork.start(command("killed"), 2, hold=[steps * 2 + 1])
     assert killed.until_step(steps * 2)
     killed.kill()
     killed.wait()
