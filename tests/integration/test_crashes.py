@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cpsp_dist.training.checkpoint import LATEST, Checkpoints
+from cpsp_dist.utils.errors import EXIT_LOST_RANK
 from tests.support.runs import arguments, audited, newest_state
 
 
@@ -101,7 +102,10 @@ def test_killed_at_random_moments(
         where["within a save"] += any(checkpoints.folder.glob(".step-*.part"))
         time.sleep(chance.uniform(0, 0.03))  # as soon as a launcher would
         other.kill()
-        assert set(launch.wait()) == {-signal.SIGKILL}, launch.outputs()
+        launch.wait()
+        codes = victim.wait(0), other.wait(0)
+        # The other may have seen it meanwhile, and ended by itself.
+        assert codes in [(-signal.SIGKILL, -signal.SIGKILL), (-signal.SIGKILL, EXIT_LOST_RANK)], launch.outputs()
         assert checkpoints.newest_valid()[0] == max(checkpoints.steps(), default=None), "never a half one"
     assert not (tmp_path / "killed" / "results.json").exists()
     assert "resuming from" in prefork.start(killed, 2).finish()

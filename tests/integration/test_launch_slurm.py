@@ -30,12 +30,12 @@ def launch(slurm: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def restarts(slurm: Any, job: str) -> int:
-    printed = slurm.run("scontrol", "show", "job", job, timeout=60).stdout
+    printed = slurm.ask("scontrol", "show", "job", job)
     return int(re.search(r"Restarts=(\d+)", printed)[1])
 
 
 def running(slurm: Any) -> int:
-    return len(slurm.run("squeue", "--noheader", "--array", "--states=R", timeout=60).stdout.splitlines())
+    return len(slurm.ask("squeue", "--noheader", "--array", "--states=R").splitlines())
 
 
 def test_a_sweep_survives_a_killed_and_a_signalled_task(slurm, prefork, keypad_shards, tmp_path):
@@ -144,7 +144,7 @@ def test_a_failing_task_is_reported_as_failed(slurm, keypad_shards, tmp_path):
     log = Path(bad.split()[4]).read_text()
     assert why.partition("exit code 2: ")[2] == log.splitlines()[-1]
     assert restarts(slurm, f"{job}_1") == 0
-    assert slurm.run("squeue", "--noheader", "--array", f"--jobs={job}", timeout=60).stdout == ""
+    assert slurm.ask("squeue", "--noheader", "--array", f"--jobs={job}") == ""
 
 
 def test_a_waiting_job_has_a_reason_and_a_cancelled_one_is_no_success(slurm, keypad_shards, tmp_path):

@@ -55,7 +55,7 @@ class Job:
         """The jobs of an array and the one behind it, which still tidies when its folder has its name."""
         name = self.shown()["JobName"]
         names = f"--name={name},{name}-finish"
-        self.until(lambda: not self.slurm.run("squeue", "--noheader", names).stdout.strip(), timeout)
+        self.until(lambda: not self.slurm.ask("squeue", "--noheader", names).strip(), timeout)
 
     def until_trains(self, start: int) -> None:
         """Until the `start`-th start of the job has done some steps."""
@@ -65,7 +65,7 @@ class Job:
 
     def shown(self) -> dict[str, str]:
         """What Slurm knows of it."""
-        printed = self.slurm.run("scontrol", "--oneliner", "show", "job", self.id).stdout
+        printed = self.slurm.ask("scontrol", "--oneliner", "show", "job", self.id)
         return dict(word.split("=", 1) for word in printed.split() if "=" in word)
 
     def wait(self, timeout: float = 240) -> dict[str, str]:

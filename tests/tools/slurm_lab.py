@@ -268,6 +268,15 @@ class Lab:
         """A command of a user of the cluster, on the machine that jobs are submitted from."""
         return subprocess.run(command, env=self.env, cwd=cwd, timeout=timeout, capture_output=True, text=True)
 
+    def ask(self, *command: str) -> str:
+        """What a command prints; one that fails, as where the controller is too busy, is given again."""
+        end = time.monotonic() + LIMIT
+        while (done := self.run(*command)).returncode:
+            if time.monotonic() > end:
+                raise LabError(f"{' '.join(command)}: {done.stderr}")
+            time.sleep(0.1)
+        return done.stdout
+
     def _succeeds(self, *command: str) -> bool:
         return self.run(*command).returncode == 0
 
