@@ -117,10 +117,19 @@ def test_a_late_copy_of_the_signal_leaves_the_exit_code(number: signal.Signals) 
     assert subprocess.run(command, env=environment(), cwd=REPO, timeout=60).returncode == EXIT_REQUEUE
 
 
+#: The training command; its imports, the first safe point, may take longer on a busy machine than it has patience.
+PATIENT = """
+import runpy
+from cpsp_dist.distributed import signals
+signals.SAFE_POINT_TIMEOUT = 300.0
+runpy.run_module("cpsp_dist.train", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_signal_before_anything_is_imported(tmp_path: Path) -> None:
     """A process of its own, as soon as it listens: the imports are yet to come. One line, and nothing is made."""
     config = ["--config", str(KEYPAD), f"output={tmp_path / 'run'}"]
-    process = started_and_not_imported([sys.executable, "-m", "cpsp_dist.train", *config])
+    process = started_and_not_imported([sys.executable, "-c", PATIENT, *config])
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGCONT)
     _, printed = process.communicate(timeout=120)
@@ -152,8 +161,11 @@ def listens(pid: int, number: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def wait_inside(rank: int, module: str, function: str, waiter: int, go: str, patience: float = 20.0) -> None:
-    """Rank `waiter` says so when it comes to a function, and waits there for the file `go`."""
+def wait_inside(rank: int, module: str, function: str, waiter: int, go: str, patience: float = 300.0) -> None:
+    """Rank `waiter` says so when it comes to a function, and waits there for the file `go`.
+
+    patience: of a signalled rank for a safe point, which a busy machine may come to later than in 20 s.
+    """
     from cpsp_dist.distributed import signals
 
     signals.SAFE_POINT_TIMEOUT = patience
