@@ -45,13 +45,13 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"not within {timeout} s; {self.shown()}\n{self.output[-6000:]}"
             time.sleep(0.1)
 
-    def until_all_are_over(self, timeout: float = 240) -> None:
+    def until_all_are_over(self, timeout: float = 600) -> None:
         """The jobs of an array and the one behind it, which still tidies when its folder has its name."""
         name = self.shown()["JobName"]
         names = f"--name={name},{name}-finish"
@@ -68,7 +68,7 @@ class Job:
         printed = self.slurm.ask("scontrol", "--oneliner", "show", "job", self.id)
         return dict(word.split("=", 1) for word in printed.split() if "=" in word)
 
-    def wait(self, timeout: float = 240) -> dict[str, str]:
+    def wait(self, timeout: float = 600) -> dict[str, str]:
         """Until it is over; what Slurm knows of it then."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.until(lambda: self.shown()["JobState"] in over, timeout)
