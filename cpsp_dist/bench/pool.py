@@ -101,6 +101,7 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed demands
     torch.set_num_threads(1)
     tune_cpu()
     limit = datetime.timedelta(seconds=LIMIT_SECONDS)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cpsp_dist.bench.pool import launch
 from cpsp_dist.bench.step import AUDIO, CATEGORIES, random_batch
 from cpsp_dist.config import Config
+from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.global_batch import GlobalBatch
 from cpsp_dist.losses.objectives import Objectives
@@ -47,16 +48,8 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, float]:
     config = Config.model_validate(described)
     engine, objectives = build_engine(network, config, ranks), Objectives(config.objectives, pool="gather")
     engine.module.train()
-    batch = random_batch(size, 512)
-    batch.video = batch.video + ranks.rank * size
-    labels = GlobalBatch(
-        torch.ones(size * ranks.world, dtype=torch.bool),
-        batch.category.repeat(ranks.world),
-        torch.arange(size * ranks.world),
-        torch.ones(size * ranks.world, dtype=torch.bool),
-        ranks.rank,
-        ranks.world,
-    )
+    batch = rank_batch(size, ranks)
+    labels = labels_of(batch, ranks)
     times, waits = [], []
     for number in range(rounds + 2):
         dist.barrier()
@@ -77,3 +70,17 @@ def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, float]:
         # An all-reduce sends and receives each byte twice, but for a rank's own part.
         "gradient_bytes": round(2 * gradients * (ranks.world - 1) / ranks.world),
     }
+
+
+def rank_batch(size: int, ranks: Ranks) -> Batch:
+    """The same `size` videos on each rank, with ids of their own."""
+    batch = random_batch(size, 512)
+    batch.video = batch.video + ranks.rank * size
+    return batch
+
+
+def labels_of(batch: Batch, ranks: Ranks) -> GlobalBatch:
+    """Of the global batch in which `batch` is this rank's share."""
+    every = torch.ones(len(batch.video) * ranks.world, dtype=torch.bool)
+    category, video = batch.category.repeat(ranks.world), torch.arange(len(every))
+    return GlobalBatch(every, category, video, every.clone(), ranks.rank, ranks.world)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cpsp_dist.cli import bench_encoders
+from cpsp_dist.cli import bench_collectives, bench_encoders
 from cpsp_dist.cli.paths import local_path
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
@@ -50,6 +50,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     peers.set_defaults(handler=_peers)
 
     _register_steps(benches)
+    bench_collectives.register(benches)
     bench_encoders.register(benches)
 
     pool = benches.add_parser(
