@@ -25,10 +25,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _import(args: argparse.Namespace) -> None:
+    from safetensors.torch import save
+
     from cpsp_dist.config import load_config
     from cpsp_dist.models import model_for
     from cpsp_dist.models.published import load_published
-    from cpsp_dist.models.weights import save_tensors
     from cpsp_dist.training.setup import open_manifest
     from cpsp_dist.utils import files
 
@@ -44,7 +45,7 @@ def _import(args: argparse.Namespace) -> None:
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(args.out) as part:
-            save_tensors(weights, part)
+            part.write_bytes(save(weights))  # save_file would write to another file beside it
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write: {error.strerror or error}") from None
     total = sum(value.numel() for value in weights.values())

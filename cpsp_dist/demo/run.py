@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpsp_dist.config import load_config
@@ -38,11 +40,12 @@ def demo(config: str, output: str, *, seeds: int, ranks: int | None, overrides: 
     """
     load_config(config, overrides)  # mistakes are reported before anything is made
     require("sklearn", "demo", "the demo")
+    with made_anew(Path(output)):
+        _demo(config, Path(output), seeds, _ranks() if ranks is None else ranks, overrides)
+
+
+def _demo(config: str, folder: Path, seeds: int, ranks: int, overrides: Sequence[str]) -> None:
     began = time.monotonic()
-    folder = Path(output)
-    if ranks is None:
-        ranks = _ranks()
-    make_anew(folder)
     shards = folder / "shards"
     store = f"sqlite:///{folder / 'mlflow.db'}"
     say = Steps(3 + len(KINDS) * seeds)
@@ -92,12 +95,36 @@ def command_of(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def make_anew(folder: Path) -> None:
-    if folder.exists() and not (folder / MARK).is_file():
+@contextmanager
+def made_anew(folder: Path) -> Iterator[None]:
+    """The folder, empty but for a mark, which this process and those of `run_python` keep locked until they end.
+
+    Raises:
+        UserError: it is somebody else's, or another demo's that still runs, maybe as processes that a killed one left.
+    """
+    mark = folder / MARK
+    if folder.exists() and not mark.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder}: exists and is not an earlier demo's; choose another folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / MARK).touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(mark, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.set_inheritable(descriptor, True)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--output {folder}: another demo writes it, or a command that a killed one had started; wait for "
+                    "its end, or choose another folder"
+                ) from None
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != mark:
+                path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Steps:
@@ -120,6 +147,7 @@ def run_python(arguments: Sequence[str], quiet: Sequence[str] = (), env: Mapping
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        close_fds=False,  # the lock of `made_anew`; Python's own files are not inherited
         env={**os.environ, **(env or {})},
     )
     # Also ends a run that hangs without printing.

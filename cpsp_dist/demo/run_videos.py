@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cpsp_dist.config import load_config
 from cpsp_dist.demo.keypad_videos import render
-from cpsp_dist.demo.run import Steps, command_of, make_anew, run_python
+from cpsp_dist.demo.run import Steps, command_of, made_anew, run_python
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.extras import require
 
@@ -27,9 +27,12 @@ def demo_videos(config: str, output: str, overrides: Sequence[str]) -> None:
     load_config(config, overrides)  # mistakes are reported before anything is made
     for module, extra in (("sklearn", "demo"), ("av", "video"), ("matplotlib", "report")):
         require(module, extra, "demo --videos")
+    with made_anew(Path(output)):
+        _demo(config, Path(output), overrides)
+
+
+def _demo(config: str, folder: Path, overrides: Sequence[str]) -> None:
     began = time.monotonic()
-    folder = Path(output)
-    make_anew(folder)
     say = Steps(6)
     say("Make the keypad corpus as mp4 files: digits on a wall, telephone tones, ten seconds each")
     source = folder / "source"

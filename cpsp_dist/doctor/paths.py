@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -24,9 +25,11 @@ from cpsp_dist.tracking.store import default_uri, reach, sqlite_file, tracking_u
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.setup import open_manifest
 from cpsp_dist.utils.errors import DataError
-from cpsp_dist.utils.files import require_can_be_made
+from cpsp_dist.utils.files import alone, require_can_be_made
 from cpsp_dist.utils.text import format_bytes, one_line
 
+#: What the names of files begin with that a node writes for the others to look for.
+TOKEN = ".cpsp-doctor-"
 #: Samples of each split that are read and compared with their checksums.
 SAMPLES = 4
 #: File systems of a network, as Linux names them; SQLite's locks do not hold there, or hang.
@@ -115,12 +118,15 @@ def output(config: Config, rendezvous: Rendezvous, limit: float) -> tuple[list[F
 
     Rank 0 leaves a token, the others look for it: all ranks that came call it. Nothing stays."""
     folder, levels = existing(Path(config.output))
-    token = folder / f".cpsp-doctor-{secrets.token_hex(8)}"
+    token = folder / f"{TOKEN}{secrets.token_hex(8)}"
     first, hosts, findings, times, wrote, seen = rendezvous.ranks.first, rendezvous.hosts, [], {}, time.time(), True
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, token)
         if rendezvous.first_on_node:
             try:
                 require_can_be_made(Path(config.output))
+                _remove_left(folder)
+                stack.enter_context(alone(token))
                 token.write_text(token.name)
                 times = {"seconds": token.stat().st_mtime - wrote}
             except OSError as error:
@@ -141,15 +147,25 @@ def output(config: Config, rendezvous: Rendezvous, limit: float) -> tuple[list[F
                 findings = [Finding(ERROR, "output", text, fix)]
         # Nobody removes a token that somebody still looks for.
         looked, _ = rendezvous.gather("looked", seen and not findings)
-    finally:
-        with contextlib.suppress(OSError):
-            token.unlink(missing_ok=True)
     if first and not findings:
         same = len(rendezvous.nodes) > 1 and len(looked) == len(hosts) and all(looked.values())
         new = "" if levels == 0 else f" (to be made in {folder})"
         text = f"{config.output}: writable{new}" + (", the same folder on every node" if same else "")
         findings = [Finding(OK, "output", text)]
     return findings, times
+
+
+def _remove(token: Path) -> None:
+    with contextlib.suppress(OSError):
+        token.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """The files of killed doctors; who still looks for one holds its lock."""
+    for token in folder.glob(f"{TOKEN}*"):
+        with contextlib.suppress(OSError), open(token, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            token.unlink()
 
 
 def _holds(path: Path, text: str) -> bool:

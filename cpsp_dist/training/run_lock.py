@@ -91,10 +91,9 @@ def require_startable(output: str, *, write: bool) -> None:
     _prepare(output, write, make=False)
     if not write or not Path(output).is_dir():
         return
-    path, probe = Path(output) / NAME, Path(output) / f".{NAME}.{secrets.token_hex(8)}"
+    path = Path(output) / NAME
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        files.require_writable(Path(output))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     _require_unlocked(path)

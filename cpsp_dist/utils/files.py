@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -130,7 +129,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_can_be_made(folder: Path) -> None:
-    """Raise the OSError that `make_folder` would, and make nothing: what is made for the test is removed at once."""
+    """Raise the OSError that `make_folder` would, and make nothing."""
     place = folder
     while True:
         try:
@@ -144,8 +143,16 @@ def require_can_be_made(folder: Path) -> None:
         number = errno.EEXIST if place == folder else errno.ENOTDIR
         raise OSError(number, os.strerror(number), str(place))
     if place != folder:
-        probe = place / f".cpsp-{secrets.token_hex(8)}"
+        require_writable(place)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise the OSError that a new name in `folder` would. What is made for the test is removed at once, also what a
+    command left that was killed in between."""
+    probe = folder / f".cpsp-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
         probe.mkdir()
+    with contextlib.suppress(FileNotFoundError):  # another command's, just now
         probe.rmdir()
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cpsp_dist.cli import main
 from cpsp_dist.extraction.encoders import ENCODERS
 from cpsp_dist.extraction.encoders.encoder import VisualEncoder
 from tests.support.folders import Content, files_under
@@ -62,6 +63,18 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
         *("extract", "--videos", str(folder / "videos"), "--csv", str(folder / "list.csv"), "--out", str(out)),
         *("--visual", "cells", "--audio", "logmel", "--segment-seconds", str(SECONDS), *more),
     ]
+
+
+def extracted_videos(folder: Path, count: int) -> Path:
+    """The shards of `count` labelled videos, made in `folder` as `videos` and `video-shards`."""
+    add_cells()
+    labels = {f"v{i:03d}": {"label": [int(j >= i % 10) for j in range(10)]} for i in range(count)}
+    videos = make_folder(folder / "videos", count)
+    (videos / "labels.json").write_text(json.dumps(labels))
+    shards = folder / "video-shards"
+    more = ("--labels", str(videos / "labels.json"), "--shards", "--workers", "1")
+    assert main(arguments(videos, shards, *more)) == 0
+    return shards
 
 
 def written(folder: Path) -> dict[str, Content]:

@@ -94,3 +94,9 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(IsADirectoryError):
             write_text(path, "events")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_command_left_that_was_killed_while_it_looked_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".cpsp-{os.getuid()}").mkdir()
+    files.require_can_be_made(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
