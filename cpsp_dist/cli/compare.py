@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from cpsp_dist.cli.paths import local_path
+from cpsp_dist.cli.paths import local_path, require_replaceable
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
 
@@ -74,6 +74,8 @@ def _compare(args: argparse.Namespace) -> None:
     from cpsp_dist.tracking.store import AskedStore
     from cpsp_dist.utils.console import is_terminal
 
+    if args.html:
+        require_replaceable("--html", args.html, (".html", ".htm"))
     uri = args.uri or default_store()
     runs = find_runs(uri, args.experiment, parent=args.parent, wanted=args.runs)
     question = Question(args.metrics, args.by, args.mean, args.sort, args.baseline)

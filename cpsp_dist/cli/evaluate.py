@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cpsp_dist.cli.paths import local_path
+from cpsp_dist.cli.paths import local_path, require_replaceable
 from cpsp_dist.utils.console import echo, table
 from cpsp_dist.utils.errors import UserError
 
@@ -53,6 +53,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.format and args.predictions is None:
         raise UserError(f"--format {args.format} is that of --predictions FILE, which is missing")
     form = format_of(args.predictions, args.format) if args.predictions is not None else ""
+    if args.predictions is not None:
+        require_replaceable("--predictions", args.predictions, (".jsonl", ".csv", ".npz"))
     answers: list[Predictions] | None = [] if form else None
     place = read_place()
     ranks = process_group.discover(place=place)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpsp_dist.cli.paths import local_path
+from cpsp_dist.cli.paths import local_path, require_replaceable
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.numbers import integer
@@ -77,6 +77,8 @@ def _predict(args: argparse.Namespace) -> None:
 
     suffix = args.out.suffix[1:] if args.out else ""
     form = args.format or (suffix if suffix in FORMATS else "table")
+    if args.out is not None:
+        require_replaceable("--out", args.out, (".jsonl", ".csv", ".txt"), [*args.inputs, args.csv, args.labels])
     options = PredictOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PredictOptions)})
     if args.overlay is not None:
         require("PIL", "report", "--overlay")

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpsp_dist.cli.paths import local_path
+from cpsp_dist.cli.paths import local_path, require_replaceable
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import DataError, UserError
 
@@ -52,6 +52,7 @@ def _report(args: argparse.Namespace) -> None:
     from cpsp_dist.report.run_page import run_page
 
     path: Path = args.out or args.run / "report.html"
+    require_replaceable("--out", path, (".html", ".htm"))
     frames_of = None if args.videos is None else _frames_in(args.videos)
     write(run_page(collect(args.run, args.split, args.shards, frames_of=frames_of)), path)
     echo(f"{path}: open it in a browser")

@@ -8,7 +8,7 @@ import logging
 import re
 
 from cpsp_dist.cli import shards_rework
-from cpsp_dist.cli.paths import local_path
+from cpsp_dist.cli.paths import local_path, require_replaceable
 from cpsp_dist.packing import LAYOUTS
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import UserError
@@ -174,8 +174,9 @@ def _preview(args: argparse.Namespace) -> int:
     rows = select(manifest, args.split, args.n, args.key)
     if not rows:
         raise UserError(f"-n {args.n}: has to be 1 or more")
-    for flag, path in (("--png", args.png), ("--html", args.html)):
+    for flag, path, endings in (("--png", args.png, (".png",)), ("--html", args.html, (".html", ".htm"))):
         if path:
+            require_replaceable(flag, path, endings)
             require_few(len(rows), flag)
     seconds = manifest.encoders.segment_seconds
     samples = [*read_samples(manifest, rows)] if args.png or args.html else []

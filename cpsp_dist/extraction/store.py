@@ -50,7 +50,7 @@ class ExtractionStore:
         portion: (number, of how many); None: this process fills the folder alone.
 
     Raises:
-        UserError: another process writes the same, other features are in it, or it cannot be made.
+        UserError: another process writes the same, other features or shards are in it, or it cannot be made.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], portion: tuple[int, int] | None = None):
@@ -61,6 +61,7 @@ class ExtractionStore:
     def __enter__(self) -> ExtractionStore:
         with contextlib.ExitStack() as stack:
             try:
+                self._require_own()
                 for name in (*MODALITIES, JOURNAL):
                     files.make_folder(self.folder / name)
             except OSError as error:
@@ -112,6 +113,17 @@ class ExtractionStore:
         for name in names:
             for modality in MODALITIES:
                 (self.folder / modality / f"{name}.npy").unlink(missing_ok=True)
+
+    def _require_own(self) -> None:
+        """Raises UserError where shards or features that no extraction made are in the folder; OSError."""
+        if (self.folder / JOURNAL).exists():
+            return
+        for name in ("index.json", *(f"{modality}/" for modality in MODALITIES)):
+            there = self.folder / name
+            if there.is_file() or (there.is_dir() and any(there.iterdir())):
+                raise UserError(
+                    f"--out {self.folder}: its {name} was not made by an extraction; choose another --out, or remove it"
+                )
 
     def _lock(self, stack: contextlib.ExitStack, name: str, kind: int) -> None:
         lock = os.open(self.folder / JOURNAL / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
+from cpsp_dist.config.unused import without_effect
 from cpsp_dist.config.yaml_text import write_yaml
 from cpsp_dist.data.manifest import ARRAY_FIELDS, Manifest
 from cpsp_dist.data.reader import TrainStream
@@ -207,7 +208,8 @@ def samples_of_a_rank(config: Config, world: int) -> int:
 
 def _settings(config: Config) -> list[str]:
     content = config.model_dump(mode="json")
-    return write_yaml(content, default_flow_style=None, width=110).splitlines()
+    lines: list[str] = write_yaml(content, default_flow_style=None, width=110).splitlines()
+    return lines + [f"warning: {line}" for line in without_effect(config)]
 
 
 def _data_plan(config: Config, manifest: Manifest, schedule: TrainingSchedule, world: int) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cpsp_dist.config import Config
+from cpsp_dist.config.unused import without_effect
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.card import Card, idle_gpus, own_card
@@ -55,7 +56,7 @@ def say_start(
         f"{without_secrets(manifest.place)}: {videos} videos; {schedule.steps:,} steps of {config.train.global_batch}"
     )
     logger.info(f"MLflow: {store}")
-    for line in warnings(config, cards):
+    for line in [*without_effect(config), *warnings(config, cards)]:
         logger.warning(line)
     if progress.step:
         note = " (finished)" if progress.finished else ""

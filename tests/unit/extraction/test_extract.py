@@ -108,6 +108,19 @@ def test_a_file_in_place_of_the_folder_is_refused(videos, tmp_path, capsys):
         assert found == f"error: --out {out}: cannot be written (Not a directory)\n"
 
 
+@pytest.mark.parametrize("there", ["index.json", "visual/x.npy"])
+def test_what_is_not_its_own_is_left_alone(videos, tmp_path, capsys, there):
+    """Shards, for instance, got the features into their folder."""
+    file = tmp_path / "out" / there
+    file.parent.mkdir(parents=True)
+    file.touch()
+    found = run(capsys, arguments(videos, tmp_path / "out", "--workers", "1"), 2).err
+    name = there.removesuffix("x.npy")
+    expected = f"its {name} was not made by an extraction; choose another --out, or remove it"
+    assert found == f"error: --out {tmp_path / 'out'}: {expected}\n"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+
+
 def test_other_encoders_are_refused(videos, undisturbed, capsys):
     found = run(capsys, arguments(videos, undisturbed, "--segments", "5"), 2).err
     assert "features of another extraction are in it (other clip.segments); choose another --out" in found
