@@ -90,3 +90,15 @@ def random_output(seed: int, size: int, dtype: torch.dtype = torch.float64) -> O
 def form(name: str) -> Objectives:
     supervision = "weak" if name.startswith("weak") else "full"
     return Objectives(FORMS[name], pool="gather", supervision=supervision)  # type: ignore[arg-type]
+
+
+def leaves(output: Output) -> list[Tensor]:
+    return [x for x in output if x is not None]
+
+
+def gradients(total: Tensor, output: Output) -> list[Tensor]:
+    return list(torch.autograd.grad(total, leaves(output), allow_unused=True, materialize_grads=True))
+
+
+def objectives(settings: ObjectiveSettings = ALL) -> Objectives:
+    return Objectives(settings, pool="gather")

@@ -1,8 +1,7 @@
-"""The objectives against brute force, at their edges, and under padding and permutation."""
+"""The objectives against brute force, and under padding and permutation."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,189 +11,35 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cpsp_dist.config import ObjectiveSettings, load_config
-from cpsp_dist.data.batch import Batch
 from cpsp_dist.losses.contrast import contrast
-from cpsp_dist.losses.diagnostics import pair_diagnostics
-from cpsp_dist.losses.global_batch import Rows
 from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.losses.psa_s import psa_s
-from cpsp_dist.losses.psa_v import psa_v, video_embedding
+from cpsp_dist.losses.psa_v import psa_v
 from cpsp_dist.losses.supcon import supcon
 from cpsp_dist.models import Output
 from cpsp_dist.models.layers import l2_normalize
 from cpsp_dist.utils.errors import ConfigError
 from tests.support.environment import REPO
 from tests.support.examples import examples
-from tests.support.loss_cases import ALL, FORMS, D, K, T, form, make_batch, random_batch, random_output
+from tests.support.loss_cases import (
+    FORMS,
+    D,
+    T,
+    form,
+    gradients,
+    leaves,
+    make_batch,
+    objectives,
+    random_batch,
+    random_output,
+)
+from tests.support.slow_losses import CONTRASTIVE, slow_contrast, slow_mine, slow_terms
 
 WEAKLY = ["objectives.event=0", "objectives.psa_v=0"]
 forms = st.sampled_from(list(FORMS))
 seeds = st.integers(0, 2**20)
 quick = examples(60)
-
-
-def leaves(output: Output) -> list[Tensor]:
-    return [x for x in output if x is not None]
-
-
-def gradients(total: Tensor, output: Output) -> list[Tensor]:
-    return list(torch.autograd.grad(total, leaves(output), allow_unused=True, materialize_grads=True))
-
-
-def objectives(settings: ObjectiveSettings = ALL) -> Objectives:
-    return Objectives(settings, pool="gather")
-
-
-# ---- values by plain loops over the definitions
-
-
-def cosine(x: Tensor, y: Tensor) -> float:
-    return (x @ y / (x.norm() * y.norm())).item()
-
-
-CONTRASTIVE = ("avps", "psa_s", "psa_v", "sspsp", "contrast")
-
-
-def slow_psa_s(fusion: Tensor, event: Tensor, temperature: float) -> float:
-    inside = [t for t in range(len(event)) if event[t]]
-    outside = [t for t in range(len(event)) if not event[t]]
-    if not inside or not outside:
-        return 0.0
-    total = 0.0
-    for i in inside:
-        p = sum(math.exp(cosine(fusion[i], fusion[j]) / temperature) for j in inside)
-        n = sum(math.exp(cosine(fusion[i], fusion[j]) / temperature) for j in outside) / len(outside)
-        total += -math.log(p / (p + n))
-    return total / len(inside)
-
-
-def slow_mine(
-    rows: Tensor, category: list[int], video: list[int], k: int, semihard: bool = False
-) -> list[tuple[int, list[int]]]:
-    found = []
-    for i in range(len(rows)):
-        distances = [float((rows[i] - rows[j]).square().sum()) for j in range(len(rows))]
-        others = [j for j in range(len(rows)) if j != i and video[j] != video[i]]
-        positives = [j for j in others if category[j] == category[i]]
-        negatives = [j for j in others if category[j] != category[i]]
-        positive = min(positives, key=lambda j: (-distances[j], j)) if positives else i
-        beyond = [j for j in negatives if not positives or distances[j] > distances[positive]]
-        if semihard and not beyond:
-            hardest = sorted(negatives, key=lambda j: (-distances[j], j))
-        else:
-            hardest = sorted(beyond if semihard else negatives, key=lambda j: (distances[j], j))
-        found.append((positive, sorted(hardest[:k])))
-    return found
-
-
-def slow_supcon(rows: Tensor, category: list[int], video: list[int], temperature: float) -> list[float]:
-    values = []
-    for i in range(len(rows)):
-        others = [j for j in range(len(rows)) if video[j] != video[i]]
-        positives = [j for j in others if category[j] == category[i]]
-        if positives:
-            total = sum(math.exp(cosine(rows[i], rows[j]) / temperature) for j in others)
-            shares = [math.exp(cosine(rows[i], rows[j]) / temperature) / total for j in positives]
-            values.append(-sum(math.log(share) for share in shares) / len(shares))
-    return values
-
-
-def slow_sspsp(audio: Tensor, visual: Tensor, temperature: float) -> list[float]:
-    heard, seen = audio.flatten(0, 1), visual.flatten(0, 1)
-    values = []
-    for i in range(len(heard)):
-        each = [math.exp(cosine(heard[i], seen[j]) / temperature) for j in range(len(seen))]
-        values.append(-math.log(each[i] / sum(each)))
-    return values
-
-
-def slow_gate(gate: Tensor, event: Tensor) -> float:
-    each = [-math.log(g if e else 1 - g) for g, e in zip(gate.tolist(), event.tolist(), strict=True)]
-    return sum(each) / len(each)
-
-
-def slow_contrast(views: Tensor, event: Tensor, temperature: float) -> float:
-    """views [2, T, D]: over all segments of both views."""
-    segments = [(view, t) for view in range(2) for t in range(len(event))]
-    values = []
-    for i in segments:
-        others = [j for j in segments if j != i]
-        alike = [j for j in others if (j[1] == i[1] and j[0] != i[0]) or (event[i[1]] and event[j[1]])]
-        near, total = (sum(math.exp((views[i] @ views[j]).item() / temperature) for j in js) for js in (alike, others))
-        values.append(-math.log(near / len(alike) / total))
-    return sum(values) / len(values)
-
-
-def slow_presence(logits: list[float], present: bool, top: int) -> float:
-    """Of segments that are surely events, or surely background."""
-    each = (
-        [math.log1p(math.exp(-x)) for x in sorted(logits)[-top:]]
-        if present
-        else [math.log1p(math.exp(x)) for x in logits]
-    )
-    return sum(each) / len(each)
-
-
-def slow_weak_category(logits: Tensor, category: int, published: bool) -> float:
-    shares = logits.softmax(0).tolist()
-    if not published:
-        return -math.log(shares[category])
-    sigmoids = [1 / (1 + math.exp(-share)) for share in shares]
-    return -sum(math.log(x if k == category else 1 - x) for k, x in enumerate(sigmoids)) / len(shares)
-
-
-def slow_terms(output: Output, batch: Batch, s: ObjectiveSettings, weak: bool) -> dict[str, float]:
-    """Every objective of a batch on one process, by loops."""
-    valid = [b for b in range(len(batch)) if batch.valid[b]]
-    with_event = [b for b in valid if batch.event[b].any()]
-    classed = [b for b in valid if batch.category[b] >= 0] if weak else with_event
-    event = [
-        math.log1p(math.exp(-x)) if batch.event[b, t] else math.log1p(math.exp(x))
-        for b in valid
-        for t, x in enumerate(output.event_logits[b].tolist())
-    ]
-    if weak and s.weak_category != "ungated":
-        logits, published = output.video_logits.detach(), s.weak_category == "published"
-        category = [slow_weak_category(logits[b], int(batch.category[b]), published) for b in classed]
-    else:
-        category = [-output.category_logits[b].log_softmax(0)[batch.category[b]].item() for b in classed]
-    pairs = []
-    for b in valid:
-        positive = output.similarity[b].clamp(min=0)
-        share = positive / (positive.sum() + 1e-8)
-        target = batch.event[b].double() / (batch.event[b].sum().double() + 1e-6)
-        pairs.append((share - target).square().mean().item())
-    segments = [slow_psa_s(output.fusion[b], batch.event[b], s.temperature) for b in with_event]
-    rows = video_embedding(output.fusion[classed]).detach()
-    classes, videos = batch.category[classed].tolist(), batch.video[classed].tolist()
-    if s.mining == "supcon":
-        videowise = slow_supcon(rows, classes, videos, s.supcon_temperature)
-    else:
-        videowise = []
-        k = max(1, round(s.negatives * len(rows) / 64)) if s.mining == "proportional" else s.negatives
-        for i, (positive, negatives) in enumerate(slow_mine(rows, classes, videos, k, s.mining == "semihard")):
-            if negatives:
-                d_p = max((rows[i] - rows[positive]).norm().item(), 1e-6)
-                d_n = sum((rows[i] - rows[j]).norm().item() for j in negatives) / len(negatives)
-                videowise.append(max(0.0, d_p - d_n + s.margin))
-    apart = [-output.modality_logits[b].log_softmax(0)[batch.category[b]].item() for b in classed]
-    across = slow_sspsp(output.audio[valid].detach(), output.visual[valid].detach(), s.sspsp_temperature)
-    values = {
-        "event": event,
-        "category": category,
-        "presence": [
-            slow_presence(output.event_logits[b].tolist(), bool(batch.event[b].any()), s.presence_top) for b in valid
-        ],
-        "avps": pairs,
-        "psa_s": segments,
-        "psa_v": videowise,
-        "sspsp": across,
-        "gate": [slow_gate(output.gate[b], batch.event[b]) for b in valid],
-        "modality": apart,
-        "contrast": [slow_contrast(output.views[b], batch.event[b], s.contrast_temperature) for b in valid],
-    }
-    return {name: sum(each) / max(len(each), 1) for name, each in values.items() if getattr(s, name)}
 
 
 @quick
@@ -318,65 +163,6 @@ def test_padding_changes_nothing_bit_for_bit(seed: int, size: int, padding: int,
         assert with_padding[~labels.valid].count_nonzero() == 0
 
 
-EDGES = [
-    "random",
-    "identical",
-    "zero",
-    "one class",
-    "all distinct",
-    "no event",
-    "all event",
-    "one second",
-    "few negatives",
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("size", [0, 1, 2, 8])
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges_are_finite(edge: str, size: int, dtype: torch.dtype) -> None:
-    for name in FORMS:
-        _check_edge(name, edge, size, dtype)
-
-
-def _check_edge(name: str, edge: str, size: int, dtype: torch.dtype) -> None:
-    batch, output = random_batch(7, size), random_output(7, size, dtype)
-    batch.valid[:] = True
-    batch.category.clamp_(min=0)
-    if edge == "identical":
-        output = output._replace(fusion=torch.ones(size, T, D, dtype=dtype).requires_grad_())
-    elif edge == "zero":
-        output = Output(*(None if x is None else torch.zeros_like(x).requires_grad_() for x in output))
-    elif edge == "one class":
-        batch.category[:] = 1
-    elif edge == "all distinct":
-        batch.category[:] = torch.arange(size) % K
-        batch.video[:] = torch.arange(size)
-    elif edge in ("no event", "all event"):
-        batch.event[:] = edge == "all event"
-    elif edge == "one second":
-        batch.event[:] = False
-        batch.event[:, T - 1] = True
-    elif edge == "few negatives":
-        batch.category[:] = 0
-        batch.category[-1:] = 1
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        total, terms = form(name)(output, batch)
-    assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert all(value.isfinite() for value in terms.values()), terms
-    assert all(gradient.isfinite().all() for gradient in gradients(total, output))
-
-
-@quick
-@given(seed=seeds, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), name=forms)
-def test_any_mask_is_finite(seed: int, dtype: torch.dtype, name: str) -> None:
-    batch, output = random_batch(seed, 6), random_output(seed, 6, dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        total, _ = form(name)(output, batch)
-    assert total.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients(total, output))
-
-
 @pytest.mark.parametrize(
     ("name", "seed", "size"),
     [("full", 19, 3), ("weak", 19, 3)]
@@ -391,43 +177,6 @@ def test_finite_differences(name: str, seed: int, size: int) -> None:
         return form(name)(Output(*tensors[:7], None, *tensors[7:]), batch)[0]
 
     assert torch.autograd.gradcheck(total, leaves(output), eps=1e-7, atol=1e-6, rtol=1e-5)
-
-
-def test_videos_without_event_have_no_class() -> None:
-    """The published code counts them to class 0."""
-    event = torch.zeros(3, T, dtype=torch.bool)
-    event[:2, :3] = True
-    batch, output = make_batch(event, torch.tensor([0, 1, 2])), random_output(3, 3)
-    only = {"event": 0.0, "avps": 0.0, "sspsp": 0.0, "gate": 0.0, "contrast": 0.0}
-    total, terms = objectives(ALL.model_copy(update=only))(output, batch)
-    without = make_batch(event[:2], torch.tensor([0, 1]))
-    fewer = Output(*(None if x is None else x[:2] for x in output))
-    for name, value in objectives(ALL.model_copy(update=only))(fewer, without)[1].items():
-        torch.testing.assert_close(terms[name], value)
-    assert all(gradient[2].count_nonzero() == 0 for gradient in gradients(total, output))
-
-
-def test_fewer_than_k_negatives_are_averaged() -> None:
-    """The published code fills up with 1e12, which silences the anchor."""
-    rows = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.3, 0.0]], dtype=torch.float64)
-    mined = mine(rows, torch.arange(3), rows, torch.tensor([0, 0, 1]), torch.arange(3), 3)
-    values = psa_v(rows, rows, mined, 0.5)
-    expected = [0.1 - 0.3 + 0.5, 0.1 - 0.2 + 0.5, 1e-6 - (0.3 + 0.2) / 2 + 0.5]
-    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_anchors_without_negatives_do_not_count() -> None:
-    event = torch.ones(3, T, dtype=torch.bool)
-    settings = ALL.model_copy(update={"event": 0.0, "category": 0.0, "avps": 0.0, "psa_s": 0.0, "sspsp": 0.0})
-    output = random_output(5, 3)
-    # Rows 0 and 1 are cut from one video.
-    batch = make_batch(event, torch.tensor([0, 1, 0]), video=torch.tensor([7, 7, 8]))
-    _, terms = objectives(settings)(output, batch)
-    rows = video_embedding(output.fusion).detach()
-    d = torch.cdist(rows, rows)
-    # Row 0 has the positive 2 and no negative; rows 1 and 2 have each other.
-    expected = [max(0.0, 1e-6 - d[1, 2].item() + 0.2), max(0.0, (d[2, 0] - d[2, 1]).item() + 0.2)]
-    assert terms["psa_v"].item() == pytest.approx(sum(expected) / 2)
 
 
 def test_psa_s_trains() -> None:
@@ -485,55 +234,6 @@ def test_mining_in_bf16_is_float32s() -> None:
         _, terms = objectives()(output, batch)
     precise = Output(*(None if x is None else x.detach().float() for x in output))
     assert terms["psa_v"].item() == objectives()(precise, batch)[1]["psa_v"].item()
-
-
-def clustered(size: int, noise: float, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, true class, label): classes far apart, and a share of labels that are wrong."""
-    truth = torch.randint(0, 8, (size,), generator=g)
-    centres = 9 * torch.nn.functional.one_hot(truth, 16).double()
-    wrong = torch.rand(size, generator=g) < noise
-    label = torch.where(wrong, (truth + torch.randint(1, 8, (size,), generator=g)) % 8, truth)
-    return centres + torch.randn(size, 16, generator=g, dtype=torch.float64), truth, label
-
-
-@pytest.mark.parametrize(("size", "k"), [(128, 3), (1024, 3), (1024, 48)])
-def test_health_suspects_the_false_negatives(size: int, k: int) -> None:
-    """Where classes have come apart, only mined negatives of the anchor's true class are suspected: most of them."""
-    rows, truth, label = clustered(size, 0.01, torch.Generator().manual_seed(size))
-    own = (truth == label).nonzero().squeeze(1)[:64]
-    seen = Rows(rows, label, torch.arange(size))
-    mined = mine(rows[own], own, *seen, k)
-    found = pair_diagnostics(rows[own], own, seen, mined)
-    share, count = found["suspected_false_negatives"]
-    expected = (truth[mined.negatives] == truth[own].unsqueeze(1)).double().mean().item()
-    assert count == 64 * k
-    assert 0.7 * expected <= share.item() / count.item() <= expected
-    distances = torch.cdist(rows[own], rows)
-    nearest = distances.gather(1, mined.negatives)
-    assert (found["negative_distance"][0] / count).item() == pytest.approx(nearest.mean().item())
-    same = (label[own].unsqueeze(1) == label).double()
-    assert found["positive_distance"][0].item() == pytest.approx((distances * same).max(1).values.sum().item())
-
-
-def test_health_of_a_batch() -> None:
-    """Counted by hand: 4 videos of class 0, 1 of class 1, padding, and a video without event."""
-    event = torch.ones(7, T, dtype=torch.bool)
-    event[6] = False
-    valid = torch.tensor([True] * 5 + [False, True])
-    batch = make_batch(event, torch.tensor([0, 0, 0, 0, 1, 1, 2]), valid)
-    known = objectives(ALL.model_copy(update={"margin": 9.0}))
-    assert known.health() == {"pool/gather_ms": 0, "pool/gather_bytes": 0}  # before the first step
-    known(random_output(1, 7), batch)
-    health = known.health()
-    assert health["pool/size"] == 5
-    assert health["pool/anchors_with_positive"] == 4 / 5
-    assert health["pool/active_hinges"] == 1  # of all five: each has a negative, and the margin is wide
-    assert health["pool/gather_bytes"] == 0  # one process
-    assert "pool/remembered" not in health
-    silent = objectives(ALL.model_copy(update={"margin": 0.0}))
-    silent(random_output(1, 7)._replace(fusion=torch.ones(7, T, D)), batch)
-    assert silent.health()["pool/active_hinges"] == 0
-    assert silent.health()["pool/positive_distance"] == 0
 
 
 def test_weak_supervision_refuses_objectives_of_segments(tmp_path: Path) -> None:

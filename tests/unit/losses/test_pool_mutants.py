@@ -15,11 +15,12 @@ from cpsp_dist.losses import objectives as losses
 from cpsp_dist.losses.gather import Gather, rank_and_world
 from cpsp_dist.losses.global_batch import GlobalBatch
 from tests.support.pool_cases import relative
+from tests.support.pool_runs import RUNS as ALL_RUNS
+from tests.support.pool_runs import gradients, require_exact
 from tests.support.ranks import run_ranks
-from tests.unit.losses import test_pool
 
 #: One that is even, and two where ranks have different numbers of videos (in the last, one rank has none).
-RUNS = {"all objectives": test_pool.RUNS["published mining"]._replace(steps=[("even",), ("uneven",), ("empty rank",)])}
+RUNS = {"all objectives": ALL_RUNS["published mining"]._replace(steps=[("even",), ("uneven",), ("empty rank",)])}
 
 
 def no_gradient_through_the_gather(plant: Callable[..., None]) -> None:
@@ -72,11 +73,11 @@ MUTANTS = [
 
 
 def planted() -> dict[str, Any]:
-    found: dict[str, Any] = {"none": test_pool.gradients(RUNS)}
+    found: dict[str, Any] = {"none": gradients(RUNS)}
     for mutant in MUTANTS:
         with pytest.MonkeyPatch.context() as patch:
             mutant(patch.setattr)
-            found[mutant.__name__] = test_pool.gradients(RUNS)
+            found[mutant.__name__] = gradients(RUNS)
     return found
 
 
@@ -88,17 +89,17 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return test_pool.gradients(RUNS)
+    return gradients(RUNS)
 
 
 def test_without_a_mutant_the_check_passes(together: Any, alone: Any) -> None:
-    test_pool.require_exact([rank["none"] for rank in together], alone)
+    require_exact([rank["none"] for rank in together], alone)
 
 
 @pytest.mark.parametrize("mutant", [mutant.__name__ for mutant in MUTANTS])
 def test_mutant_is_caught(together: Any, alone: Any, mutant: str) -> None:
     with pytest.raises(AssertionError):
-        test_pool.require_exact([rank[mutant] for rank in together], alone)
+        require_exact([rank[mutant] for rank in together], alone)
     # By far, and not by rounding.
     errors = {step: relative(together[0][mutant][step][1], alone[step][1]) for step in alone}
     print(mutant, errors)
