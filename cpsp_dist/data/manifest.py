@@ -40,6 +40,8 @@ from cpsp_dist.utils.redact import learn, without_secrets
 from cpsp_dist.utils.urls import is_url
 
 TABLE_NAME = "samples.npy"
+#: Bytes of an npy file in front of its rows, at most.
+LONGEST_HEADER = 1 << 16
 TABLE_CHUNK = 65_536  # rows checked at once
 
 # Names of `shard_index` that others take from here.
@@ -195,8 +197,12 @@ def _load_remote(remote: Remote) -> Manifest:
 
 def _load_table(path: Path, index: Index, remedy: str) -> np.ndarray:
     """The table, once all its bytes are known to be right: no checksum of an array covers what it says of a sample."""
+    count = sum(shard.nsamples for shard in index.shards)
     try:
         with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > count * SAMPLE.itemsize + LONGEST_HEADER:  # which may take hours to read
+                raise DataError(f"{path}: not the table that was packed ({size:,} bytes are too many); {remedy}")
             unchanged = file_sha256(file.fileno()) == index.table_sha256
         if not unchanged:
             raise DataError(f"{path}: not the table that was packed (sha256 differs); {remedy}")
@@ -205,7 +211,7 @@ def _load_table(path: Path, index: Index, remedy: str) -> np.ndarray:
         raise DataError(f"{error}; {remedy}" if remedy not in str(error) else str(error)) from None
     except Exception as error:  # numpy evaluates the header's text: damage there raises nearly any type
         raise DataError(f"{path}: sample table missing or damaged ({error}); {remedy}") from None
-    if samples.dtype != SAMPLE or samples.shape != (sum(shard.nsamples for shard in index.shards),):
+    if samples.dtype != SAMPLE or samples.shape != (count,):
         raise DataError(f"{path}: sample table does not belong to {INDEX_NAME}; {remedy}")
     _check_table(path, samples, index, remedy)
     return samples

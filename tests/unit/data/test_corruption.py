@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -147,6 +148,16 @@ def test_every_flip_of_the_sample_table_is_found(damaged):
         content[offset] ^= 1 << offset % 8
     table.write_bytes(content)
     assert delivered(damaged, "map")
+
+
+def test_a_sample_table_of_a_terabyte_is_not_read(damaged):
+    """It would take hours. The file has holes, and no bytes on the disk."""
+    table = damaged.folder / TABLE_NAME
+    content = table.read_bytes()
+    os.truncate(table, 1 << 40)
+    with pytest.raises(DataError, match=r"not the table that was packed \(1,099,511,627,776 bytes are too many\)"):
+        Manifest.load(damaged.folder)
+    table.write_bytes(content)
 
 
 def test_exchanged_samples_are_found(damaged):
