@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import linecache
 import sys
 import threading
@@ -141,6 +142,10 @@ class SimulatedGpu(TorchDispatchMode):
         self.waits = 0  # of the host for the device, ever
         self._pinned: dict[int, torch.UntypedStorage] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and its guard costs as much as an operator
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Count this CPU tensor as pinned."""
         storage = tensor.untyped_storage()
@@ -156,8 +161,9 @@ class SimulatedGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = str(func._overloadpacket)
-        tensors = [*_tensors((*args, *kwargs.values()))]
+        name = _name_of(func)
+        tensors: list[torch.Tensor] = []
+        _find_tensors((*args, *kwargs.values()), tensors)
         on_gpu = [x for x in tensors if isinstance(x, GpuTensor)]
         asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         to_gpu = bool(on_gpu) if asked is None else asked.type in ("cuda", "meta")
@@ -176,8 +182,10 @@ class SimulatedGpu(TorchDispatchMode):
             return kwargs["out"]
         if not to_gpu:
             return out
-        known = {id(x.held): x for x in on_gpu}
-        return _map(lambda x: known.get(id(x)) or GpuTensor(x) if isinstance(x, torch.Tensor) else x, out)
+        for x in on_gpu:
+            if x.held is out:
+                return x
+        return _map(lambda x: GpuTensor(x) if isinstance(x, torch.Tensor) else x, out)
 
     def _note(self, func: Any, name: str, args: Any, kwargs: Any, to_gpu: bool, tensors: list[torch.Tensor]) -> None:
         touches = any(isinstance(x, GpuTensor) for x in tensors)
@@ -223,26 +231,33 @@ class SimulatedGpu(TorchDispatchMode):
             self.kernel(name)
 
 
-def _on_cpu(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    def unwrap(x: Any) -> Any:
-        return x.held if isinstance(x, GpuTensor) else x
+@functools.cache
+def _name_of(func: Any) -> str:
+    return str(func._overloadpacket)
 
+
+def _on_cpu(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name == "aten._pin_memory":
         return args[0].clone()
-    return func(*_map(unwrap, args), **{key: _map(unwrap, value) for key, value in kwargs.items()})
+    return func(*_map(_unwrap, args), **{key: _map(_unwrap, value) for key, value in kwargs.items()})
+
+
+def _unwrap(x: Any) -> Any:
+    return x.held if isinstance(x, GpuTensor) else x
 
 
 def _map(function: Callable[[Any], Any], x: Any) -> Any:
     """Of every value in tuples and lists, which is all that operators take and give; pytree's is ten times slower."""
-    return type(x)(_map(function, part) for part in x) if type(x) in (tuple, list) else function(x)
+    kind = type(x)
+    return kind([_map(function, part) for part in x]) if kind is tuple or kind is list else function(x)
 
 
-def _tensors(parts: Any) -> Iterator[torch.Tensor]:
+def _find_tensors(parts: Any, found: list[torch.Tensor]) -> None:
     for part in parts:
         if isinstance(part, torch.Tensor):
-            yield part
+            found.append(part)
         elif isinstance(part, tuple | list):
-            yield from _tensors(part)
+            _find_tensors(part, found)
 
 
 class _Lstm(torch.autograd.Function):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cpsp_dist.config import load_config
 from cpsp_dist.data.reader import ring
 from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.metrics import reported
 from cpsp_dist.training import trainer
 from tests.support.runs import KEYPAD
 from tests.support.simulated_gpu import CUDA, GpuTensor, Record, SimulatedGpu, simulated_gpu
 
 WORLD = 2
+#: DeepSpeed's timer starts, and ZeRO 3 learns its parameters' order.
+WARM_UP = 2
+STEPS_EACH = 3
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -35,6 +39,7 @@ class SimulatedStep:
 
     record: Record
     collectives: dict[str, int]
+    mining: str  # the way in which the video-level objective chose its pairs
 
 
 @dataclass
@@ -47,15 +52,15 @@ class SimulatedRun:
         """The third of four: DeepSpeed's timer starts, and ZeRO 3 knows its parameters' order; the last one saves."""
         return self.steps[2]
 
-    @property
-    def syncs_per_micro_batch(self) -> float:
-        return len(self.step.record.syncs) / self.micro_batches
+    def syncs_per_micro_batch(self, step: SimulatedStep | None = None) -> float:
+        return len((step or self.step).record.syncs) / self.micro_batches
 
-    def report(self) -> str:
-        record = self.step.record
-        lines = [f"host syncs per micro-batch: {self.syncs_per_micro_batch:g}"]
-        lines += [f"  {sync.what}: {sync.where}" for sync in record.syncs]
-        return "\n".join([*lines, f"kernels: {sum(record.kernels.values())}, collectives: {self.step.collectives}"])
+    def report(self, step: SimulatedStep | None = None) -> str:
+        step = step or self.step
+        lines = [f"host syncs per micro-batch: {self.syncs_per_micro_batch(step):g}"]
+        lines += [f"  {sync.what}: {sync.where}" for sync in step.record.syncs]
+        kernels = sum(step.record.kernels.values())
+        return "\n".join([*lines, f"kernels: {kernels}, collectives: {step.collectives}"])
 
 
 class _Work:
@@ -147,14 +152,22 @@ trainer_find = trainer.load_latest_checkpoint
 
 
 def simulate_training(
-    shards: Path, output: Path, *settings: str, evaluation: bool = False, saving: bool = True
+    shards: Path,
+    output: Path,
+    *settings: str,
+    evaluation: bool = False,
+    saving: bool = True,
+    minings: Sequence[str] = (),
 ) -> SimulatedRun:
     """Train 4 steps, save unless asked not to, and evaluate where asked to.
+
+    minings: train `WARM_UP` steps, and then `STEPS_EACH` with each of these instead, on one engine, without logging.
 
     Raises:
         RuntimeError: an operand on another device.
     """
-    small = ["tracking.enabled=false", "train.steps=4", "train.global_batch=12"]
+    count = WARM_UP + STEPS_EACH * len(minings) if minings else 4
+    small = ["tracking.enabled=false", f"train.steps={count}", f"train.global_batch={6 if minings else 12}"]
     small += ["tracking.every_steps=100", "data.reader_threads=1"]
     small += [] if any(setting.startswith("engine.zero") for setting in settings) else ["engine.kind=ddp"]
     config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])
@@ -166,9 +179,13 @@ def simulate_training(
         stop_if_requested(self, stop_signal)
         machine = SimulatedGpu.current
         assert machine is not None
-        steps.append(SimulatedStep(machine.record, dict(collectives.counts)))
+        mining = self.objectives.terms["psa_v"].settings.mining
+        steps.append(SimulatedStep(machine.record, dict(collectives.counts), mining))
         machine.record = Record()
         collectives.counts.clear()
+        done = len(steps) - WARM_UP
+        if done >= 0 and done % STEPS_EACH == 0 and done // STEPS_EACH < len(minings):
+            _mine_by(self.objectives, minings[done // STEPS_EACH])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_group())
@@ -181,12 +198,19 @@ def simulate_training(
         if not evaluation:
             stack.enter_context(mock.patch.object(trainer, "evaluate", return_value=dict.fromkeys(reported(), 0.0)))
             stack.enter_context(mock.patch.object(trainer, "evaluate_best", return_value={}))
+        if minings:
+            stack.enter_context(mock.patch.object(trainer.Trainer, "log_step"))
         if not saving:
             stack.enter_context(mock.patch.object(trainer.Trainer, "_save"))
         machine = stack.enter_context(simulated_gpu())
         stack.enter_context(mock.patch.object(ring.Slot, "__init__", _pinned_slots(machine)))
         trainer.train(config, Ranks(0, WORLD, 0, CUDA))
     return run
+
+
+def _mine_by(objectives: Objectives, mining: str) -> None:
+    term: Any = objectives.terms["psa_v"]
+    objectives.terms["psa_v"] = type(term)(replace(term.settings, mining=mining), term.context)
 
 
 def _pinned_slots(machine: SimulatedGpu) -> Any:
