@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from cpsp_dist.utils.errors import DataError
 
 #: Differences that an error lists.
 LISTED = 20
+#: Bytes of a header that safetensors reads.
+LONGEST_HEADER = 100_000_000
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -31,6 +34,19 @@ def _umask() -> int:
     """Of this process; asked of the kernel, for setting it, the only other way, would be seen by other threads."""
     found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1], 8) if found else 0o077
+
+
+def has_its_length(path: Path) -> bool:
+    """Whether a .safetensors file is as long as its header says; then it may be hashed, which of a file with a hole
+    takes hours. Raises OSError."""
+    with open(path, "rb") as file:  # 8 bytes of the header's length, the header, the tensors
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, LONGEST_HEADER))
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return bool(path.stat().st_size == 8 + length + max(ends, default=0))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return False
 
 
 def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:

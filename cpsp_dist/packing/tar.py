@@ -12,6 +12,8 @@ from cpsp_dist.utils.text import quoted
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 64 * 2**20  # an array of [10, 7, 7, 2048] in float32 has 4 MB
+#: Of zeros behind the last member: tar fills up its last record, of 10 kB unless asked for more.
+MAX_END_BYTES = 64 * 2**20
 
 
 class Fault(Exception):
@@ -65,6 +67,8 @@ def _check_end(file: BinaryIO, digest: hashlib._Hash, start: int) -> None:
     while data := file.read(2**20):
         digest.update(data)
         length += len(data)
+        if length > MAX_END_BYTES:
+            raise Fault(start, f"more than {MAX_END_BYTES:,} zero bytes at its end")
         if data.strip(b"\0"):
             length = 0
             break

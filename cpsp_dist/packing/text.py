@@ -102,7 +102,7 @@ def read_label_file(path: Path) -> dict[str, Any]:
         raise DataError(str(error)) from None
     labels: dict[str, Any] = {}
     for number, part in enumerate(content if isinstance(content, list) else [content]):
-        if not isinstance(part, dict):
+        if not isinstance(part, dict) or "label" in part:  # the latter is one video's, whose id is elsewhere
             raise DataError(f'{path}: not a label file of the form {{id: {{"label": […]}}}} or {{id: […]}}')
         for video_id, value in part.items():
             where = f"{path}: {f'item {number}, ' if isinstance(content, list) else ''}video {quoted(video_id)}"

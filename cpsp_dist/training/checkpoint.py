@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cpsp_dist.config import Config
 from cpsp_dist.data.encoders import Encoders, require_same
 from cpsp_dist.data.manifest import Manifest
-from cpsp_dist.models.weights import save_tensors
+from cpsp_dist.models.weights import has_its_length, save_tensors
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import DataError
@@ -41,6 +41,8 @@ COMMIT = "commit.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
+#: Bytes; it holds a configuration, which is read from files of less.
+LONGEST_PROGRESS = 1 << 26
 REMEDY = "remove it to use the one before"
 
 
@@ -177,8 +179,11 @@ class Checkpoints:
         except FileNotFoundError:
             yield f"{COMMIT} is missing"
             return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             yield f"{COMMIT} is damaged"
+            return
+        except OSError as error:
+            yield f"{COMMIT} cannot be read: {error.strerror}"
             return
         complete = True
         for name in (WEIGHTS, OPTIMIZER, PROGRESS):
@@ -245,8 +250,9 @@ def _problem(path: Path, expected: Any) -> str:
     """What is wrong with a file of a checkpoint, or ''."""
     if not path.is_file():
         return "is missing"
-    try:
-        return "" if file_sha256(path) == expected else "is damaged"
+    try:  # one that grew may take hours to read
+        possible = path.stat().st_size <= LONGEST_PROGRESS if path.name == PROGRESS else has_its_length(path)
+        return "" if possible and file_sha256(path) == expected else "is damaged"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 

@@ -168,9 +168,10 @@ def load_run(output: str | Path) -> TrainedRun:
         UserError: no complete checkpoint there.
     """
     checkpoints = Checkpoints(output)
-    newest, _ = checkpoints.newest_valid()
+    newest, passed_over = checkpoints.newest_valid()
     if newest is None:
-        raise UserError(f"{output}: no complete checkpoint here; give the output folder of a training run")
+        why = f" ({passed_over[0]})" if passed_over else ""
+        raise UserError(f"{output}: no complete checkpoint here{why}; give the output folder of a training run")
     progress = checkpoints.load(newest)[1]
     state, step, warning = checkpoints.load_best(progress)
     if warning:

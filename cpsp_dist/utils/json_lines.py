@@ -17,6 +17,8 @@ from cpsp_dist.utils.strict_json import integer
 
 #: Lines that wait in memory while they cannot be written, at most; bytes of a line that is no damage.
 KEPT_LINES, LONGEST_LINE = 100_000, 1 << 24
+#: Bytes that are read at once: millions of lines. A file with a hole would not fit in memory.
+LARGEST = 1 << 30
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -31,11 +33,11 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return content if type(step) is int and 0 <= step < 2**53 else None
 
 
-def read_bytes(file: Path, start: int = 0, limit: int | None = None) -> bytes:
+def read_bytes(file: Path, start: int = 0, limit: int = LARGEST) -> bytes:
     """The bytes of a regular file from `start`; none where there is no such file.
 
     Raises:
-        OSError: it cannot be read, is a folder, pipe or device, or longer than `limit` bytes.
+        OSError: it cannot be read, is a folder, pipe or device, or has more than `limit` bytes there.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -43,8 +45,8 @@ def read_bytes(file: Path, start: int = 0, limit: int | None = None) -> bytes:
         return b""
     with open(descriptor, "rb") as stream:
         _require_regular(descriptor)
-        if limit is not None and os.fstat(descriptor).st_size > limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if os.fstat(descriptor).st_size - start > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(file))
         stream.seek(start)
         return stream.read()
 

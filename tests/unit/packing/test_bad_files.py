@@ -223,6 +223,8 @@ TEXTS: dict[str, tuple[Callable[[Path], Any], bytes, str]] = {
     "two in a list": (read_label_file, b'[{"a": [1]}, {"a": [0]}]', "item 1, video 'a' is in it twice"),
     "other key": (read_label_file, b'{"a": {"labels": [1]}}', "video 'a': no key 'label' in it"),
     "numbers": (read_label_file, b"[1]", "not a label file of the form"),
+    "items of a video each": (read_label_file, b'[{"video_id": "a", "label": [1]}]', "not a label file of the form"),
+    "a video": (read_label_file, b'{"label": [1]}', "not a label file of the form"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_every_cut_is_found(undamaged: Manifest, tmp_path: Path) -> None:
         if good[cut:].strip(b"\0") or cut < max(ends) + 1024:
             with pytest.raises(DataError, match=r"cut\.tar: byte \d+: "):
                 index_shard(path)
+
+
+def test_a_terabyte_of_zeros_is_not_read(undamaged: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "long.tar"
+    path.write_bytes(undamaged.path(undamaged.shards[0]).read_bytes())
+    os.truncate(path, 1 << 20)  # by what tar may fill up its last record
+    assert len(index_shard(path).rows) == undamaged.shards[0].nsamples
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match=r"long\.tar: byte \d+: more than [\d,]+ zero bytes at its end"):
+        index_shard(path)
 
 
 def test_interleaved_and_partial_samples_are_refused(undamaged: Manifest, tmp_path: Path) -> None:

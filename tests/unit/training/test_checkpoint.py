@@ -26,7 +26,8 @@ from cpsp_dist.training.checkpoint import (
     TrainingProgress,
 )
 from cpsp_dist.training.engine import TrainingState
-from cpsp_dist.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR
+from cpsp_dist.training.setup import load_run
+from cpsp_dist.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from tests.support.prefork import Rank
 from tests.support.runs import arguments, newest_state
 
@@ -41,6 +42,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def lengthen(file: Path) -> None:
+    """With a hole, by what takes an hour to read."""
+    os.truncate(file, 1 << 40)
+
+
 @pytest.fixture(scope="module")
 def two_checkpoints(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run of 4 steps with checkpoints after 2 and 4."""
@@ -50,7 +56,7 @@ def two_checkpoints(prefork: Any, keypad_shards: Path, tmp_path_factory: pytest.
     return output
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip, lengthen, Path.unlink])
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, PROGRESS, COMMIT])
 def test_each_damage_to_each_file_is_detected_by_name(
     two_checkpoints: Path, tmp_path: Path, name: str, damage: Any
@@ -62,8 +68,19 @@ def test_each_damage_to_each_file_is_detected_by_name(
     damage(checkpoints.path(4) / name)
     newest, (line,) = checkpoints.newest_valid()
     assert newest == 2
-    assert line.startswith(f"{checkpoints.path(4)}: passed over: {name} is ")
+    assert line.startswith(f"{checkpoints.path(4)}: passed over: {name} ")
     assert checkpoints.load(newest)[1].step == 2
+
+
+def test_a_run_without_a_complete_checkpoint_is_refused_with_the_reason(two_checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in (2, 4):
+        flip(checkpoints.path(step) / PROGRESS)
+    with pytest.raises(
+        UserError, match=rf"no complete checkpoint here \(.*step-00000004: passed over: {PROGRESS} is damaged\); give"
+    ):
+        load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("version", [2, None])

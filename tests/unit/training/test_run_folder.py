@@ -25,7 +25,7 @@ from cpsp_dist.tracking.store import RUN_FILE, AskedStore
 from cpsp_dist.training.checkpoint import COMMIT, LATEST, OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints, TrainingProgress
 from cpsp_dist.training.engine import TrainingState
 from cpsp_dist.utils.errors import DataError, UserError
-from cpsp_dist.utils.json_lines import JsonLines, parse_line, truncate_after_step
+from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes, truncate_after_step
 from tests.support.limits import within_limits
 from tests.support.mutations import damaged, replaced
 from tests.support.runs import arguments, newest_state
@@ -165,6 +165,16 @@ def test_every_damage_to_metrics_is_left_out_of_pages(tmp_path: Path) -> None:
             logged(history)
             found = read_histories(AskedStore("unused"), [run], names)["a"]
         assert all(isinstance(value, float) for points in found.values() for _, value in points)
+
+
+def test_a_file_of_a_terabyte_is_named_and_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n')
+    os.truncate(file, 1 << 40)  # with a hole
+    for call in (lambda: read_bytes(file), lambda: truncate_after_step(file, 1)):
+        with pytest.raises(OSError, match=r"File too large.*metrics\.jsonl"):
+            call()
+    assert len(read_bytes(file, (1 << 40) - 10)) == 10
 
 
 def test_lines_wait_where_something_else_stands_in_place_of_the_file(tmp_path: Path) -> None:
