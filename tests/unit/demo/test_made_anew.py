@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_not_while_a_process_of_a_killed_demo_writes(tmp_path: Path) -> None:
     finally:
         os.close(release)
     assert os.read(begun, 1) == b""
+    with open(folder / demo.MARK) as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)  # a process that ends closes its files one by one: the pipe, then the lock
     with demo.made_anew(folder):
         assert names(folder) == [demo.MARK]
     os.close(begun)
