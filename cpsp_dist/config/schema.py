@@ -131,6 +131,11 @@ class EngineSettings(Section):
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage; bf16 runs 0 as 1")
     deepspeed: str | None = Field(None, description="JSON file with further DeepSpeed settings, or a shipped one")
+    compile: Literal["none", "inductor", "graphs"] = Field(
+        "none",
+        description="the network as one piece. graphs: CUDA graphs of its forward and backward pass, with which a GPU "
+        "need not wait for its host; inductor: torch.compile",
+    )
     ignore_conflicts: bool = Field(
         False, description="train although the launcher, or engine.deepspeed, asks for other settings than these"
     )
@@ -218,6 +223,8 @@ class Config(Section):
             raise ValueError("train.precision=fp64 needs engine.kind=ddp: DeepSpeed's ZeRO has no float64")
         if self.engine.kind == "ddp" and (self.engine.zero or self.engine.deepspeed is not None):
             raise ValueError("engine.kind=ddp has no ZeRO: set engine.zero=0 and engine.deepspeed=null")
+        if self.engine.zero == 3 and self.engine.compile != "none":
+            raise ValueError("engine.compile needs complete weights, which engine.zero=3 has not: set one of them")
         by_segment = [
             f"objectives.{name}"
             for name, objective in OBJECTIVES.items()

@@ -66,16 +66,19 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         _, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
         # Checked above for the planned ranks; this process alone has another share of the batch.
         checked = config.engine.model_copy(update={"ignore_conflicts": True})
+        if checked.compile == "graphs":  # whose warm-up would count among the activations
+            checked = checked.model_copy(update={"compile": "none"})
         step = first_step(model, config.model_copy(update={"engine": checked}), ranks, stream, schedule)
     if not ranks.first:
         return
     memory = memory_of_a_rank(parameters, config, manifest, ranks.device, world, step.activations, step.width)
+    plain = ", without CUDA graphs" if config.engine.compile == "graphs" else ""
     sections = {
         "Settings": _settings(config),
         "Data": _data_plan(config, manifest, schedule, world),
         f"Memory of a rank, of {world} on {ranks.device.type} (estimate)": _memory(memory, parameters, config),
         "Output": _output(config, progress, *checkpoint),
-        f"First step, on {ranks.device.type}": _step(step, ranks, world),
+        f"First step, on {ranks.device.type}{plain}": _step(step, ranks, world),
     }
     for title, lines in sections.items():
         echo(title, *(f"  {line}" for line in lines))

@@ -49,6 +49,7 @@ def say_start(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     videos = ", ".join(f"{len(rows):,} {split}" for split, rows in manifest.splits.items())
     engine = f"DeepSpeed ZeRO {config.engine.zero}" if config.engine.kind == "deepspeed" else "DDP"
+    engine += {"none": "", "inductor": ", torch.compile", "graphs": ", CUDA graphs"}[config.engine.compile]
     store = without_secrets(tracking_uri(config)) if config.tracking.enabled else "off (tracking.enabled=false)"
     logger.info(f"{describe_ranks(cards)}, {describe_numerics(config.train, ranks.device)}, {engine}")
     logger.info(f"{config.model.name}, {config.model.supervision}: {parameters:,} parameters")
@@ -56,6 +57,8 @@ def say_start(
         f"{without_secrets(manifest.place)}: {videos} videos; {schedule.steps:,} steps of {config.train.global_batch}"
     )
     logger.info(f"MLflow: {store}")
+    if ranks.device.type == "cuda" and config.engine.compile == "none" and config.engine.zero < 3:
+        logger.info("engine.compile=graphs would train to the same weights, sooner (docs/results.md)")
     for line in [*without_effect(config), *warnings(config, cards)]:
         logger.warning(line)
     if progress.step:

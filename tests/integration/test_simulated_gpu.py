@@ -13,7 +13,8 @@ import torch
 from cpsp_dist.config import Config
 from cpsp_dist.losses import OBJECTIVES, psa_v
 from cpsp_dist.models import MODELS
-from tests.support.simulated_gpu import CUDA, simulated_gpu
+from tests.support.simulated_device import CUDA
+from tests.support.simulated_gpu import simulated_gpu
 from tests.support.simulated_training import WARM_UP, SimulatedRun, SimulatedStep, simulate_training
 
 #: The norm, and one flag.

@@ -24,7 +24,9 @@ from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.metrics import reported
 from cpsp_dist.training import trainer
 from tests.support.runs import KEYPAD
-from tests.support.simulated_gpu import CUDA, GpuTensor, Record, SimulatedGpu, simulated_gpu
+from tests.support.simulated_device import CUDA, GpuTensor, Record, SimulatedGpu
+from tests.support.simulated_gpu import simulated_gpu
+from tests.support.simulated_graph import accumulator
 
 WORLD = 2
 #: DeepSpeed's timer starts, and ZeRO 3 learns its parameters' order.
@@ -124,6 +126,7 @@ class _Wrapper(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, **_: Any) -> None:
         super().__init__()
         self.module = module
+        self.accumulators = [accumulator(p) for p in module.parameters()]
 
     def forward(self, *args: Any) -> Any:
         return self.module(*args)
@@ -149,6 +152,15 @@ def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> A
 
 
 trainer_find = trainer.load_latest_checkpoint
+build_engine = trainer.build_engine
+
+
+def _build_engine(*given: Any) -> Any:
+    """What takes gradients by now, and is held by the engine, belongs to the stream on which it was made."""
+    engine = build_engine(*given)
+    for parameter in engine.module.parameters():
+        accumulator(parameter).metadata["of another stream"] = True
+    return engine
 
 
 def simulate_training(
@@ -195,6 +207,7 @@ def simulate_training(
         stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))
         stack.enter_context(mock.patch.object(trainer, "load_latest_checkpoint", _find_as_one_rank))
         stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
+        stack.enter_context(mock.patch.object(trainer, "build_engine", _build_engine))
         if not evaluation:
             stack.enter_context(mock.patch.object(trainer, "evaluate", return_value=dict.fromkeys(reported(), 0.0)))
             stack.enter_context(mock.patch.object(trainer, "evaluate_best", return_value={}))

@@ -12,6 +12,7 @@ from torch import float32, float64, nn
 from cpsp_dist.config import Config
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.engine.base import PRECISIONS, Engine, Forward, PlainModel, TrainingState, tune_cpu
+from cpsp_dist.training.engine.compiled import check_compile, compile_network
 from cpsp_dist.training.engine.ddp import DDPEngine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
@@ -42,6 +43,7 @@ def check_engine_settings(config: Config, ranks: Ranks) -> None:
         ConfigError: a line for each setting.
     """
     check_launcher_settings(config, ranks.device.type)
+    check_compile(config, ranks.device)
     deepspeed_settings(config, ranks.world)
 
 
@@ -56,5 +58,6 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: Training
     model.to(ranks.device, dtype if dtype == float64 else float32)
     if state is not None:
         model.load_state_dict(state.weights)
+    compile_network(model, config)
     kind = DeepSpeedEngine if config.engine.kind == "deepspeed" else DDPEngine
     return kind(model, config, ranks, state)

@@ -21,6 +21,7 @@ from cpsp_dist.training.engine.base import (
     build_optimizer,
     propagate_nonfinite,
 )
+from cpsp_dist.training.engine.compiled import release_network
 
 
 class DDPEngine:
@@ -85,3 +86,4 @@ class DDPEngine:
 
     def close(self) -> None:
         self.wrapped = self.module
+        release_network(self.module)

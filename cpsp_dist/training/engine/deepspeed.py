@@ -19,6 +19,7 @@ from cpsp_dist.training.engine.base import (
     build_optimizer,
     propagate_nonfinite,
 )
+from cpsp_dist.training.engine.compiled import release_network
 from cpsp_dist.training.engine.deepspeed_file import read_deepspeed_file, refusals_named
 
 
@@ -88,6 +89,7 @@ class DeepSpeedEngine:
         # Without it a model trained with stage 1 or higher stays in memory for good: its hooks refer to each other.
         self.engine.destroy()
         deepspeed_compat.release_module(self.module, self.linear)
+        release_network(self.module)
 
 
 def clips_itself(config: Config) -> bool:

@@ -69,8 +69,12 @@ def accelerate_conflicts(config: Config, device: str, env: Mapping[str, str]) ->
     ):
         if value(name) == "true":
             conflicts.append(f"{text}; remove it from accelerate's file or flags")
-    if value("DYNAMO_BACKEND") not in ("", "no", "none"):
-        conflicts.append(f"dynamo backend {value('DYNAMO_BACKEND')}: models are not compiled; set dynamo_backend: 'no'")
+    backend = value("DYNAMO_BACKEND")
+    if backend == "inductor" and config.engine.compile != "inductor":
+        conflicts.append(f"dynamo backend inductor, but engine.compile={config.engine.compile}: "
+                         "set engine.compile=inductor")  # fmt: skip
+    elif backend not in ("", "no", "none", "inductor"):
+        conflicts.append(f"dynamo backend {backend}, which no engine has: set dynamo_backend: 'no'")
     if value("USE_CPU") == "true" and device != "cpu":
         conflicts.append("the CPU, but a GPU is visible and would be used: hide it with CUDA_VISIBLE_DEVICES=''")
     return conflicts

@@ -41,7 +41,8 @@ def conflicts(env: dict[str, str], *settings: str, device: str = "cpu") -> list[
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP: set engine.zero=3"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend inductor"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend inductor, but engine.compile=none: set engine.com"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "TENSORRT"}, "dynamo backend tensorrt, which no engine has"),
     ],
 )
 def test_each_request_that_would_be_ignored_is_named(env: dict[str, str], line: str) -> None:
@@ -66,6 +67,7 @@ def test_what_agrees_is_no_conflict() -> None:
     same = ["engine.zero=2", "train.precision=bf16", "train.accumulation=4", "train.grad_clip_norm=7"]
     assert not conflicts(asked, *same)
     assert len(conflicts(asked, "train.grad_clip_norm=null")) == 4
+    assert not conflicts({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "engine.compile=inductor")
 
 
 def test_all_are_named_at_once_and_a_setting_lets_them_pass() -> None:
