@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,12 +39,21 @@ from cpsp_dist.training.step import StepRunner
 SEGMENTS, AUDIO, CATEGORIES = 10, 128, 28
 #: Rows and columns of the matrices by which the machine's rate is measured.
 MATRIX = 2048
-#: The ways by name: (whose, precision).
+
+
+class Variant(NamedTuple):
+    whose: str  # ours or published
+    precision: str
+    compile: str = "none"  # as `engine.compile`
+
+
 WAYS = {
-    "ours fp32": ("ours", "fp32"),
-    "published network, fp32": ("published", "fp32"),
-    "ours bf16": ("ours", "bf16"),
-    "published, float64": ("published", "fp64"),
+    "ours fp32": Variant("ours", "fp32"),
+    "ours fp32, graphs": Variant("ours", "fp32", "graphs"),
+    "published network, fp32": Variant("published", "fp32"),
+    "ours bf16": Variant("ours", "bf16"),
+    "ours bf16, graphs": Variant("ours", "bf16", "graphs"),
+    "published, float64": Variant("published", "fp64"),
 }
 
 
@@ -54,29 +63,28 @@ def bench_step(
     channels: int = 512,
     rounds: int = 5,
     samples: int = 256,
-    ways: tuple[str, ...] = tuple(WAYS),
+    ways: tuple[str, ...] | None = None,
     tf32: bool = False,
 ) -> dict[str, Any]:
     """Measure PSP with `batch` videos and `channels` visual channels, and a loop over `samples` packed videos.
 
+    ways: by default all that this machine has; CUDA graphs are a GPU's.
+
     Returns:
         device, threads, load; matmul_gflops: of float32 products; ways: for each `samples_per_second`, `ms`, and
         `matmul_share`, the products that a step cannot avoid over those that the machine does in that time; peak_bytes:
-        of the process after the first way on a CPU, of the GPU's memory for ours fp32 there; ratio: our float32 rate
+        of the process after the first way on a CPU, of the GPU's memory for ours fp32 there; ratios: our float32 rates
         over that of the published network, of the same rounds; end_to_end: `samples_per_second` and `data_wait_share`
-        of a loop that reads shards; on a GPU also `h2d_ms` and `busy_share` of ours fp32.
+        of a loop that reads shards, with CUDA graphs where they are; on a GPU also `h2d_ms`, and by our float32 ways
+        `busy_share` and `kernels`.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     set_numerics(TrainSettings(tf32=tf32), device)
-    load = os.getloadavg()[0]
-    steps = {name: make_step(*WAYS[name], batch, channels, device) for name in ways}
+    load, graphs = os.getloadavg()[0], device.type == "cuda"
+    ways = ways or tuple(name for name, way in WAYS.items() if graphs or way.compile != "graphs")
+    steps = {name: make_step(WAYS[name], batch, channels, device) for name in ways}
     peak = _warm_up(steps, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    matmul: list[float] = []
-    for _ in range(rounds):
-        matmul.append(_timed(_matmul(device), device))
-        for name, step in steps.items():
-            times[name].append(_timed(step, device))
+    times, matmul = _times(steps, rounds, device)
     gflops = 2 * MATRIX**3 / statistics.median(matmul) / 1e9
     work = step_flops(batch, channels) / 1e9
     found: dict[str, Any] = {
@@ -97,13 +105,15 @@ def bench_step(
             for name, each in times.items()
         },
     }
-    if {"ours fp32", "published network, fp32"} <= times.keys():
-        pairs = zip(times["published network, fp32"], times["ours fp32"], strict=True)
-        found["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+    floats = [name for name in steps if WAYS[name][:2] == ("ours", "fp32")]
+    if theirs := times.get("published network, fp32"):
+        found["ratios"] = {
+            name: statistics.median(b / a for a, b in zip(times[name], theirs, strict=True)) for name in floats
+        }
     if device.type == "cuda":
-        found |= _gpu_figures(steps["ours fp32"], found["ways"]["ours fp32"]["ms"])
+        found |= _gpu_figures({name: steps[name] for name in floats}, found["ways"])
     if samples:
-        found["end_to_end"] = end_to_end(batch, samples, rounds, device)
+        found["end_to_end"] = end_to_end(batch, samples, rounds, device, "graphs" if graphs else "none")
     return found
 
 
@@ -114,21 +124,21 @@ def step_flops(batch: int, channels: int) -> float:
     return rows * channels * 512 * 2 * 2 + rows * 512 * 49 * 2 * 3
 
 
-def make_step(whose: str, precision: str, size: int, channels: int, device: torch.device) -> Callable[[], None]:
+def make_step(way: Variant, size: int, channels: int, device: torch.device) -> Callable[[], None]:
     torch.manual_seed(0)
     network = build_model("psp", visual_channels=channels, audio_channels=AUDIO, categories=CATEGORIES)
     batch = random_batch(size, channels)
     if device.type == "cuda":
         batch = Batch(**{name: x.pin_memory() for name, x in vars(batch).items()})
-    if whose == "ours":
-        return _our_step(network, precision, batch, device)
+    if way.whose == "ours":
+        return _our_step(network, way, batch, device)
     assert isinstance(network, PSP)
-    return _published_step(network, torch.float64 if precision == "fp64" else torch.float32, batch, device)
+    return _published_step(network, torch.float64 if way.precision == "fp64" else torch.float32, batch, device)
 
 
-def _our_step(network: nn.Module, precision: str, batch: Batch, device: torch.device) -> Callable[[], None]:
-    settings = {"precision": precision, "global_batch": len(batch)}
-    described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": settings}
+def _our_step(network: nn.Module, way: Variant, batch: Batch, device: torch.device) -> Callable[[], None]:
+    settings = {"precision": way.precision, "global_batch": len(batch)}
+    described = {"data": {"shards": "-"}, "engine": {"kind": "ddp", "compile": way.compile}, "train": settings}
     config = Config.model_validate(described)
     engine = build_engine(network, config, Ranks(0, 1, 0, device))
     objectives = Objectives(config.objectives, pool="gather")
@@ -187,6 +197,19 @@ def _warm_up(steps: dict[str, Callable[[], None]], device: torch.device) -> int:
     return peak
 
 
+def _times(
+    steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each step, and of the product of two matrices, in turn within each round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    matmul: list[float] = []
+    for _ in range(rounds):
+        matmul.append(_timed(_matmul(device), device))
+        for name, step in steps.items():
+            times[name].append(_timed(step, device))
+    return times, matmul
+
+
 def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds, until the device is done too."""
     if device.type == "cuda":
@@ -203,8 +226,16 @@ def _matmul(device: torch.device) -> Callable[[], object]:
     return lambda: x @ x
 
 
-def _gpu_figures(step: Callable[[], None], ms: float) -> dict[str, float]:
-    """Milliseconds of copies to the GPU in a step, and the share of the time in which the GPU computes."""
+def _gpu_figures(steps: dict[str, Callable[[], None]], ways: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Milliseconds of copies to the GPU in a step; by name the share of the time in which it computes, and kernels."""
+    figures = {name: _profiled(step, ways[name]["ms"]) for name, step in steps.items()}
+    found: dict[str, Any] = {
+        key: {name: each[key] for name, each in figures.items()} for key in ("busy_share", "kernels")
+    }
+    return found | {"h2d_ms": next(iter(figures.values()))["h2d_ms"]}
+
+
+def _profiled(step: Callable[[], None], ms: float) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     steps = 3
@@ -218,12 +249,13 @@ def _gpu_figures(step: Callable[[], None], ms: float) -> dict[str, float]:
     return {"h2d_ms": copies, "busy_share": kernels / ms, "kernels": len(events) / steps}
 
 
-def end_to_end(batch: int, samples: int, steps: int, device: torch.device) -> dict[str, float]:
+def end_to_end(batch: int, samples: int, steps: int, device: torch.device, compile: str) -> dict[str, float]:
     """A training loop over made shards of the published size, after two steps."""
     with noise_shards(samples) as folder:
         manifest = Manifest.load(Path(folder))
         train = {"global_batch": min(batch, samples)}
-        described = {"data": {"shards": str(folder)}, "engine": {"kind": "ddp"}, "train": train}
+        described: dict[str, Any] = {"data": {"shards": str(folder)}, "train": train}
+        described["engine"] = {"kind": "ddp", "compile": compile}
         config, ranks = Config.model_validate(described), Ranks(0, 1, 0, device)
         network = build_model("psp", visual_channels=512, audio_channels=AUDIO, categories=len(manifest.categories))
         engine, objectives = build_engine(network, config, ranks), Objectives(config.objectives, pool="gather")

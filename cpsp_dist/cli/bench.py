@@ -249,14 +249,18 @@ def _describe_step(result: dict[str, Any]) -> str:
         f"{result['channels']} channels; medians of {result['rounds']} rounds; float32 products: "
         f"{result['matmul_gflops']:,.0f} GFLOP/s",
         table(rows),
-        f"ours fp32 has {result['ratio']:.2f} times the rate of the published network in fp32; most memory: "
-        f"{result['peak_bytes'] / 1e9:.2f} GB",
+        *(
+            f"{name} has {ratio:.2f} times the rate of the published network in fp32"
+            for name, ratio in result["ratios"].items()
+        ),
+        f"most memory: {result['peak_bytes'] / 1e9:.2f} GB",
     ]
     if "busy_share" in result:
-        lines.append(
-            f"GPU busy {result['busy_share']:.0%}, copies to it {result['h2d_ms']:.2f} ms a step, "
-            f"{result['kernels']:.0f} kernels"
-        )
+        lines += [
+            f"{name}: GPU busy {share:.0%}, {result['kernels'][name]:.0f} kernels"
+            for name, share in result["busy_share"].items()
+        ]
+        lines.append(f"copies to the GPU: {result['h2d_ms']:.2f} ms a step")
     loop = result["end_to_end"]
     lines.append(
         f"from shards, end to end: {loop['samples_per_second']:,.0f} samples/s, waiting for data "

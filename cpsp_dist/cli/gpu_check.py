@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-PARTS = ["facts", "syncs", "speed", "compile", "lstm", "scale", "agree", "ring", "engines", "repeat", "errors"]
+PARTS = [
+    "facts",
+    "syncs",
+    "speed",
+    "compile",
+    "graphs",
+    "lstm",
+    "scale",
+    "agree",
+    "ring",
+    "engines",
+    "repeat",
+    "errors",
+]
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,7 +12,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,11 @@ class Part(NamedTuple):
 
 #: In the order in which their lines are printed; those that are not alone run at the same time.
 PARTS = {
-    "facts": Part("device", 30),
-    "syncs": Part("device", 60),
-    "speed": Part("device", 60),
-    "compile": Part("device", 60),
+    "facts": Part("device", 20),
+    "syncs": Part("device", 45),
+    "speed": Part("device", 75),
+    "compile": Part("graphs", 70),
+    "graphs": Part("graphs", 45),
     "lstm": Part("device", 45),
     "scale": Part("pools", 45),
     "agree": Part("pools", 60),
@@ -65,10 +66,16 @@ def gpu_check(parts: Sequence[str] = ()) -> int:
         if any(PARTS[part].module == "runs" or part == "ring" for part in chosen):
             shards(Path(folder))
         alone = [part for part in chosen if PARTS[part].alone]
-        for lines in (*map(run, alone), *beside.map(run, [part for part in chosen if part not in alone])):
-            for line in lines:
-                echo(line)
-                bad += " BAD " in line
+
+        def lines() -> Iterator[str]:
+            for part in alone:
+                yield from run(part)
+            for found in beside.map(run, [part for part in chosen if part not in alone]):
+                yield from found
+
+        for line in lines():  # each is printed as soon as its part is done
+            echo(line)
+            bad += " BAD " in line
     echo(f"{bad} lines say BAD" if bad else "nothing is BAD")
     return 1 if bad else 0
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import statistics
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,11 @@ import torch
 
 from cpsp_dist.bench.gpu_check.lines import say
 from cpsp_dist.bench.gpu_check.runs import shards
-from cpsp_dist.bench.step import AUDIO, CATEGORIES, WAYS, bench_step, make_step, random_batch
-from cpsp_dist.config import Config
+from cpsp_dist.bench.step import WAYS, bench_step, make_step
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.data.reader import ReaderOptions, TrainStream
-from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.losses.settings import ObjectiveSettings
-from cpsp_dist.models import build_model
-from cpsp_dist.training.engine import build_engine
 from cpsp_dist.training.feed import BatchFeed
 
 GPU = torch.device("cuda", 0)
@@ -35,7 +29,7 @@ def facts(folder: Path) -> None:
 
 def syncs(folder: Path) -> None:
     """Torch's own count of host syncs in a step, beside the budget of the simulation."""
-    step = make_step(*WAYS["ours fp32"], 64, 512, GPU)
+    step = make_step(WAYS["ours fp32"], 64, 512, GPU)
     for _ in range(3):
         step()
     with warnings.catch_warnings(record=True) as caught:
@@ -53,7 +47,7 @@ def syncs(folder: Path) -> None:
 
 
 def speed(folder: Path) -> None:
-    ours = ("ours fp32", "ours bf16")
+    ours = tuple(name for name, way in WAYS.items() if way.whose == "ours")
     cases: list[dict[str, Any]] = [
         {"ways": tuple(WAYS), "batch": batch, "samples": 16 * batch, "rounds": 10} for batch in (64, 256)
     ]
@@ -61,65 +55,18 @@ def speed(folder: Path) -> None:
     for case in cases:
         found = bench_step(**({"samples": 0, "rounds": 20} | case))
         rates = ", ".join(f"{name} {row['samples_per_second']:,.0f}" for name, row in found["ways"].items())
-        first = found["ways"]["ours fp32"]
-        end = found.get("end_to_end")
+        first, end = found["ways"]["ours fp32"], found.get("end_to_end")
+        gpu = ", ".join(
+            f"{share:.0%} by {found['kernels'][name]:.0f} kernels" for name, share in found["busy_share"].items()
+        )
         say(
             "speed",
             None,
             f"TF32 {'on' if case.get('tf32') else 'off'}, batch {found['batch']}, {found['channels']} channels:"
-            f" samples/s {rates}; fp32: {first['ms']:.2f} ms, of products {first['matmul_share']:.2f}, busy"
-            f" {found['busy_share']:.0%}, {found['kernels']:.0f} kernels, H2D {found['h2d_ms']:.2f} ms, memory"
-            f" {found['peak_bytes'] / 1e9:.2f} GB"
+            f" samples/s {rates}; fp32: {first['ms']:.2f} ms, of products {first['matmul_share']:.2f}, busy {gpu} with"
+            f" graphs, H2D {found['h2d_ms']:.2f} ms, memory {found['peak_bytes'] / 1e9:.2f} GB"
             + (f"; from shards {end['samples_per_second']:,.0f}, waits {end['data_wait_share']:.0%}" if end else ""),
         )
-
-
-def compile(folder: Path) -> None:
-    """A step whose network is as it is, compiled, and compiled with CUDA graphs."""
-    for precision in ("fp32", "bf16"):
-        times, losses = {}, {}
-        for name, options in {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}.items():
-            step, loss = _compiled_step(precision, options)
-            for _ in range(8):
-                step()
-            times[name] = statistics.median(_milliseconds(step) for _ in range(30))
-            losses[name] = loss()
-        apart = max(abs(value / losses["eager"] - 1) for value in losses.values())
-        text = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-        say("compile", None, f"{precision}, batch 64: {text}; losses after 38 steps up to {apart:.1e} apart")
-
-
-def _compiled_step(precision: str, options: dict[str, Any] | None) -> tuple[Callable[[], None], Callable[[], float]]:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    batch = random_batch(64, 512).to(GPU)
-    settings = {"precision": precision, "global_batch": 64}
-    config = Config.model_validate({"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": settings})
-    network = build_model("psp", visual_channels=512, audio_channels=AUDIO, categories=CATEGORIES)
-    engine: Any = build_engine(network, config, Ranks(0, 1, 0, GPU))
-    engine.module.train()
-    if options is not None:
-        engine.wrapped = torch.compile(engine.module, **options)
-    objectives, last = Objectives(config.objectives, pool="gather"), torch.zeros(())
-
-    def step() -> None:
-        nonlocal last
-        torch.compiler.cudagraph_mark_step_begin()
-        last = objectives(engine(batch), batch)[0]
-        engine.backward(last)
-        engine.step(1e-3)
-
-    return step, lambda: float(last.detach())
-
-
-def _milliseconds(work: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
 
 
 def lstm(folder: Path) -> None:

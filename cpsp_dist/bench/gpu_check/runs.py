@@ -72,7 +72,7 @@ def _train(folder: Path, name: str, *settings: str, killed_at: int | None = None
 
 
 def _beside(work: Callable[[str], None], names: Mapping[str, object]) -> None:
-    with ThreadPoolExecutor(max(1, min(6, usable_cores() // 2))) as threads:
+    with ThreadPoolExecutor(max(1, min(8, usable_cores() // 2))) as threads:
         list(threads.map(work, names))
 
 
@@ -83,6 +83,7 @@ def engines(folder: Path) -> None:
     cases |= {f"ZeRO {stage}": [f"engine.zero={stage}"] for stage in range(4)}
     cases |= {f"ZeRO {stage}, bf16": [f"engine.zero={stage}", "train.precision=bf16"] for stage in (1, 3)}
     cases |= {name: [ddp, f"model.name={name}"] for name in ("avel", "avsdn", "cmran", "cmbs")}
+    cases |= {f"{name}, inductor": [*cases[name], "engine.compile=inductor"] for name in ("ddp, fp32", "ZeRO 0")}
     cases |= {"cace": [ddp, "model.name=cace", "model.enhanced_from=0", *CACE]}
 
     def work(name: str) -> None:
@@ -94,16 +95,20 @@ def engines(folder: Path) -> None:
 
 
 def repeat(folder: Path) -> None:
-    """The same run twice, and once more killed and resumed, ends with the same weights."""
+    """The same run twice, and once more killed and resumed, ends with the same weights; the first one without CUDA
+    graphs, where they are asked for."""
     from safetensors.torch import load_file
 
     cases = {"ddp": ["engine.kind=ddp"], "ZeRO 0": [], "ZeRO 2": ["engine.zero=2"], "ZeRO 3": ["engine.zero=3"]}
     cases |= {"ZeRO 1, bf16": ["engine.zero=1", "train.precision=bf16"]}
     cases |= {name: ["engine.kind=ddp", f"model.name={name}"] for name in ("avel", "avsdn", "cmran", "cmbs")}
+    graphs = "engine.compile=graphs"
+    cases |= {f"{name}, graphs": [*cases[name], graphs] for name in ("ddp", "ZeRO 2")}
 
     def work(name: str) -> None:
         settings = ["train.steps=30", "checkpoint.every_steps=10", *cases[name]]
-        runs = [_train(folder, f"{name} {time_}", *settings) for time_ in "ab"]
+        runs = [_train(folder, f"{name} a", *(setting for setting in settings if setting != graphs))]
+        runs.append(_train(folder, f"{name} b", *settings))
         _train(folder, f"{name} c", *settings, killed_at=10)
         runs.append(_train(folder, f"{name} c", *settings))
         if failed := [done for done in runs if done.code]:

@@ -29,6 +29,22 @@ def test_parts_fit_into_ten_minutes() -> None:
     assert alone + max(part.limit for part in check.PARTS.values() if not part.alone) <= 600
 
 
+def test_a_parts_lines_are_printed_before_the_next_part_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that is cut short has said what it found."""
+    done: list[str] = []
+
+    def run_part(part: str, *_: object) -> list[str]:
+        done.append(f"run {part}")
+        return [f"{part} ok   x"]
+
+    monkeypatch.setattr(check, "require_gpu", lambda: None)
+    monkeypatch.setattr(check, "run_part", run_part)
+    monkeypatch.setattr(check, "echo", done.append)
+    assert check.gpu_check(["facts", "syncs", "lstm"]) == 0
+    found = [line for part in ("facts", "syncs", "lstm") for line in (f"run {part}", f"{part} ok   x")]
+    assert done == [*found, "nothing is BAD"]
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
