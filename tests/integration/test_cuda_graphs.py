@@ -31,7 +31,7 @@ CASES = {
     "ZeRO 2, bf16": ["engine.zero=2", "train.precision=bf16"],
     "CACE-Net": CHANGES,
 }
-SHORT = ("psp", "ZeRO 2")
+SHORT = ("psp",)
 
 
 def trained(shards: Path, folder: Path, *settings: str, **more: Any) -> tuple[SimulatedRun, dict[str, torch.Tensor]]:
