@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from cpsp_dist.config import Config
-from cpsp_dist.tracking.library import import_mlflow
+from cpsp_dist.tracking.library import import_mlflow, new_sqlite_client
 from cpsp_dist.utils import files
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
@@ -86,6 +86,11 @@ def _may_write(folder: Path) -> bool:
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store; None where it is another kind."""
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
+
+
+def _artifacts(file: Path) -> str:
+    """The URI of the folder beside a SQLite file; mlflow would take whatever folder the command was given in."""
+    return (Path(os.path.realpath(file)).parent / "mlartifacts").as_uri()
 
 
 def _quoted(path: Path) -> str:
@@ -193,14 +198,12 @@ def _client(uri: str) -> Any:
         return mlflow.MlflowClient(tracking_uri=uri)
     _make_store(file)
     _require_sqlite(file)
-    return _sqlite_client(uri)
+    return _sqlite_client(uri, _artifacts(file))
 
 
-def _sqlite_client(uri: str) -> Any:
-    import mlflow
-
+def _sqlite_client(uri: str, artifacts: str) -> Any:
     try:
-        return mlflow.MlflowClient(tracking_uri=uri)
+        return new_sqlite_client(uri, artifacts)
     finally:
         raw = Path(uri.removeprefix(SQLITE))
         if raw != sqlite_file(uri):  # mlflow makes a folder of the quoted name
@@ -241,7 +244,7 @@ def _make_store(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-", ignore_cleanup_errors=True) as part:
         made = Path(part) / file.name
-        _sqlite_client(f"{SQLITE}{_quoted(made)}").search_experiments(max_results=1)
+        _sqlite_client(f"{SQLITE}{_quoted(made)}", _artifacts(file)).search_experiments(max_results=1)
         try:
             os.link(made, file)
         except FileExistsError:
@@ -275,10 +278,8 @@ def experiment_id(store: Store, config: Config) -> str:
             for key in sorted(missing):
                 store.set_experiment_tag(found.experiment_id, key, EXPERIMENT_TAGS[key])
         return str(found.experiment_id)
-    # Beside a SQLite file; mlflow would take whatever folder the command was given in. A server decides for itself.
     file = sqlite_file(uri)
-    place = file.resolve().parent / "mlartifacts" if file else None
-    location = place.as_uri() if place else None
+    location = _artifacts(file) if file else None  # a server decides for itself
     return str(store.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
 
 

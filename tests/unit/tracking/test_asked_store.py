@@ -118,7 +118,7 @@ from cpsp_dist.tracking import store
 
 begun = threading.Event()
 
-def client(uri):  # as SQLite does, it writes beside its file as long as the process lives
+def client(uri, artifacts):  # as SQLite does, it writes beside its file as long as the process lives
     folder = Path(uri.removeprefix(store.SQLITE)).parent
     for number in itertools.count():
         with contextlib.suppress(OSError):

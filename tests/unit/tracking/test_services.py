@@ -343,17 +343,23 @@ def test_a_deleted_experiment_is_named(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["pct%25z", "a?b#ü"])
-def test_a_folder_whose_name_means_something_in_a_url(
+@pytest.mark.parametrize("name", ["pct%25z", "a?b#ü", 'it\'s "here"', "a :b\\c"])
+def test_a_folder_whose_name_means_something_in_a_url_or_in_sql(
     config_and_data: tuple[Config, Manifest], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The folder of the store, and the one in which the command is given."""
     monkeypatch.setattr(stores, "ANSWER_SECONDS", 60.0)
     config, manifest = config_and_data
     here = in_folder(config, tmp_path / name / "run", flush_timeout=60)
+    monkeypatch.chdir(tmp_path / name)
     track(here, manifest)
     assert (tmp_path / name / "mlflow.db").is_file()
     assert [run.metrics for run in runs_in(stores.tracking_uri(here))] == [{"loss/total": 1 / 3}]
+    store, artifacts = stores.Store(stores.tracking_uri(here)), tmp_path / name / "mlartifacts"
+    assert [*artifacts.rglob("config.json")]
+    assert store.get_experiment("0").artifact_location == f"{artifacts.as_uri()}/0"
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in Path.cwd().iterdir()} == {"run", "mlflow.db", "mlartifacts"}
 
 
 def test_a_port_where_nobody_listens(
