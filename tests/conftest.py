@@ -27,9 +27,9 @@ gc.disable()  # until all is imported: what that makes stays
 
 #: Files that take longest, longest first: begun last, one of them would keep a worker when all the others are done.
 LONG = ["slurm", "launch_slurm", "training", "crashes", "changing_ranks", "pool", "launchers", "signals", "reference"]
-LONG += ["models_under_engines", "demo", "launch_local", "sweep", "avdigits", "tracking", "losses", "checkpoint"]
-LONG += ["engine", "python_api", "export", "installed", "corruption", "s3", "nonfinite", "dry_run", "remote", "reader"]
-LONG += ["packing_resume", "doctor", "extract", "extract_shards", "run_page"]
+LONG += ["models_under_engines", "demo", "launch_local", "sweep", "avdigits", "tracking", "lost_stores", "losses"]
+LONG += ["checkpoint", "engine", "python_api", "export", "installed", "corruption", "s3", "nonfinite", "dry_run"]
+LONG += ["remote", "reader", "packing_resume", "doctor", "extract", "extract_shards", "run_page"]
 
 
 @pytest.hookimpl(tryfirst=True)

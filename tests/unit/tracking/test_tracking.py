@@ -1,19 +1,15 @@
-"""What MLflow holds after a run, what `compare` makes of it, and that a dead server stops nothing."""
+"""What MLflow holds after a run, and what `compare` makes of it."""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
-import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,25 +26,9 @@ from cpsp_dist.losses.diagnostics import POOL_METRICS
 from cpsp_dist.metrics.predictions import FROM_PREDICTIONS, Predictions
 from cpsp_dist.tracking import git as git_state_module
 from cpsp_dist.tracking import mlflow as tracking
-from cpsp_dist.tracking.known_runs import started_as
-from cpsp_dist.tracking.runs import find_runs
 from cpsp_dist.utils.console import table
-from tests.support.environment import REPO, environment, free_port
-from tests.support.runs import tracked_points
-
-CONFIG = REPO / "configs" / "keypad.yaml"
-
-
-def arguments(shards: Path, output: Path, *more: str) -> list[str]:
-    settings = [f"data.shards={shards}", f"output={output}", "train.global_batch=8", "train.steps=6"]
-    settings += ["tracking.every_steps=2", "checkpoint.every_steps=3", "engine.kind=ddp"]
-    settings += ["tracking.report=false"]
-    return ["--config", str(CONFIG), *settings, *more]
-
-
-def logged_steps(output: Path) -> list[int]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if "loss/total" in line]
+from tests.support.environment import REPO
+from tests.support.tracking import CONFIG, arguments, points_of
 
 
 def send_often_and_stay_at_step_4(rank: int) -> None:
@@ -67,12 +47,6 @@ def send_often_and_stay_at_step_4(rank: int) -> None:
 def first_point(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     return found
-
-
-def points_of(store: Path, step: int) -> int:
-    with closing(sqlite3.connect(store, timeout=30)) as database:
-        (row,) = database.execute("SELECT count(*) FROM metrics WHERE key = 'loss/total' AND step = ?", [step])
-        return row[0]
 
 
 @pytest.fixture(scope="module")
@@ -334,149 +308,3 @@ def test_compare_names_where_it_looked(two_runs: Path, tmp_path: Path, capsys):
 def test_tables_align():
     rows = [{"run": "a", "value": 1.0}, {"run": "longer", "value": None}]
     assert table(rows) == "run     value\n------  -----\na           1\nlonger      -"
-
-
-@pytest.mark.long
-def test_tracking_uri_of_the_environment(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    store = tmp_path / "elsewhere.db"
-    run = arguments(keypad_shards, tmp_path / "out" / "run")
-    prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}").finish()
-    assert [run.status for run in find_runs(f"sqlite:///{store}", ["cpsp"])] == ["FINISHED"]
-    assert not (tmp_path / "out" / "mlflow.db").exists()
-    assert list((tmp_path / "mlartifacts").rglob("config.json")), "artifacts lie beside the store, not where one stands"
-
-
-def send_often_and_stay_at_the_third_point(rank: int) -> None:
-    tracking.SEND_EVERY_SECONDS = 0.2
-    log, count = tracking.Tracker.log, iter(range(1000))
-
-    def stay(self: tracking.Tracker, step: int, metrics: Mapping[str, float]) -> None:
-        log(self, step, metrics)
-        if "loss/total" in metrics and next(count) == 2:
-            time.sleep(600)
-
-    tracking.Tracker.log = stay  # type: ignore[method-assign]
-
-
-@pytest.mark.long
-def test_a_run_killed_three_times_is_one_run(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
-    """Its history is unbroken, each step once; it began with the first start and ended with the last."""
-    from mlflow import MlflowClient
-
-    run, store = arguments(keypad_shards, tmp_path / "run", "train.steps=14"), tmp_path / "mlflow.db"
-    began = time.time()
-    for last in (6, 8, 12):  # saved are the steps 3, 6 and 9
-        launch = prefork.start(run, 1, patch="tests.unit.tracking.test_tracking:send_often_and_stay_at_the_third_point")
-        assert launch.until(lambda last=last: store.is_file() and points_of(store, last) > 0)
-        launch.kill()
-        launch.wait()
-    prefork.start(run, 1).finish()
-    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
-    (found,) = client.search_runs([client.get_experiment_by_name("cpsp").experiment_id])
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["restarts"] == "3"
-    points = client.get_metric_history(found.info.run_id, "loss/total")
-    assert [point.step for point in points] == [2, 4, 6, 8, 10, 12, 14]
-    assert began <= found.info.start_time / 1000 < points[0].timestamp / 1000
-    assert points[-1].timestamp <= found.info.end_time <= 1000 * time.time()
-
-
-@pytest.mark.long
-def test_points_for_a_dead_server_are_sent_by_a_later_start(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=20")
-    dead = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    printed = prefork.start(run, 1, **dead).finish()
-    assert "warning: MLflow: " in printed
-    assert "are sent later, training continues" in printed
-    assert logged_steps(tmp_path / "run") == [2, 4, 6]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert not (tmp_path / "mlflow.db").exists()
-    known = started_as(tmp_path / "run")  # what the page of a run has of its machine, whatever the store
-    assert (known["host"], known["device"], known["restarts"]) == (socket.gethostname(), "CPU", "0")
-    assert known["launcher"]
-
-    for _ in range(2):  # the second time there is nothing left to send
-        assert "(finished)" in prefork.start(run, 1).finish()
-        assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
-        assert tracked_points(tmp_path / "mlflow.db", "accuracy/test") == [6]
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
-
-
-@pytest.mark.long
-def test_points_are_sent_when_the_store_comes_back(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    (tmp_path / "place").touch()  # a file where the store's folder should be
-    store = tmp_path / "place" / "mlflow.db"
-    more = ["train.steps=24", "tracking.every_steps=1", "checkpoint.every_steps=1"]
-    run = arguments(keypad_shards, tmp_path / "run", *more)
-    launch = prefork.start(run, 1, MLFLOW_TRACKING_URI=f"sqlite:///{store}")
-    assert launch.until(lambda: "training continues" in launch.ranks[0].output)
-    (tmp_path / "place").unlink()
-    launch.finish()
-    assert tracked_points(store, "loss/total") == list(range(1, 25))
-
-
-def test_a_server_that_never_answers_holds_nothing_up(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    """It takes the connection and is silent; the client would wait 1,000 s for each request."""
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
-        silent = {
-            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.getsockname()[1]}",
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "1000",
-        }
-        run = arguments(keypad_shards, tmp_path / "run", "tracking.flush_timeout=2")
-        printed = prefork.start(run, 1, **silent).finish()
-    assert "MLflow has not taken all points" in printed
-    assert logged_steps(tmp_path / "run") == [2, 4, 6]
-    assert (tmp_path / "run" / "results.json").is_file()
-
-
-def killed_making_the_store(rank: int) -> None:
-    """SIGKILL when mlflow comes to its tenth table."""
-    from alembic.ddl.impl import DefaultImpl
-
-    create_table, count = DefaultImpl.create_table, iter(range(1000))
-
-    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if next(count) == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return create_table(self, *args, **kwargs)
-
-    DefaultImpl.create_table = create
-
-
-@pytest.mark.long
-def test_killed_while_the_store_is_made(prefork: Any, keypad_shards: Path, tmp_path: Path):
-    """A half-made SQLite file would be one that no later start can use."""
-    run = arguments(keypad_shards, tmp_path / "run")
-    launch = prefork.start(run, 1, patch="tests.unit.tracking.test_tracking:killed_making_the_store")
-    assert launch.wait() == [-signal.SIGKILL]
-    assert not (tmp_path / "mlflow.db").exists()
-    prefork.start(run, 1).finish()
-    assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
-
-
-def test_the_library_is_imported_before_training_begins(
-    keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """By the thread that trains, and not beside its first steps."""
-    seen: list[threading.Thread] = []
-    monkeypatch.setattr(tracking, "import_mlflow", lambda uri: seen.append(threading.current_thread()))
-    config = load_config(CONFIG, [f"data.shards={keypad_shards}", f"output={tmp_path / 'out'}"])
-    tracker = tracking.Tracker(
-        config, Manifest.load(keypad_shards), 1, run_id=None, step=0, finished=False, enabled=True
-    )
-    monkeypatch.setattr(tracker, "_work", lambda: None)
-    with tracker:
-        assert seen == [threading.main_thread()]
-
-
-@pytest.mark.long
-def test_the_sender_imports_nothing_large(tmp_path: Path) -> None:
-    """What SQLite needs of MLflow, too: it slowed the steps down that followed the first 15 s."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    code = "import sys; from cpsp_dist.tracking.store import Store, import_mlflow; import_mlflow(sys.argv[1]); "
-    code += "before = len(sys.modules); Store(sys.argv[1]).search_experiments(); print(len(sys.modules) - before)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, uri], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 40
