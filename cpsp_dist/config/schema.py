@@ -134,7 +134,7 @@ class EngineSettings(Section):
     compile: Literal["none", "inductor", "graphs"] = Field(
         "none",
         description="the network as one piece. graphs: CUDA graphs of its forward and backward pass, with which a GPU "
-        "need not wait for its host; inductor: torch.compile",
+        "need not wait for its host, without a change to any bit; inductor: torch.compile, with other dropout masks",
     )
     ignore_conflicts: bool = Field(
         False, description="train although the launcher, or engine.deepspeed, asks for other settings than these"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cpsp_dist.utils.text import first_line, one_line
 
 DRIVER = Path("/proc/driver/nvidia/version")
 #: In errors of CUDA that another start would meet again.
-REPEATED = re.compile("device-side assert|invalid (argument|device|configuration)|not supported")
+REPEATED = re.compile("captur|device-side assert|invalid (argument|device|configuration)|not supported")
 HIDDEN = ("", "-1", "NoDevFiles")
 
 
@@ -94,6 +95,9 @@ def explain(error: BaseException, device: torch.device) -> UserError | DeviceLos
         return RankError(f"{_where(device)}: {what} is full{f' ({free[0]})' if free else ''}; {remedy}")
     if not isinstance(error, RuntimeError):
         return None
+    dynamo = sys.modules.get("torch._dynamo.exc")  # seconds to import, for those who compile
+    if dynamo is not None and isinstance(error, dynamo.TorchDynamoException):
+        return UserError(f"torch.compile fails here: {one_line(error)[:300]}; set engine.compile=none")
     if "driver version is insufficient" in text or "driver on your system is too old" in text:
         return RankError(
             f"{_where(device)}: the NVIDIA driver is too old for torch {torch.__version__} "

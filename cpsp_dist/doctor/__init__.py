@@ -21,7 +21,7 @@ from cpsp_dist.doctor import machine, paths
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
-from cpsp_dist.training.engine import check_launcher_settings, deepspeed_settings, import_deepspeed
+from cpsp_dist.training.engine import check_compile, check_launcher_settings, deepspeed_settings, import_deepspeed
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.hashing import text_sha256
@@ -116,11 +116,16 @@ class RankChecks:
             if self.rendezvous.ranks.first:
                 self._check("space", f"the disk of {config.output}", lambda: paths.room(config, manifests[0]))
         self._check("launcher", "the files that the launcher names", lambda: self._launcher(config))
+        self._check("compile", "the GPU", lambda: self._compile(config))
         if config.engine.kind == "deepspeed":
             self._check("deepspeed", "the disk of the packages", lambda: self._deepspeed(config))
 
     def _launcher(self, config: Config) -> list[Finding]:
         check_launcher_settings(config, self.rendezvous.ranks.device.type)
+        return []
+
+    def _compile(self, config: Config) -> list[Finding]:
+        check_compile(config, self.rendezvous.ranks.device)
         return []
 
     def _deepspeed(self, config: Config) -> list[Finding]:

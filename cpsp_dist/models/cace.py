@@ -86,9 +86,6 @@ class CACE(Suppression):
     def start_step(self, progress: float) -> None:
         self.enhanced = progress >= self.enhanced_from
 
-    def step_state(self) -> bool:
-        return self.enhanced
-
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         """[B, T, H, W, C] or [B, T, C], [B, T, A] -> Output with D = 256."""
         visual, audio = self.inputs(visual, audio)

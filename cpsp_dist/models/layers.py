@@ -122,10 +122,6 @@ class Network(nn.Module):
         """Called before each training step. progress: the share of the epochs that are done, 0 to 1."""
         return
 
-    def step_state(self) -> object:
-        """What `start_step` has set and `forward` reads, to compare: a CUDA graph is of one value of it."""
-        return None
-
     def forward(self, visual: Tensor, audio: Tensor) -> Output:
         raise NotImplementedError
 

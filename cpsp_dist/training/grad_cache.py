@@ -2,8 +2,8 @@
 
 First every part goes through the network without gradient; then the objectives are computed over the outputs of all
 parts at once, and their gradient with respect to these outputs is kept; then each part goes through the network once
-more, and takes its share of that gradient back. The second pass repeats the first to the bit: dropout is a function of
-(seed, step, part, rank).
+more, and takes its share of that gradient back. The second pass repeats the first to the bit (to rounding, compiled by
+torch.compile): dropout is a function of (seed, step, part, rank).
 """
 
 from __future__ import annotations

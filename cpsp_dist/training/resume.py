@@ -122,7 +122,12 @@ def changes(progress: TrainingProgress, config: Config, manifest: Manifest) -> l
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (key in POSITION_KEYS or not key.startswith(KEYS_SAFE_TO_CHANGE))
+        if before.get(key) != now.get(key)
+        and (
+            key in POSITION_KEYS
+            or not key.startswith(KEYS_SAFE_TO_CHANGE)
+            or (key == "engine.compile" and "inductor" in (before.get(key), now[key]))  # with dropout masks of its own
+        )
     ]
     if progress.fingerprint != manifest.fingerprint:
         changed.append(f"the shards at {manifest.place} are not the ones it was trained on")

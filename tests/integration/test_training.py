@@ -291,6 +291,7 @@ def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards
     prefork.start(base, 1).finish()
     message = user_error(prefork, [*base, "objectives.psa_v=0.5"])
     assert "objectives.psa_v 1.0 -> 0.5" in message
+    assert "engine.compile 'none' -> 'inductor'" in user_error(prefork, [*base, "engine.compile=inductor"])
     assert "remove it, or set another output" in user_error(prefork, [*base, "--fresh"])
     other = tmp_path / "other-shards"
     assert main(["shards", "subset", str(keypad_shards), "--fraction", "0.9", "--out", str(other)]) == 0
@@ -305,7 +306,6 @@ def test_changed_settings_are_refused_with_the_difference(prefork, keypad_shards
     assert Checkpoints(tmp_path / "run").steps()[-1] == 3, "until it is to be longer"
 
 
-@pytest.mark.long
 @pytest.mark.long
 def test_a_finished_run_trains_more_epochs(prefork, keypad_shards, tmp_path):
     """Asked for more, it continues after its last step."""

@@ -96,9 +96,18 @@ def _with_index(x: Any) -> Any:
     return CUDA if isinstance(x, str | torch.device) and str(x) == "cuda" else x
 
 
+#: Weights that autocast has cast, until the outermost of its contexts ends.
+_CASTS: dict[torch.Tensor, torch.Tensor] = {}
+
+
 def _in_bf16(x: Any) -> Any:
-    floats = isinstance(x, torch.Tensor) and x.is_floating_point()
-    return x.to(torch.bfloat16) if floats else x
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+        return x
+    if not (x.is_leaf and x.requires_grad and torch.is_autocast_cache_enabled()):
+        return x.to(torch.bfloat16)
+    if x not in _CASTS:
+        _CASTS[x] = x.to(torch.bfloat16)
+    return _CASTS[x]
 
 
 _REAL_TO = torch.nn.Module.to
@@ -186,6 +195,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         **{f"torch.cuda.{name}": lambda *_: 0 for name in MEMORY},
         "torch.cuda.nvtx.range_push": lambda *_: 0,
         "torch.cuda.nvtx.range_pop": lambda *_: 0,
+        "torch.clear_autocast_cache": _CASTS.clear,
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
         "torch.nn.Module.to": _module_to,

@@ -26,6 +26,7 @@ __all__ = [
     "PlainModel",
     "TrainingState",
     "build_engine",
+    "check_compile",
     "check_engine_settings",
     "check_launcher_settings",
     "deepspeed_settings",

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cpsp_dist.config import Config
 from cpsp_dist.models import Output
 from cpsp_dist.models.layers import Network
 from cpsp_dist.utils.errors import ConfigError, UserError
-from cpsp_dist.utils.text import one_line
+from cpsp_dist.utils.text import first_line
 
+_PLAIN = (bool, int, float, str)
 #: Passes before a capture, in which libraries choose their algorithms and take their memory.
 WARM_UP = 3
 
@@ -35,25 +39,9 @@ def compile_network(network: nn.Module, config: Config) -> None:
         # That TF32 would be faster is what train.tf32 decides.
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         network.compile(dynamic=False)
-        network._compiled_call_impl = _with_plain_errors(network._compiled_call_impl)
     elif config.engine.compile == "graphs":
         assert isinstance(network, Network)
         network.forward = GraphedForward(network)  # type: ignore[method-assign]
-
-
-def _with_plain_errors(compiled: Any) -> Callable[..., Output]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    def call(*features: Tensor) -> Output:
-        try:
-            output: Output = compiled(*features)
-        except TorchDynamoException as error:  # no C++ compiler, say
-            raise UserError(
-                f"engine.compile=inductor: torch.compile fails here: {one_line(error)[:300]}; set engine.compile=none"
-            ) from error
-        return output
-
-    return call
 
 
 def release_network(network: nn.Module) -> None:
@@ -72,6 +60,7 @@ class GraphedForward:
     def __init__(self, network: Network) -> None:
         self.network, self.plain = network, network.forward
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self._parts = [vars(part) for part in network.modules()]
         self._graphs: _Graphs | None = None
         self._key: object = None  # what they are of
 
@@ -90,7 +79,9 @@ class GraphedForward:
         tensors = [(x.shape, x.stride(), x.dtype) for x in (visual, audio)]
         places = [p.data_ptr() for p in self.parameters]
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        return tensors, places, autocast, self.network.step_state()
+        # What Python keeps of the network may change between steps: `Network.start_step`.
+        plain = [value for part in self._parts for value in part.values() if type(value) in _PLAIN]
+        return tensors, places, autocast, plain
 
     def _copy_on_the_same_weights(self) -> Network:
         """What is captured: of the network's own parameters DDP and DeepSpeed hold the nodes that take gradients. These
@@ -102,7 +93,8 @@ class GraphedForward:
         return copied
 
 
-class _Graphs(NamedTuple):
+@dataclass
+class _Graphs:
     """One pass each way, and the tensors that each replay reads and writes."""
 
     forward: Any
@@ -111,6 +103,7 @@ class _Graphs(NamedTuple):
     output: Output
     back: list[Tensor]  # gradients of those of `output` that have one
     gradients: tuple[Tensor | None, ...]  # of the parameters
+    passes: int = 0  # made so far: a backward pass is of the last one alone
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -143,13 +136,27 @@ def _captured(network: Network, visual: Tensor, audio: Tensor) -> _Graphs:
     current.wait_stream(side)
     # Only this thread's calls are looked at: the reader's threads wait for events meanwhile.
     there, back_again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(there, capture_error_mode="thread_local"):
-        output, outputs = forward()
-    back = [torch.zeros_like(x) for x in outputs]
-    with torch.cuda.graph(back_again, pool=there.pool(), capture_error_mode="thread_local"):
-        gradients = backward(outputs, back)
+    with _refused_in_one_line():
+        with torch.cuda.graph(there, capture_error_mode="thread_local"):
+            output, outputs = forward()
+        back = [torch.zeros_like(x) for x in outputs]
+        with torch.cuda.graph(back_again, pool=there.pool(), capture_error_mode="thread_local"):
+            gradients = backward(outputs, back)
     torch.cuda.set_rng_state(random, device)
     return _Graphs(there, back_again, inputs, Output._make(None if x is None else x for x in output), back, gradients)
+
+
+@contextmanager
+def _refused_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "captur" not in str(error):
+            raise
+        raise UserError(
+            f"engine.compile=graphs: this network cannot be captured ({first_line(error)[:150]}), as where it waits "
+            "for the GPU; set engine.compile=none"
+        ) from error
 
 
 class _Replay(torch.autograd.Function):
@@ -160,7 +167,8 @@ class _Replay(torch.autograd.Function):
         for own, given in zip(graphs.inputs, tensors, strict=False):
             own.copy_(given)
         graphs.forward.replay()
-        ctx.graphs = graphs
+        graphs.passes += 1
+        ctx.graphs, ctx.number = graphs, graphs.passes
         ctx.set_materialize_grads(False)
         copies = _copies(graphs.outputs)
         ctx.mark_non_differentiable(
@@ -169,8 +177,12 @@ class _Replay(torch.autograd.Function):
         return tuple(copies)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         graphs = ctx.graphs
+        if ctx.number != graphs.passes:
+            raise RuntimeError("engine.compile=graphs: a backward pass is of the last forward pass, and once")
+        graphs.passes += 1
         given = tuple(g for g, x in zip(given, graphs.outputs, strict=True) if x.requires_grad)
         pairs = [(own, g) for own, g in zip(graphs.back, given, strict=True) if g is not None]
         torch._foreach_zero_(graphs.back)

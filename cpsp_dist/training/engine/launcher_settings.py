@@ -9,6 +9,8 @@ from pathlib import Path
 from cpsp_dist.config import Config
 from cpsp_dist.utils.errors import ConfigError
 
+#: What accelerate asks of torch.compile besides.
+DYNAMO_SWITCHES = ("USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION")
 PASS = "engine.ignore_conflicts=true lets it pass"
 
 
@@ -75,6 +77,13 @@ def accelerate_conflicts(config: Config, device: str, env: Mapping[str, str]) ->
                          "set engine.compile=inductor")  # fmt: skip
     elif backend not in ("", "no", "none", "inductor"):
         conflicts.append(f"dynamo backend {backend}, which no engine has: set dynamo_backend: 'no'")
+    elif backend == "inductor":
+        same = {"MODE": ("", "none", "default"), **dict.fromkeys(DYNAMO_SWITCHES, ("", "none", "false"))}
+        conflicts += [
+            f"dynamo_{name.lower()} {value(f'DYNAMO_{name}')}, which engine.compile has not: remove it"
+            for name in same
+            if value(f"DYNAMO_{name}") not in same[name]
+        ]
     if value("USE_CPU") == "true" and device != "cpu":
         conflicts.append("the CPU, but a GPU is visible and would be used: hide it with CUDA_VISIBLE_DEVICES=''")
     return conflicts

@@ -68,6 +68,7 @@ def test_mistakes_of_a_user(doctor: Run, keypad_shards: Path, tmp_path: Path) ->
     mistakes = {
         "config": (["train.epoch=1", "train.seed=x"], ["did you mean 'train.epochs'?", "train.seed='x'"], 1),
         "shards": ([f"data.shards={tmp_path}/none"], [f"{tmp_path}/none: no such folder of shards; pack one with"], 1),
+        "compile": (["engine.compile=graphs"], ["engine.compile=graphs needs a GPU, and there is none here"], 1),
         "output": (
             ["output=/proc/none/run"],
             ["output=/proc/none/run: nothing can be written to /proc", "; fix: set"],

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cpsp_dist.config import Config
+from cpsp_dist.distributed.devices import explain
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.models import MODELS, build_model
+from cpsp_dist.models import Output, build_model
+from cpsp_dist.models.psp import PSP
 from cpsp_dist.training.engine import build_engine, check_engine_settings
 from cpsp_dist.training.engine.base import build_optimizer
-from cpsp_dist.utils.errors import ConfigError
+from cpsp_dist.utils.errors import ConfigError, UserError
 from tests.support.environment import REPO, environment
 from tests.support.runs import KEYPAD, loss_history, overrides
 from tests.support.simulated_device import CUDA
@@ -37,27 +39,43 @@ def test_weights_in_parts_are_refused(how: str) -> None:
         config_of(zero=3, compile=how)
 
 
-def state_of(network: nn.Module) -> dict[str, object]:
-    """What Python keeps of every part, without tensors and parts."""
-    return {
-        f"{name}.{key}": value
-        for name, part in network.named_modules()
-        for key, value in vars(part).items()
-        if not key.startswith("_") and not isinstance(value, Tensor)
-    }
+def graphed_network() -> tuple[nn.Module, Tensor, Tensor]:
+    """On the simulated GPU, with a batch of 2 videos."""
+    network = build_model("psp", visual_channels=512, audio_channels=128, categories=3)
+    build_engine(network, config_of(kind="ddp", compile="graphs"), Ranks(0, 1, 0, CUDA))
+    return network.train(), torch.rand(2, 10, 7, 7, 512, device=CUDA), torch.randn(2, 10, 128, device=CUDA)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_networks_say_what_a_step_changes(name: str) -> None:
-    network = build_model(name, visual_channels=512, audio_channels=128, categories=3)
-    seen = []
-    for progress in (0.0, 0.1, 0.5, 1.0):
-        network.start_step(progress)
-        seen.append((state_of(network), network.step_state()))
-    for state, said in seen:
-        for other, also_said in seen:
-            assert said != also_said or state == other
-    assert (len({said for _, said in seen}) > 1) == (name == "cace")
+def test_a_backward_pass_of_an_earlier_forward_pass_is_refused() -> None:
+    """The graphs have memory for one: it would give the gradients of another."""
+    with simulated_gpu():
+        network, visual, audio = graphed_network()
+        first, second = network(visual, audio), network(visual + 1, audio)
+        with pytest.raises(RuntimeError, match="a backward pass is of the last forward pass, and once"):
+            first.fusion.sum().backward()
+        loss = second.fusion.sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a backward pass is of the last forward pass, and once"):
+            loss.backward()
+
+
+def test_a_network_that_waits_for_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PSP.forward
+
+    def waiting(self: PSP, visual: Tensor, audio: Tensor) -> Output:
+        output = plain(self, visual, audio)
+        return output._replace(fusion=output.fusion * float(output.fusion.detach().sum()))
+
+    monkeypatch.setattr(PSP, "forward", waiting)
+    with simulated_gpu():
+        network, visual, audio = graphed_network()
+        with pytest.raises(UserError, match=r"cannot be captured \(.*not permitted.*\).*; set engine\.compile=none"):
+            network(visual, audio)
+
+
+def test_an_error_of_a_capture_is_not_a_lost_gpu() -> None:
+    """It would be requeued, to fail again."""
+    assert explain(RuntimeError("CUDA error: operation not permitted when stream is capturing"), CUDA) is None
 
 
 def test_a_closed_engine_leaves_the_network_as_it_was() -> None:
@@ -100,13 +118,14 @@ def test_inductor_trains_as_the_network_does(keypad_shards: Path, tmp_path: Path
 
 
 @pytest.mark.long
-def test_inductor_without_a_compiler_is_one_line(keypad_shards: Path, tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    done = start(keypad_shards, tmp_path / "run", "engine.compile=inductor", CXX="none", TORCHINDUCTOR_CACHE_DIR=cache)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=str)
+def test_inductor_without_a_compiler_is_one_line(more: list[str], keypad_shards: Path, tmp_path: Path) -> None:
+    settings, cache = ["engine.compile=inductor", *more], str(tmp_path / "cache")
+    done = start(keypad_shards, tmp_path / "run", *settings, CXX="none", TORCHINDUCTOR_CACHE_DIR=cache)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: engine.compile=inductor: torch.compile fails here")
+    assert last.startswith("error: torch.compile fails here: ")
     assert last.endswith("set engine.compile=none")
 
 

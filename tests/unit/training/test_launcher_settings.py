@@ -67,7 +67,10 @@ def test_what_agrees_is_no_conflict() -> None:
     same = ["engine.zero=2", "train.precision=bf16", "train.accumulation=4", "train.grad_clip_norm=7"]
     assert not conflicts(asked, *same)
     assert len(conflicts(asked, "train.grad_clip_norm=null")) == 4
-    assert not conflicts({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "engine.compile=inductor")
+    inductor = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "default"}
+    assert not conflicts(inductor, "engine.compile=inductor")
+    more = {"ACCELERATE_DYNAMO_MODE": "max-autotune", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True"}
+    assert len(conflicts(inductor | more, "engine.compile=inductor")) == 2
 
 
 def test_all_are_named_at_once_and_a_setting_lets_them_pass() -> None:
