@@ -57,7 +57,7 @@ def say_start(
         f"{without_secrets(manifest.place)}: {videos} videos; {schedule.steps:,} steps of {config.train.global_batch}"
     )
     logger.info(f"MLflow: {store}")
-    if ranks.device.type == "cuda" and config.engine.compile == "none" and config.engine.zero < 3:
+    if ranks.device.type == "cuda" and ranks.world == 1 and config.engine.compile == "none" and config.engine.zero < 3:
         logger.info("engine.compile=graphs would train to the same weights, sooner (docs/results.md)")
     for line in [*without_effect(config), *warnings(config, cards)]:
         logger.warning(line)

@@ -135,15 +135,15 @@ def _captured(network: Network, visual: Tensor, audio: Tensor) -> _Graphs:
             backward(outputs, [torch.zeros_like(x) for x in outputs])
     current.wait_stream(side)
     # Only this thread's calls are looked at: the reader's threads wait for events meanwhile.
-    there, back_again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    forward_graph, backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with _refused_in_one_line():
-        with torch.cuda.graph(there, capture_error_mode="thread_local"):
+        with torch.cuda.graph(forward_graph, capture_error_mode="thread_local"):
             output, outputs = forward()
         back = [torch.zeros_like(x) for x in outputs]
-        with torch.cuda.graph(back_again, pool=there.pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(backward_graph, pool=forward_graph.pool(), capture_error_mode="thread_local"):
             gradients = backward(outputs, back)
     torch.cuda.set_rng_state(random, device)
-    return _Graphs(there, back_again, inputs, Output._make(None if x is None else x for x in output), back, gradients)
+    return _Graphs(forward_graph, backward_graph, inputs, output, back, gradients)
 
 
 @contextmanager
