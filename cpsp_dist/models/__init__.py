@@ -52,11 +52,16 @@ def __getattr__(name: str) -> Any:
 
 def model_for(settings: ModelSettings, manifest: Manifest) -> Network:
     """The configured network, at the sizes of the shards' features."""
+    return model_of(settings, **sizes_for(manifest))
+
+
+def model_of(settings: ModelSettings, **sizes: int) -> Network:
+    """The configured network, at the sizes that `build_model` takes."""
     return build_model(
         settings.name,
         supervision=settings.supervision,
         modality=settings.modality,
-        **sizes_for(manifest),
+        **sizes,
         **vars(settings_from(MODELS[settings.name].Settings, settings)),
     )
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpsp_dist.bench.batches import own_objectives
 from cpsp_dist.training.engine import compiled
 from cpsp_dist.utils.errors import UserError
-from tests.integration.test_simulated_gpu import BUDGET, WEAK, check, own_objectives
+from tests.integration.test_simulated_gpu import BUDGET, WEAK, check
 from tests.support.simulated_training import SimulatedRun, simulate_training
 
 GRAPHS = "engine.compile=graphs"

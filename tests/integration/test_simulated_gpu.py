@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpsp_dist.bench.batches import own_objectives
 from cpsp_dist.config import Config
-from cpsp_dist.losses import OBJECTIVES, psa_v
+from cpsp_dist.losses import psa_v
 from cpsp_dist.models import MODELS
 from tests.support.simulated_device import CUDA
 from tests.support.simulated_gpu import simulated_gpu
@@ -90,12 +91,6 @@ def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tm
 
 #: Its other output from the first epoch on: ZeRO 3 learns the order of the parameters again where it begins.
 FROM_THE_START = {"cace": ["model.enhanced_from=0"]}
-
-
-def own_objectives(network: str) -> list[str]:
-    """Settings that switch on the objectives of what this network alone gives."""
-    extra = set(MODELS[network].extra_outputs)
-    return [f"objectives.{name}=1" for name, objective in OBJECTIVES.items() if extra & set(objective.inputs)]
 
 
 @pytest.mark.long

@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cpsp_dist.bench.batches import random_batch
+from cpsp_dist.bench.batches import network_of, own_objectives, random_batch
 from cpsp_dist.bench.gpu_check.device import GPU
 from cpsp_dist.bench.gpu_check.lines import say
-from cpsp_dist.bench.step import AUDIO, CATEGORIES, Variant, make_step
+from cpsp_dist.bench.step import Variant, make_step
 from cpsp_dist.config import load_config
 from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.distributed.process_group import Ranks
-from cpsp_dist.losses import OBJECTIVES
 from cpsp_dist.losses.objectives import Objectives
-from cpsp_dist.models import MODELS, build_model
+from cpsp_dist.models import MODELS
 from cpsp_dist.models.layers import start_step
 from cpsp_dist.training.engine import build_engine, set_numerics
 
@@ -27,13 +26,14 @@ from cpsp_dist.training.engine import build_engine, set_numerics
 def compile(folder: Path) -> None:
     """A step whose network is as it is, compiled, and of CUDA graphs; in turn within each round."""
     for precision in ("fp32", "bf16"):
-        hows = ("none", "inductor", "graphs")
-        steps = {how: make_step(Variant("ours", precision, how), 64, 512, GPU) for how in hows}
+        steps = {
+            how: make_step(Variant("ours", precision, how), 64, 512, GPU) for how in ("none", "inductor", "graphs")
+        }
         for step in steps.values():
             for _ in range(5):
                 step()
         rounds = [{how: _milliseconds(step) for how, step in steps.items()} for _ in range(30)]
-        text = ", ".join(f"{how} {statistics.median(times[how] for times in rounds):.2f} ms" for how in hows)
+        text = ", ".join(f"{how} {statistics.median(times[how] for times in rounds):.2f} ms" for how in steps)
         say("compile", None, f"{precision}, batch 64: {text}")
 
 
@@ -56,12 +56,6 @@ def graphs(folder: Path) -> None:
     say("graphs", apart == [0], f"psp, within DDP over NCCL: 6 steps {apart[0]:.1e} apart")
 
 
-def own_objectives(network: str) -> list[str]:
-    """Settings that switch on the objectives of what this network alone gives."""
-    extra = set(MODELS[network].extra_outputs)
-    return [f"objectives.{name}=1" for name, objective in OBJECTIVES.items() if extra & set(objective.inputs)]
-
-
 @contextmanager
 def one_rank_of_nccl() -> Iterator[None]:
     """A process group, so that DDP has one."""
@@ -77,15 +71,7 @@ def _trained(settings: list[str], world: int = 1) -> dict[str, torch.Tensor]:
     weak = ["objectives.event=0", "objectives.avps=0", "objectives.psa_s=0"]
     more = weak if "model.supervision=weak" in settings else []
     config = load_config("ave_full", ["data.shards=none", "engine.kind=ddp", "train.global_batch=16", *settings, *more])
-    torch.manual_seed(0)
-    network = build_model(
-        config.model.name,
-        supervision=config.model.supervision,
-        visual_channels=512,
-        audio_channels=AUDIO,
-        categories=CATEGORIES,
-    )
-    engine = build_engine(network, config, Ranks(0, world, 0, GPU))
+    engine = build_engine(network_of(config.model), config, Ranks(0, world, 0, GPU))
     objectives = Objectives(config.objectives, pool="gather", supervision=config.model.supervision)
     engine.module.train()
     for number in range(6):

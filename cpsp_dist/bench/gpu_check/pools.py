@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpsp_dist.bench.batches import random_batch
+from cpsp_dist.bench.batches import network_of, random_batch
 from cpsp_dist.bench.gpu_check.lines import say
 from cpsp_dist.bench.large_pools import tiles
 from cpsp_dist.bench.step import AUDIO, CATEGORIES
@@ -46,15 +46,7 @@ def agree(folder: Path) -> None:
 def _apart(settings: dict[str, Any], dtype: torch.dtype) -> float:
     """The largest difference of the loss, or of a parameter's gradient, over the largest entry of either."""
     config = Config.model_validate({"data": {"shards": "-"}, **settings})
-    torch.manual_seed(0)
-    network = build_model(
-        config.model.name,
-        supervision=config.model.supervision,
-        visual_channels=512,
-        audio_channels=AUDIO,
-        categories=CATEGORIES,
-        dropout=0.0,
-    )
+    network = network_of(config.model.model_copy(update={"dropout": 0.0}))
     network.to(dtype).train()
     found: list[list[Tensor]] = []
     for device in (torch.device("cpu"), GPU):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpsp_dist.bench.batches import own_objectives
 from cpsp_dist.bench.gpu_check.lines import say
 from cpsp_dist.utils.cores import usable_cores
 
@@ -21,7 +22,6 @@ TRAIN = [sys.executable, "-m", "cpsp_dist.train", "--config", "keypad"]
 LIMIT = 100
 #: What a user takes for trouble.
 NOISE = re.compile(r"[Ww]arning|deprecat|\[W|RNN module")
-CACE = [f"objectives.{name}=1" for name in ("gate", "modality", "contrast")]
 
 
 def shards(folder: Path) -> Path:
@@ -84,7 +84,7 @@ def engines(folder: Path) -> None:
     cases |= {f"ZeRO {stage}, bf16": [f"engine.zero={stage}", "train.precision=bf16"] for stage in (1, 3)}
     cases |= {name: [ddp, f"model.name={name}"] for name in ("avel", "avsdn", "cmran", "cmbs")}
     cases |= {f"{name}, inductor": [*cases[name], "engine.compile=inductor"] for name in ("ddp, fp32", "ZeRO 0")}
-    cases |= {"cace": [ddp, "model.name=cace", "model.enhanced_from=0", *CACE]}
+    cases |= {"cace": [ddp, "model.name=cace", "model.enhanced_from=0", *own_objectives("cace")]}
 
     def work(name: str) -> None:
         done = _train(folder, f"engine {name}", "train.steps=2", *cases[name])
