@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cpsp_dist.config import Config, flat
-from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError, tracking_uri
+from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError, experiment_id, tracking_uri
+from cpsp_dist.utils import files
 from cpsp_dist.utils.json_lines import JsonLines, parse_line, read_bytes
 from cpsp_dist.utils.redact import without_secrets
 
@@ -18,6 +21,8 @@ from cpsp_dist.utils.redact import without_secrets
 POINTS_FILE = "metrics.jsonl"
 #: Its starts, too.
 STARTS_FILE = "starts.jsonl"
+#: A run's tag from the moment it is made: by it, a start finds the run that an earlier one asked for.
+KEY = "cpsp_dist.key"
 
 
 class RunRecord:
@@ -28,30 +33,62 @@ class RunRecord:
         self.file = Path(config.output) / RUN_FILE
         self._starts = JsonLines(self.file.with_name(STARTS_FILE), lambda text: None)
         store = without_secrets(tracking_uri(config))
+        self._key: str | None = None
         self._identity: dict[str, Any] = {"store": store, "config": flat(config), "data": data}
 
     def note_start(self, step: int, tags: Mapping[str, str]) -> None:
         """Count a start, which trains from `step`; also one that ends before MLflow answers. tags: where it runs."""
         self._starts.append({"step": step, "time": round(time.time(), 3), "tags": {**tags}})
 
+    def starts(self) -> Iterator[dict[str, Any]]:
+        """What `note_start` noted; nothing where it cannot be read."""
+        with contextlib.suppress(OSError):
+            yield from self._starts.lines()
+
     def restarts(self) -> int:
         """Starts after the first."""
-        try:
-            return max(0, sum(1 for _ in self._starts.lines()) - 1)
-        except OSError:
-            return 0
+        return max(0, sum(1 for _ in self.starts()) - 1)
 
     def read(self) -> str | None:
         """The run's id, if it was the same run."""
-        try:
-            known = json.loads(read_bytes(self.file))
-            return known["run_id"] if known == {"run_id": known["run_id"], **self._identity} else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
+        run_id = self._read().get("run_id")
+        return run_id if isinstance(run_id, str) else None
 
     def write(self, run_id: str) -> None:
+        self._key = None
+        self._write({"run_id": run_id})
+
+    def ask(self) -> str:
+        """A new key, for the tag KEY of the run that MLflow is then asked to make."""
+        self._key = uuid.uuid4().hex
+        self._write({"run_id": None, "key": self._key})
+        return self._key
+
+    def asked(self) -> str | None:
+        """The key of a run that MLflow was asked to make and whose id nobody noted: no answer came, or the process was
+        killed before. None where there is none such."""
+        known = self._key or self._read().get("key")
+        return known if isinstance(known, str) and re.fullmatch("[0-9a-f]{32}", known) else None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(read_bytes(self.file))
+            found = {name: known.pop(name) for name in ("run_id", "key") if name in known}
+            return found if known == self._identity else {}
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+            return {}
+
+    def _write(self, known: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            self.file.write_text(json.dumps({"run_id": run_id, **self._identity}), encoding="utf-8")
+            files.write_text(self.file, json.dumps(known | self._identity))
+
+
+def asked_run(store: Store, config: Config, record: RunRecord) -> str | None:
+    """The id of the run of `record.asked`, where the store made it. Raises StoreError where it does not answer."""
+    if not (key := record.asked()):
+        return None
+    found = store.search_runs([experiment_id(store, config)], f"tags.`{KEY}` = '{key}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def started_as(folder: Path) -> dict[str, str]:
@@ -72,7 +109,7 @@ def recorded_run(folder: Path) -> tuple[str, str] | None:
     """Store and id of the MLflow run that a folder names; the store's URI has no password."""
     try:
         known = json.loads(read_bytes(folder / RUN_FILE, limit=1 << 24))
-        return str(known["store"]), str(known["run_id"])
+        return (str(known["store"]), str(known["run_id"])) if known["run_id"] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -23,7 +23,7 @@ from cpsp_dist.config import Config, flat
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.tracking import pages
 from cpsp_dist.tracking.describe import Start, run_tags
-from cpsp_dist.tracking.known_runs import POINTS_FILE, RunRecord, known_run
+from cpsp_dist.tracking.known_runs import KEY, POINTS_FILE, RunRecord, asked_run, known_run
 from cpsp_dist.tracking.library import import_mlflow
 from cpsp_dist.tracking.models import log_model
 from cpsp_dist.tracking.predictions import evaluation_files, evaluation_tags
@@ -194,33 +194,32 @@ class Tracker:
         self.store = Store(tracking_uri(config))
         run = known_run(
             self.store,
-            (self.record.read(), self.run_id),
+            (self.record.read(), self.run_id, asked_run(self.store, config, self.record)),
             self.folder,
             lambda reason: self._warn("run", f"{reason}; a new one gets all points of {self.file}"),
         )
         if run is None:
             name = url_without_secrets(config.tracking.run_name or self.folder.name)
-            above = {PARENT: config.tracking.parent} if config.tracking.parent else None
+            above = {PARENT: config.tracking.parent} if config.tracking.parent else {}
             began = round(1000 * self._began())
-            run = self.store.create_run(experiment_id(self.store, config), began, run_name=name, tags=above)
-            self.run_id = run.info.run_id
-            self.record.write(run.info.run_id)
+            experiment = experiment_id(self.store, config)
+            tags = {KEY: self.record.ask(), **above}
+            run = self.store.create_run(experiment, began, run_name=name, tags=tags)
             self._steps_on_server, self._sent_bytes = None, 0
-        else:
-            self.run_id = run.info.run_id
-            if not self.finished:
-                self.store.update_run(self.run_id, "RUNNING")
-            if config.tracking.parent not in (None, run.data.tags.get(PARENT)):
-                self.store.set_tag(self.run_id, PARENT, config.tracking.parent)
-        self.experiment = run.info.experiment_id
+        elif not self.finished:
+            self.store.update_run(run.info.run_id, "RUNNING")
+        self.run_id, self.experiment = str(run.info.run_id), run.info.experiment_id
+        if self.record.read() != self.run_id:
+            self.record.write(self.run_id)
+        if config.tracking.parent not in (None, run.data.tags.get(PARENT)):
+            self.store.set_tag(self.run_id, PARENT, config.tracking.parent)
         self._describe(run)
         self._opened = True
 
     def _began(self) -> float:
-        """Of the run's first start, or its first point where an earlier start made no MLflow run."""
-        first = next(self.points.lines(), {"time": math.inf})
-        at = _number(first.get("time"))
-        return min(self.start.began, at) if at > 0 else self.start.began
+        """Of the run's first start; its first point is older where another machine's clock made it."""
+        lines = (next(each, {}) for each in (self.record.starts(), self.points.lines()))
+        return min([self.start.began, *(at for line in lines if (at := _number(line.get("time"))) > 0)])
 
     def _send(self) -> None:
         from mlflow.entities import Metric

@@ -20,8 +20,8 @@ from cpsp_dist.config import load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed import process_group
 from cpsp_dist.distributed.process_group import Ranks
+from cpsp_dist.tracking.known_runs import recorded_run
 from cpsp_dist.tracking.runs import find_runs
-from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training import gc_control
 from cpsp_dist.training.checkpoint import Checkpoints
 from cpsp_dist.training.evaluate import evaluate_run
@@ -131,10 +131,10 @@ def test_killed_run_is_one_run_in_mlflow(prefork, keypad_shards, tmp_path):
     more = ["tracking.every_steps=1", "checkpoint.every_steps=6"]
     run = arguments(keypad_shards, tmp_path / "killed", *more)
     for step in (2, 8, 14):
-        # They wait there, so that MLflow has the time it takes to make a new store.
+        # They wait there, so that MLflow has the time it takes to make a new store and a run.
         launch = prefork.start(run, 2, hold=[step])
         assert launch.until_step(step), launch.outputs()
-        assert launch.until(lambda: (tmp_path / "killed" / RUN_FILE).exists())
+        assert launch.until(lambda: recorded_run(tmp_path / "killed") is not None)
         launch.kill()
         launch.wait()
     assert "resuming from" in prefork.start(run, 2).finish()

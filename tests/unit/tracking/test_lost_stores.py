@@ -19,8 +19,11 @@ import pytest
 from cpsp_dist.config import load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.tracking import mlflow as tracking
-from cpsp_dist.tracking.known_runs import started_as
+from cpsp_dist.tracking import pages
+from cpsp_dist.tracking.known_runs import RunRecord, started_as
 from cpsp_dist.tracking.runs import find_runs
+from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError
+from cpsp_dist.utils import files
 from tests.support.environment import environment, free_port
 from tests.support.runs import tracked_points
 from tests.support.tracking import CONFIG, arguments, logged_steps, points_of
@@ -71,6 +74,85 @@ def test_a_run_killed_three_times_is_one_run(prefork: Any, keypad_shards: Path, 
     assert [point.step for point in points] == [2, 4, 6, 8, 10, 12, 14]
     assert began <= found.info.start_time / 1000 < points[0].timestamp / 1000
     assert points[-1].timestamp <= found.info.end_time <= 1000 * time.time()
+
+
+def die(*args: object, **kwargs: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_when_a_run_is_made(rank: int, moment: str) -> None:
+    tracking.SEND_EVERY_SECONDS = 0.1
+    if moment == "it is asked for":
+        RunRecord.ask = die  # type: ignore[assignment]
+    elif moment == "its id is not noted":
+        RunRecord.write = die  # type: ignore[method-assign]
+    elif moment == "its id is noted in part":
+        write = RunRecord.write
+
+        def write_in_part(self: RunRecord, run_id: str) -> None:
+            files.sync = die
+            write(self, run_id)
+
+        RunRecord.write = write_in_part  # type: ignore[method-assign]
+    else:
+        pages.set_tags = die
+
+
+def lose_the_answer(rank: int) -> None:
+    """The store makes a run, and the process does not hear of it, the first time."""
+    asked = Store.__getattr__
+    lost: list[object] = []
+
+    def ask(self: Store, name: str) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
+            answer = asked(self, name)(*args, **kwargs)
+            if name == "create_run" and not lost:
+                lost.append(answer)
+                raise StoreError("no answer", silent=True)
+            return answer
+
+        return call
+
+    Store.__getattr__ = ask  # type: ignore[method-assign]
+    tracking.SEND_EVERY_SECONDS = 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "moment", ["it is asked for", "its id is not noted", "its id is noted in part", "it has no tags"]
+)
+def test_killed_while_its_run_is_made_it_is_one_run(
+    prefork: Any, keypad_shards: Path, tmp_path: Path, moment: str
+) -> None:
+    began, run = time.time(), arguments(keypad_shards, tmp_path / "run")
+    die_then = f"{__name__}:die_when_a_run_is_made"
+    assert prefork.start(run, 1, patch=die_then, patch_args=[moment], hold=[2]).wait() == [-signal.SIGKILL]
+    prefork.start(run, 1).finish()
+    (found,) = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
+    assert (found.status, found.tags["restarts"]) == ("FINISHED", "1")
+    assert began < found.start < json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["time"]
+    assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
+
+
+@pytest.mark.long
+def test_a_run_whose_making_was_not_answered_is_one_run(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+    run = arguments(keypad_shards, tmp_path / "run", "train.steps=14")
+    launch = prefork.start(run, 1, patch=f"{__name__}:lose_the_answer")
+    assert "no answer; points are in" in launch.finish()
+    (found,) = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
+    assert (found.status, found.tags["restarts"]) == ("FINISHED", "0")
+    assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["run_id"] == found.id
+
+
+def test_a_copy_of_a_folder_does_not_look_for_the_run_of_the_original(tmp_path: Path) -> None:
+    """Only the key of a run whose id nobody noted leads to it."""
+    config = load_config(CONFIG, [f"output={tmp_path}", "data.shards=shards"])
+    key = RunRecord(config, "").ask()
+    assert RunRecord(config, "").asked() == key
+    assert RunRecord(config, "other data").asked() is None
+    RunRecord(config, "").write("a" * 32)
+    assert RunRecord(config, "").asked() is None
+    assert RunRecord(config, "").read() == "a" * 32
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cpsp_dist.data.manifest import Manifest
+from cpsp_dist.tracking.known_runs import recorded_run
 from cpsp_dist.tracking.store import RUN_FILE
 from cpsp_dist.training.checkpoint import (
     COMMIT,
@@ -152,7 +153,7 @@ def test_a_checkpoint_holds_what_a_run_needs(prefork: Any, keypad_shards: Path, 
     more = ["train.steps=1000", "tracking.enabled=true", "pool.bank=16", "train.milestones=[1]"]
     launch = prefork.start(arguments(keypad_shards, output, *more), 2)
     assert launch.until_step(2)
-    assert launch.until(lambda: (output / RUN_FILE).exists() and (output / RUN_FILE).stat().st_size > 0)
+    assert launch.until(lambda: recorded_run(output) is not None)
     launch.ranks[0].signal(signal.SIGTERM)
     assert launch.wait() == [EXIT_REQUEUE] * 2
     checkpoints = Checkpoints(output)
