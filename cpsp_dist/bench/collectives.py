@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpsp_dist.bench.pool import launch
+from cpsp_dist.bench.ranks import launch
 from cpsp_dist.bench.scaling import labels_of, rank_batch
 from cpsp_dist.bench.step import AUDIO, CATEGORIES
 from cpsp_dist.config import Config

@@ -9,11 +9,7 @@ lengthen; for the share, the step and the pool are timed in turn.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from cpsp_dist.bench.batches import AUDIO, CATEGORIES, SEGMENTS, VISUAL, WIDTH, random_batch
 from cpsp_dist.bench.large_pools import measure_parts, measure_tiles
+from cpsp_dist.bench.ranks import launch
 from cpsp_dist.config import Config, ObjectiveSettings
 from cpsp_dist.data.batch import Batch
 from cpsp_dist.distributed.process_group import Ranks
@@ -34,14 +30,12 @@ from cpsp_dist.losses.mining import mine
 from cpsp_dist.losses.objectives import Objectives
 from cpsp_dist.losses.psa_v import psa_v
 from cpsp_dist.models import Output, build_model
-from cpsp_dist.training.engine import build_engine, tune_cpu
-from cpsp_dist.utils.errors import UserError
+from cpsp_dist.training.engine import build_engine
 
 #: The pool whose share of a training step is reported.
 SHARE_OF = 4096
 #: N × N matrices beyond this many rows do not fit a laptop.
 REPLICATED_LIMIT = 4096
-LIMIT_SECONDS = 1800
 
 
 def bench_pool(
@@ -76,41 +70,6 @@ def bench_pool(
 def bench_tiles(batch: int, pools: Sequence[int]) -> dict[str, Any]:
     """What `tiles` of `bench_pool` has, alone: pools of hundreds of thousands take minutes."""
     return launch(measure_tiles, 1, batch, list(pools))
-
-
-def launch(function: Callable[..., Any], world: int, *args: Any) -> dict[str, Any]:
-    """What `function` gives on rank 0 of `world` new processes."""
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # else DDP warns of unused parameters, which there are none of
-    with tempfile.TemporaryDirectory(prefix="cpsp-bench-") as folder:
-        context = mp.start_processes(_rank, (world, folder, function, args), world, join=False, start_method="spawn")
-        ends = time.monotonic() + LIMIT_SECONDS
-        try:
-            while not context.join(timeout=5):
-                if time.monotonic() > ends:
-                    raise UserError(f"no result of {world} ranks within {LIMIT_SECONDS} s; try a smaller --batch")
-        finally:
-            for process in context.processes:
-                process.kill()
-        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
-        return result
-
-
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed demands
-    torch.set_num_threads(1)
-    tune_cpu()
-    limit = datetime.timedelta(seconds=LIMIT_SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
-    result = function(Ranks(rank, world, rank, torch.device("cpu")), *args)
-    if rank == 0:
-        Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from cpsp_dist.bench.loader import noise_shards
+from cpsp_dist.bench.profiled import gpu_figures
 from cpsp_dist.bench.published import published_forward, published_loss
 from cpsp_dist.config import Config
 from cpsp_dist.config.schema import TrainSettings
@@ -228,25 +229,11 @@ def _matmul(device: torch.device) -> Callable[[], object]:
 
 def _gpu_figures(steps: dict[str, Callable[[], None]], ways: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Milliseconds of copies to the GPU in a step; by name the share of the time in which it computes, and kernels."""
-    figures = {name: _profiled(step, ways[name]["ms"]) for name, step in steps.items()}
+    figures = {name: gpu_figures(step, ways[name]["ms"]) for name, step in steps.items()}
     found: dict[str, Any] = {
         key: {name: each[key] for name, each in figures.items()} for key in ("busy_share", "kernels")
     }
     return found | {"h2d_ms": next(iter(figures.values()))["h2d_ms"]}
-
-
-def _profiled(step: Callable[[], None], ms: float) -> dict[str, float]:
-    from torch.profiler import ProfilerActivity, profile
-
-    steps = 3
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    events = [event for event in found.events() or [] if event.device_type.name == "CUDA"]
-    copies = sum(event.device_time for event in events if "HtoD" in event.name) / steps / 1e3
-    kernels = sum(event.device_time for event in events if "Memcpy" not in event.name) / steps / 1e3
-    return {"h2d_ms": copies, "busy_share": kernels / ms, "kernels": len(events) / steps}
 
 
 def end_to_end(batch: int, samples: int, steps: int, device: torch.device, compile: str) -> dict[str, float]:

@@ -86,10 +86,11 @@ def _register_steps(benches: argparse._SubParsersAction[argparse.ArgumentParser]
     scaling = benches.add_parser(
         "scaling",
         help="training steps on 1, 2 and 4 ranks",
-        description="Samples a second over all ranks of this machine, bytes that a rank receives, and time waited.",
+        description="Samples a second over all ranks of this machine, bytes that a rank receives, and time waited; on"
+        " GPUs, of which each rank has one, also copies and the share in which one is busy.",
     )
     scaling.add_argument("--batch", type=count, default=64, help="videos a rank (default: %(default)s)")
-    scaling.add_argument("--ranks", type=count, nargs="+", default=[1, 2, 4], metavar="W", help="default: 1 2 4")
+    scaling.add_argument("--ranks", type=count, nargs="+", metavar="W", help="default: 1 2 4, or as many as GPUs")
     scaling.add_argument("--rounds", type=count, default=5, help="default: %(default)s")
     scaling.add_argument("--json", action="store_true", help="print JSON instead of a table")
     scaling.set_defaults(handler=_scaling)
@@ -289,7 +290,10 @@ def _describe_scaling(result: dict[str, Any]) -> str:
             "pool bytes": f"{row['pool_bytes']:,}",
             "gradient bytes": f"{row['gradient_bytes']:,}",
         }
+        | ({"H2D ms": f"{row['h2d_ms']:.2f}", "GPU busy": f"{row['busy_share']:.0%}"} if "h2d_ms" in row else {})
         for world, row in result["ranks"].items()
     ]
-    title = f"{result['batch']} videos a rank, one thread each, on {result['cores']} cores; medians of "
+    title = (
+        f"{result['device']}; {result['batch']} videos a rank, one thread each, {result['cores']} cores; medians of "
+    )
     return f"{title}{result['rounds']} rounds\n{table(rows)}"

@@ -70,7 +70,7 @@ def connect(place: Place, ranks: Ranks, settings: Connection) -> Session:
     """
     # torch 2.13 renames collectives that torch 2.4 has, and warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # DeepSpeed's own barrier, on one rank, whose group is not bound to its GPU (`_binds_device`).
+    # DeepSpeed's own barrier, on one rank, whose group is not bound to its GPU (`binds_device`).
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", module=r"torch\.distributed")
     export_place(place, ranks.device.index)
     with failures_reported(place):
@@ -93,7 +93,7 @@ def init_process_group(session: Session, ranks: Ranks, timeout: int) -> None:
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=datetime.timedelta(seconds=timeout),
-            device_id=ranks.device if cuda and _binds_device(ranks.world) else None,
+            device_id=ranks.device if cuda and binds_device(ranks.world) else None,
         )
     except RuntimeError as error:
         meant = explain(error, ranks.device)
@@ -106,7 +106,7 @@ def init_process_group(session: Session, ranks: Ranks, timeout: int) -> None:
         ) from None
 
 
-def _binds_device(world: int, version: str = torch.__version__) -> bool:
+def binds_device(world: int, version: str = torch.__version__) -> bool:
     """Whether NCCL's group is bound to the device: not alone (DeepSpeed splits the group: deepspeedai/DeepSpeed#8248),
     and not with torch after 2.6.0 and before 2.7.1, which hangs (pytorch/pytorch#153960)."""
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())

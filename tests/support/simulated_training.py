@@ -137,13 +137,18 @@ class _Wrapper(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _group() -> Iterator[None]:
-    """Torch's own stand-in for a group of ranks, which DeepSpeed can make further groups of."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def simulated_ranks() -> Iterator[collections.Counter[str]]:
+    """This process is rank 0 of 2, by torch's own stand-in for a group of ranks, which DeepSpeed can make further
+    groups of. Counts Python's collectives by name."""
+    collectives = _Collectives()
+    with contextlib.ExitStack() as stack:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD), **ADDRESS))
+        for name, value in collectives.replaced().items():
+            stack.enter_context(mock.patch.object(dist, name, value))
+        stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
+        yield collectives.counts
 
 
 def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> Any:
@@ -184,7 +189,7 @@ def simulate_training(
     small += ["tracking.every_steps=100", "data.reader_threads=1"]
     small += [] if any(setting.startswith("engine.zero") for setting in settings) else ["engine.kind=ddp"]
     config = load_config(KEYPAD, [f"data.shards={shards}", f"output={output}", *small, *settings])
-    collectives, steps = _Collectives(), list[SimulatedStep]()
+    steps = list[SimulatedStep]()
     run = SimulatedRun(steps, config.train.accumulation)
     stop_if_requested = trainer.Trainer.stop_if_requested
 
@@ -193,22 +198,18 @@ def simulate_training(
         machine = SimulatedGpu.current
         assert machine is not None
         mining = self.objectives.terms["psa_v"].settings.mining
-        steps.append(SimulatedStep(machine.record, dict(collectives.counts), mining))
+        steps.append(SimulatedStep(machine.record, dict(collectives), mining))
         machine.record = Record()
-        collectives.counts.clear()
+        collectives.clear()
         done = len(steps) - WARM_UP
         if done >= 0 and done % STEPS_EACH == 0 and done // STEPS_EACH < len(minings):
             _mine_by(self.objectives, minings[done // STEPS_EACH])
 
     gc.collect()  # an engine of a training that failed waits for the GPU when it goes: not in this one's record
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_group())
-        stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD), **ADDRESS))
-        for name, value in collectives.replaced().items():
-            stack.enter_context(mock.patch.object(dist, name, value))
+        collectives = stack.enter_context(simulated_ranks())
         stack.enter_context(mock.patch.object(trainer.Trainer, "stop_if_requested", end_of_step))
         stack.enter_context(mock.patch.object(trainer, "load_latest_checkpoint", _find_as_one_rank))
-        stack.enter_context(mock.patch("torch.nn.parallel.DistributedDataParallel", _Wrapper))
         stack.enter_context(mock.patch.object(trainer, "build_engine", _build_engine))
         if not evaluation:
             stack.enter_context(mock.patch.object(trainer, "evaluate", return_value=dict.fromkeys(reported(), 0.0)))

@@ -159,7 +159,7 @@ def test_the_group_is_bound_to_the_device(
         session: Any = SimpleNamespace(store=None, place=Place())
         process_group.init_process_group(session, process_group.Ranks(0, 1, 0, torch.device("cuda", 0)), 10)
         assert given["device_id"] is None
-    assert process_group._binds_device(world, version) is bound
+    assert process_group.binds_device(world, version) is bound
 
 
 NCCL = """NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5
