@@ -19,6 +19,7 @@ from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.distributed.process_group import Ranks, barrier, binds_device
 from cpsp_dist.training.engine import set_numerics
 from cpsp_dist.utils.errors import UserError
+from cpsp_dist.utils.text import last_line
 
 LIMIT_SECONDS = 1800
 
@@ -42,7 +43,7 @@ def launch(function: Callable[..., Any], world: int, *args: Any, device: str = "
                 if time.monotonic() > ends:
                     raise UserError(f"no result of {world} ranks within {LIMIT_SECONDS} s; try a smaller --batch")
         except mp.ProcessRaisedException as error:
-            raise UserError(f"rank {error.error_index} of {world}: {str(error).strip().splitlines()[-1]}") from error
+            raise UserError(f"rank {error.error_index} of {world}: {last_line(error)}") from error
         except mp.ProcessExitedException as error:
             raise UserError(
                 f"rank {error.error_index} of {world} ended with {error.signal_name or error.exit_code}"
