@@ -23,7 +23,6 @@ from cpsp_dist.launch.requeue import POLICY, RETRIES
 from cpsp_dist.launch.sweep import Planned
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import url_without_secrets
-from cpsp_dist.utils.text import last_line
 
 #: Seconds: of Slurm's notice ahead of the time limit; that a job's other ranks may run on after the first ended.
 SIGNAL_LEAD_SECONDS, EXIT_GRACE_SECONDS = 300, 120
@@ -117,7 +116,8 @@ def submit(runs: Sequence[Planned], output: str, name: str, source: str, resourc
             with contextlib.redirect_stderr(said):  # submitit prints what sbatch says, and raises it too
                 submitted = executor.map_array(run, snapshots, [source] * len(runs_))
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            raise UserError(f"Slurm refuses the job: {last_line(error).removeprefix('sbatch: error: ')}") from None
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+            raise UserError(f"Slurm refuses the job: {lines[-1].strip().removeprefix('sbatch: error: ')}") from None
         jobs = [
             Job(job.job_id, run_.name, run_.config.output, str(folder), "slurm")
             for job, run_ in zip(submitted, runs_, strict=True)

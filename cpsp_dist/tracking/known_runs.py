@@ -7,7 +7,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,12 @@ class RunRecord:
         """Count a start, which trains from `step`; also one that ends before MLflow answers. tags: where it runs."""
         self._starts.append({"step": step, "time": round(time.time(), 3), "tags": {**tags}})
 
-    def starts(self) -> Iterator[dict[str, Any]]:
-        """What `note_start` noted; nothing where it cannot be read."""
-        with contextlib.suppress(OSError):
-            yield from self._starts.lines()
-
     def restarts(self) -> int:
         """Starts after the first."""
-        return max(0, sum(1 for _ in self.starts()) - 1)
+        try:
+            return max(0, sum(1 for _ in self._starts.lines()) - 1)
+        except OSError:
+            return 0
 
     def read(self) -> str | None:
         """The run's id, if it was the same run."""
@@ -59,8 +57,9 @@ class RunRecord:
         self._write({"run_id": run_id})
 
     def ask(self) -> str:
-        """A new key, for the tag KEY of the run that MLflow is then asked to make."""
-        self._key = uuid.uuid4().hex
+        """The key for the tag KEY of the run that MLflow is then asked to make: a new one, or that of an earlier
+        request, which may still be answered."""
+        self._key = self.asked() or uuid.uuid4().hex
         self._write({"run_id": None, "key": self._key})
         return self._key
 
@@ -84,10 +83,17 @@ class RunRecord:
 
 
 def asked_run(store: Store, config: Config, record: RunRecord) -> str | None:
-    """The id of the run of `record.asked`, where the store made it. Raises StoreError where it does not answer."""
+    """The id of the run of `record.asked`, where the store made it, or None where it cannot search. Raises StoreError
+    where it does not answer."""
     if not (key := record.asked()):
         return None
-    found = store.search_runs([experiment_id(store, config)], f"tags.`{KEY}` = '{key}'", max_results=1)
+    experiment = experiment_id(store, config)
+    try:
+        found = store.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    except StoreError as error:
+        if error.silent:
+            raise
+        return None
     return str(found[0].info.run_id) if found else None
 
 

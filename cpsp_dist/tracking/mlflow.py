@@ -194,7 +194,7 @@ class Tracker:
         self.store = Store(tracking_uri(config))
         run = known_run(
             self.store,
-            (self.record.read(), self.run_id, asked_run(self.store, config, self.record)),
+            (self.record.read(), asked_run(self.store, config, self.record), self.run_id),
             self.folder,
             lambda reason: self._warn("run", f"{reason}; a new one gets all points of {self.file}"),
         )
@@ -217,9 +217,10 @@ class Tracker:
         self._opened = True
 
     def _began(self) -> float:
-        """Of the run's first start; its first point is older where another machine's clock made it."""
-        lines = (next(each, {}) for each in (self.record.starts(), self.points.lines()))
-        return min([self.start.began, *(at for line in lines if (at := _number(line.get("time"))) > 0)])
+        """Of the run's first start, or its first point where an earlier start made no MLflow run."""
+        first = next(self.points.lines(), {"time": math.inf})
+        at = _number(first.get("time"))
+        return min(self.start.began, at) if at > 0 else self.start.began
 
     def _send(self) -> None:
         from mlflow.entities import Metric

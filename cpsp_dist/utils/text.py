@@ -36,12 +36,6 @@ def first_line(error: BaseException) -> str:
     return without_secrets(lines[0]) if lines else repr(error)
 
 
-def last_line(text: object) -> str:
-    """Of a text, or an error's message, that is not empty, without passwords."""
-    lines = [line for line in str(text).splitlines() if line.strip()] or ["no message"]
-    return without_secrets(lines[-1].strip())
-
-
 def format_bytes(count: float, digits: int = 1) -> str:
     """`1.5 GB`, `12.0 MB`: of 10^9 and 10^6 bytes."""
     return f"{count / 1e9:,.{digits}f} GB" if count >= 1e9 else f"{count / 1e6:,.{digits}f} MB"

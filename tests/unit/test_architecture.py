@@ -331,7 +331,7 @@ HELPERS = {
             and ast.unparse(node.func).startswith("str(error)")
             and ast.unparse(node.func).endswith((".splitlines", ".split"))
         ),
-        {"utils/text.py": ""},
+        {"utils/text.py": "", "launch/cluster.py": "sbatch says it in the last line"},
     ),
     "Slurm's requeue policy": (
         lambda node: isinstance(node, ast.ImportFrom) and any(a.name == "EXIT_LOST_RANK" for a in node.names),

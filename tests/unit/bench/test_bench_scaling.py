@@ -43,8 +43,11 @@ class Profile:
         done = [("Memcpy HtoD (Pinned -> Device)", copy.bytes / 1e3) for copy in self.record.copies]
         done += [(name, 5e5 if name.startswith("nccl") else 1.0) for name in self.record.kernels.elements()]
         for name, us in done:
-            found.append(mock.Mock(device_time=us))
+            found.append(mock.Mock(device_time=us, is_user_annotation=False))
             found[-1].name, found[-1].device_type.name = name, "CUDA"
+        for device in ("CUDA", "CPU"):  # what the optimizer's step encloses, and the host's part of it
+            found.append(mock.Mock(device_time=9e9, is_user_annotation=True))
+            found[-1].name, found[-1].device_type.name = "Optimizer.step#Adam.step", device
         return found
 
 
@@ -121,10 +124,10 @@ def test_each_rank_needs_a_gpu_where_there_are_any(monkeypatch: pytest.MonkeyPat
 
 
 def fail(given: Ranks) -> dict[str, str]:
-    raise ValueError("the reason\nof two lines")
+    raise RuntimeError("the reason\nadvice of many lines")
 
 
 @pytest.mark.long
 def test_a_rank_that_fails_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^rank 0 of 1: of two lines$"):
+    with pytest.raises(UserError, match=r"^rank 0 of 1: the reason$"):
         ranks.launch(fail, 1)

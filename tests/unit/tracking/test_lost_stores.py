@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ from cpsp_dist.config import load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.tracking import mlflow as tracking
 from cpsp_dist.tracking import pages
-from cpsp_dist.tracking.known_runs import RunRecord, started_as
+from cpsp_dist.tracking.known_runs import RunRecord, asked_run, started_as
 from cpsp_dist.tracking.runs import find_runs
-from cpsp_dist.tracking.store import RUN_FILE, Store, StoreError
+from cpsp_dist.tracking.store import EXPERIMENT_TAGS, RUN_FILE, Store, StoreError
 from cpsp_dist.utils import files
 from tests.support.environment import environment, free_port
 from tests.support.runs import tracked_points
@@ -130,7 +131,8 @@ def test_killed_while_its_run_is_made_it_is_one_run(
     prefork.start(run, 1).finish()
     (found,) = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
     assert (found.status, found.tags["restarts"]) == ("FINISHED", "1")
-    assert began < found.start < json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["time"]
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["time"]
+    assert began < found.start < first
     assert tracked_points(tmp_path / "mlflow.db", "loss/total") == [2, 4, 6]
 
 
@@ -142,6 +144,31 @@ def test_a_run_whose_making_was_not_answered_is_one_run(prefork: Any, keypad_sha
     (found,) = find_runs(f"sqlite:///{tmp_path / 'mlflow.db'}", ["cpsp"])
     assert (found.status, found.tags["restarts"]) == ("FINISHED", "0")
     assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["run_id"] == found.id
+
+
+class NoSearch:
+    """A store that does not search, or does not answer."""
+
+    def __init__(self, silent: bool):
+        self.silent = silent
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(lifecycle_stage="active", experiment_id="1", tags=EXPERIMENT_TAGS)
+
+    def search_runs(self, *_: object, **__: object) -> Any:
+        raise StoreError("no such call", silent=self.silent)
+
+
+def test_a_store_that_does_not_search_gets_a_new_run(tmp_path: Path) -> None:
+    """One that does not answer is asked again, with the same key."""
+    config = load_config(CONFIG, [f"output={tmp_path}", "data.shards=shards"])
+    record = RunRecord(config, "")
+    assert asked_run(NoSearch(False), config, record) is None  # type: ignore[arg-type]
+    key = record.ask()
+    assert asked_run(NoSearch(False), config, record) is None  # type: ignore[arg-type]
+    with pytest.raises(StoreError):
+        asked_run(NoSearch(True), config, record)  # type: ignore[arg-type]
+    assert record.ask() == RunRecord(config, "").ask() == key
 
 
 def test_a_copy_of_a_folder_does_not_look_for_the_run_of_the_original(tmp_path: Path) -> None:
