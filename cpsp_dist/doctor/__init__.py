@@ -22,7 +22,6 @@ from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
 from cpsp_dist.training.engine import check_compile, check_launcher_settings, deepspeed_settings, import_deepspeed
-from cpsp_dist.training.precision import settle_alone
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.hashing import text_sha256
@@ -122,8 +121,7 @@ class RankChecks:
             self._check("deepspeed", "the disk of the packages", lambda: self._deepspeed(config))
 
     def _launcher(self, config: Config) -> list[Finding]:
-        device = self.rendezvous.ranks.device
-        check_launcher_settings(settle_alone(config, device), device.type)
+        check_launcher_settings(config, self.rendezvous.ranks.device.type)
         return []
 
     def _compile(self, config: Config) -> list[Finding]:
@@ -131,8 +129,7 @@ class RankChecks:
         return []
 
     def _deepspeed(self, config: Config) -> list[Finding]:
-        ranks = self.rendezvous.ranks
-        deepspeed_settings(settle_alone(config, ranks.device), ranks.world)
+        deepspeed_settings(config, self.rendezvous.ranks.world)
         try:
             found = import_deepspeed(self.rendezvous.ranks.device).__version__
         except Exception as error:

@@ -29,7 +29,6 @@ from cpsp_dist.training.engine import PRECISIONS, build_engine, check_engine_set
 from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all
 from cpsp_dist.training.lr_schedule import TrainingSchedule
-from cpsp_dist.training.precision import settle_precision
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
 from cpsp_dist.training.run_lock import require_startable
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
@@ -54,7 +53,6 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
     manifest = open_manifest(config)
     require_same_data(manifest)
     require_videos_for_all(config, replace(ranks, world=world))
-    config = settle_precision(config, ranks)
     set_numerics(config.train, ranks.device)
     planned = replace(ranks, world=world)
     with open_train_stream(config, manifest, planned) as stream:

@@ -41,7 +41,6 @@ from cpsp_dist.training.feed import BatchFeed
 from cpsp_dist.training.header import require_videos_for_all, say_start
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.training.nonfinite import Replay
-from cpsp_dist.training.precision import settle_precision
 from cpsp_dist.training.resume import Choices, load_latest_checkpoint
 from cpsp_dist.training.run_lock import run_folder, save_where_held
 from cpsp_dist.training.setup import build_objectives, initial_model, open_manifest, open_train_stream
@@ -77,7 +76,6 @@ def train(
     manifest = open_manifest(config)
     require_same_data(manifest)
     require_videos_for_all(config, ranks)
-    config = settle_precision(config, ranks)
     set_numerics(config.train, ranks.device)
     choices = Choices(fresh, allow_config_change)
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ from cpsp_dist.training.engine.ddp import DDPEngine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
 from cpsp_dist.training.engine.launcher_settings import check_launcher_settings
-from cpsp_dist.training.engine.numerics import describe_numerics, has_bf16, set_numerics
+from cpsp_dist.training.engine.numerics import describe_numerics, set_numerics
 
 __all__ = [
     "PRECISIONS",
@@ -31,7 +31,6 @@ __all__ = [
     "check_launcher_settings",
     "deepspeed_settings",
     "describe_numerics",
-    "has_bf16",
     "import_deepspeed",
     "set_numerics",
     "tune_cpu",
@@ -50,8 +49,7 @@ def check_engine_settings(config: Config, ranks: Ranks) -> None:
 
 
 def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None = None) -> Engine:
-    """Wrap `model` as `config.engine` says and continue from `state`, where given. The precision of `config` is
-    settled (`settle_precision`).
+    """Wrap `model` as `config.engine` says and continue from `state`, where given.
 
     Raises:
         ConfigError: the DeepSpeed settings file cannot be read or names a setting that this program owns.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -11,8 +10,6 @@ from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.training.engine.base import tune_cpu
 from cpsp_dist.utils.errors import ConfigError
 
-#: What Linux says of the CPU: of x86 (Intel, AMD) and ARM.
-CPU_INFO, BF16_FLAGS = Path("/proc/cpuinfo"), {"amx_bf16", "avx512_bf16", "bf16"}
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 #: What makes cuBLAS, and cuDNN's LSTM, repeat itself (docs.pytorch.org: use_deterministic_algorithms).
 _REPEATABLE = (":4096:8", ":16:8")
@@ -43,19 +40,6 @@ def set_numerics(train: TrainSettings, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     # It would write NaN into each new tensor, for programs that read what they never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether this machine's GPU, or CPU, multiplies in bf16, and does not only emulate it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        text = CPU_INFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return False
-    lines = (line.partition(":") for line in text.splitlines())
-    flags = next((value for name, _, value in lines if name.strip() in ("flags", "Features")), "")
-    return not BF16_FLAGS.isdisjoint(flags.split())
 
 
 def describe_numerics(train: TrainSettings, device: torch.device) -> str:

@@ -25,8 +25,7 @@ from tests.support.simulated_gpu import simulated_gpu
 
 
 def config_of(**engine: object) -> Config:
-    described = {"data": {"shards": "-"}, "engine": engine, "train": {"precision": "fp32"}}
-    return Config.model_validate(described)
+    return Config.model_validate({"data": {"shards": "-"}, "engine": engine})
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:
