@@ -116,8 +116,8 @@ def test_each_rank_needs_a_gpu_where_there_are_any(monkeypatch: pytest.MonkeyPat
     with simulated_gpu():
         with pytest.raises(UserError, match="--ranks 2: here is 1 GPU, one for each rank"):
             scaling.bench_scaling(ranks=[1, 2])
-        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-        printed = _describe_scaling(scaling.bench_scaling())
+        with mock.patch("torch.cuda.device_count", return_value=2):  # undone before the simulation is
+            printed = _describe_scaling(scaling.bench_scaling())
     assert started == [(1, "cuda"), (2, "cuda")]
     assert printed.startswith("simulated; 64 videos a rank")
     assert [line.split()[-2:] for line in printed.splitlines()[-2:]] == [["0.25", "50%"]] * 2
