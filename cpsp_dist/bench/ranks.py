@@ -62,13 +62,13 @@ def _rank(rank: int, world: int, folder: str, kind: str, function: Callable[...,
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     try:
         result = _in_group(Ranks(rank, world, rank, device), folder, function, args)
+        if rank == 0:
+            Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
+        barrier()
+        dist.destroy_process_group()
     except Exception as error:
         Path(folder, f"error-{rank}").write_text(first_line(explain(error, device) or error), encoding="utf-8")
         raise
-    if rank == 0:
-        Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
-    barrier()
-    dist.destroy_process_group()
 
 
 def _in_group(ranks: Ranks, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

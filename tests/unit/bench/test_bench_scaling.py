@@ -127,7 +127,16 @@ def fail(given: Ranks) -> dict[str, str]:
     raise RuntimeError("the reason\nadvice of many lines")
 
 
+def give_what_json_has_not(given: Ranks) -> dict[str, object]:
+    """It fails after the measurement, where the result is written."""
+    return {"device": given.device}
+
+
 @pytest.mark.long
-def test_a_rank_that_fails_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^rank 0 of 1: the reason$"):
-        ranks.launch(fail, 1)
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(fail, "the reason"), (give_what_json_has_not, "Object of type device is not JSON serializable")],
+)
+def test_a_rank_that_fails_is_one_line(function: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"^rank 0 of 1: {reason}$"):
+        ranks.launch(function, 1)
