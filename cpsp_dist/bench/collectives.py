@@ -83,7 +83,7 @@ def psp() -> nn.Module:
 def count_steps(network: nn.Module, kind: str, stage: int, ranks: Ranks, size: int) -> list[list[Collective]]:
     """The collectives of each of `WARM_UP` + 1 steps, in the order in which they were started."""
     described = {"data": {"shards": "-"}, "engine": {"kind": kind, "zero": stage}}
-    config = Config.model_validate(described | {"train": {"global_batch": size * ranks.world}})
+    config = Config.model_validate(described | {"train": {"global_batch": size * ranks.world, "precision": "fp32"}})
     engine, objectives = build_engine(network, config, ranks), Objectives(config.objectives, pool="gather")
     engine.module.train()
     batch = rank_batch(size, ranks)

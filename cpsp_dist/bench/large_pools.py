@@ -101,7 +101,7 @@ def measure_parts(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
     steps: dict[str, Callable[[], object]] = {}
     batches = [random_batch(size, number) for number in range(PARTS)]
     for over in found:
-        train = {"global_batch": size * PARTS, "optimizer": "sgd", "accumulation": PARTS}
+        train = {"global_batch": size * PARTS, "optimizer": "sgd", "accumulation": PARTS, "precision": "fp32"}
         described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train, "pool": {"over": over}}
         config = Config.model_validate(described)
         model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)

@@ -75,7 +75,7 @@ def bench_tiles(batch: int, pools: Sequence[int]) -> dict[str, Any]:
 def _steps(ranks: Ranks, size: int, rounds: int) -> dict[str, Any]:
     """Complete training steps, and what the gathered pool sends."""
     model = build_model("psp", visual_channels=VISUAL, audio_channels=AUDIO, categories=CATEGORIES)
-    train = {"global_batch": size * ranks.world, "optimizer": "sgd"}
+    train = {"global_batch": size * ranks.world, "optimizer": "sgd", "precision": "fp32"}
     described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train}
     engine = build_engine(model, Config.model_validate(described), ranks)
     batch = random_batch(size, ranks.rank)

@@ -63,8 +63,8 @@ def measure_steps(ranks: Ranks, size: int, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     network = build_model("psp", visual_channels=512, audio_channels=AUDIO, categories=CATEGORIES)
     gradients = sum(p.nbytes for p in network.parameters())
-    described = {"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": {"global_batch": size * ranks.world}}
-    config = Config.model_validate(described)
+    train = {"global_batch": size * ranks.world, "precision": "fp32"}
+    config = Config.model_validate({"data": {"shards": "-"}, "engine": {"kind": "ddp"}, "train": train})
     engine, objectives = build_engine(network, config, ranks), Objectives(config.objectives, pool="gather")
     engine.module.train()
     batch = rank_batch(size, ranks)

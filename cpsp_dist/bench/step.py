@@ -240,8 +240,9 @@ def end_to_end(batch: int, samples: int, steps: int, device: torch.device, compi
     """A training loop over made shards of the published size, after two steps."""
     with noise_shards(samples) as folder:
         manifest = Manifest.load(Path(folder))
-        train = {"global_batch": min(batch, samples)}
-        described: dict[str, Any] = {"data": {"shards": str(folder)}, "train": train}
+        size = min(batch, samples)
+        described: dict[str, Any] = {"data": {"shards": str(folder)}}
+        described["train"] = {"global_batch": size, "precision": "fp32"}
         described["engine"] = {"kind": "ddp", "compile": compile}
         config, ranks = Config.model_validate(described), Ranks(0, 1, 0, device)
         network = build_model("psp", visual_channels=512, audio_channels=AUDIO, categories=len(manifest.categories))
@@ -255,9 +256,9 @@ def end_to_end(batch: int, samples: int, steps: int, device: torch.device, compi
 
             def run(first: int, count: int) -> None:
                 for step in range(first, first + count):
-                    runner.run_micro_batches(feed, step, step * train["global_batch"], 1e-3)
+                    runner.run_micro_batches(feed, step, step * size, 1e-3)
 
             run(0, 2)
             waited, seconds = stream.wait_seconds, _timed(lambda: run(2, steps), device)
             share = (stream.wait_seconds - waited) / seconds
-    return {"samples_per_second": steps * train["global_batch"] / seconds, "data_wait_share": share}
+    return {"samples_per_second": steps * size / seconds, "data_wait_share": share}

@@ -110,7 +110,11 @@ class TrainSettings(Section):
         10, ge=0, description="steps left out for a loss or gradient that is not finite, before the run stops"
     )
     grad_clip_norm: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp64 with engine.kind=ddp only")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto",
+        description="auto: bf16 where the GPUs or CPUs of all ranks compute in it, else fp32; a run resumed from a "
+        "checkpoint keeps its own. fp64 with engine.kind=ddp only",
+    )
     deterministic: bool = Field(
         True, description="on a GPU, too, the same run on the same number and model of GPUs is the same bit for bit"
     )

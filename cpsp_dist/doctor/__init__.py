@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
@@ -21,7 +23,15 @@ from cpsp_dist.doctor import machine, paths
 from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
-from cpsp_dist.training.engine import check_compile, check_launcher_settings, deepspeed_settings, import_deepspeed
+from cpsp_dist.training.checkpoint import Checkpoints
+from cpsp_dist.training.engine import (
+    check_compile,
+    check_launcher_settings,
+    deepspeed_settings,
+    has_bf16,
+    import_deepspeed,
+)
+from cpsp_dist.training.precision import with_precision
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.hashing import text_sha256
@@ -121,7 +131,8 @@ class RankChecks:
             self._check("deepspeed", "the disk of the packages", lambda: self._deepspeed(config))
 
     def _launcher(self, config: Config) -> list[Finding]:
-        check_launcher_settings(config, self.rendezvous.ranks.device.type)
+        device = self.rendezvous.ranks.device
+        check_launcher_settings(_as_started(config, device), device.type)
         return []
 
     def _compile(self, config: Config) -> list[Finding]:
@@ -129,9 +140,10 @@ class RankChecks:
         return []
 
     def _deepspeed(self, config: Config) -> list[Finding]:
-        deepspeed_settings(config, self.rendezvous.ranks.world)
+        ranks = self.rendezvous.ranks
+        deepspeed_settings(_as_started(config, ranks.device), ranks.world)
         try:
-            found = import_deepspeed(self.rendezvous.ranks.device).__version__
+            found = import_deepspeed(ranks.device).__version__
         except Exception as error:
             text = f"cannot be imported: {type(error).__name__}: {one_line(error)[:200]}"
             return [Finding(ERROR, "deepspeed", text, "CUDA_HOME may have to be set; or engine.kind=ddp")]
@@ -217,6 +229,14 @@ def _print(rendezvous: Rendezvous, reported: Sequence[tuple[int | None, Finding]
             echo(line)
         echo(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}")
     return EXIT_USER_ERROR if errors else 0
+
+
+def _as_started(config: Config, device: torch.device) -> Config:
+    """With the precision that auto is where all ranks have such a device; left open where there are checkpoints, of
+    which a run keeps it."""
+    if config.train.precision != "auto" or Checkpoints(config.output).steps():
+        return config
+    return with_precision(config, "bf16" if has_bf16(device) else "fp32")
 
 
 def _count(number: int, word: str) -> str:

@@ -14,6 +14,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress, require_encoders
 from cpsp_dist.training.engine import TrainingState
+from cpsp_dist.training.precision import settle_precision
 from cpsp_dist.utils.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ class Choices:
 
 def load_latest_checkpoint(
     config: Config, manifest: Manifest, ranks: Ranks, choices: Choices, steps: int, model: nn.Module
-) -> tuple[TrainingState | None, TrainingProgress]:
-    """The newest complete checkpoint, the same one on every rank, or a fresh start; all ranks call it together.
+) -> tuple[Config, TrainingState | None, TrainingProgress]:
+    """The newest complete checkpoint, the same one on every rank, or a fresh start; all ranks call it together. Before
+    it the configuration, with its precision settled (`settle_precision`).
 
     A run that was finished with fewer than `steps` steps trains on. For the dry run too: it writes nothing.
 
@@ -53,18 +55,23 @@ def load_latest_checkpoint(
     if choices.fresh and checkpoints.steps():
         raise UserError(f"{config.output} holds checkpoints of an earlier run; remove it, or set another output=…")
     newest = _newest_on_all_ranks(checkpoints, ranks)
-    described = config.model_dump(mode="json")
     if newest is None:
         if checkpoints.steps():
             raise DataError(f"{checkpoints.folder}: no complete checkpoint found; remove the folder to start anew")
-        return None, TrainingProgress(
-            config=described,
-            fingerprint=manifest.fingerprint,
-            world=ranks.world,
-            encoders=manifest.encoders.as_json(),
+        config = settle_precision(config, ranks, {})
+        return (
+            config,
+            None,
+            TrainingProgress(
+                config=config.model_dump(mode="json"),
+                fingerprint=manifest.fingerprint,
+                world=ranks.world,
+                encoders=manifest.encoders.as_json(),
+            ),
         )
     state, progress = checkpoints.load(newest)
     require_encoders(progress, manifest, str(checkpoints.path(newest)), warn=ranks.first)
+    config = settle_precision(config, ranks, progress.config)
     changed = changes(progress, config, manifest)
     if progress.step > steps:
         changed.append(f"it is of step {progress.step}, train.epochs and train.steps now ask for {steps} steps")
@@ -75,13 +82,17 @@ def load_latest_checkpoint(
         )
     _require_fits(state.weights, model, f"{checkpoints.path(newest)}")
     finished = progress.step >= steps
-    return state, replace(
-        progress,
-        config=described,
-        fingerprint=manifest.fingerprint,
-        world=ranks.world,
-        finished=finished,
-        encoders=manifest.encoders.as_json() if manifest.encoders.known else progress.encoders,
+    return (
+        config,
+        state,
+        replace(
+            progress,
+            config=config.model_dump(mode="json"),
+            fingerprint=manifest.fingerprint,
+            world=ranks.world,
+            finished=finished,
+            encoders=manifest.encoders.as_json() if manifest.encoders.known else progress.encoders,
+        ),
     )
 
 

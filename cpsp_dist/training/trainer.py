@@ -85,7 +85,8 @@ def train(
         check_engine_settings(config, ranks)
         model = initial_model(config, manifest)
         stack.enter_context(run_folder(config.output, write=ranks.first))
-        state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
+        config, state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
+        check_engine_settings(config, ranks)  # once more: the precision is settled now
         about = say_start(config, manifest, ranks, model, schedule, progress)
         tracker = Tracker(
             config,

@@ -19,7 +19,7 @@ from tests.tools import modalities
 
 AVDIGITS = DATA / "avdigits"
 SETTINGS = ["train.global_batch=4", "train.epochs=30", "evaluation.every_epochs=99"]
-SETTINGS += ["tracking.enabled=false", "tracking.every_steps=1"]
+SETTINGS += ["train.precision=fp32", "tracking.enabled=false", "tracking.every_steps=1"]
 
 
 def arguments(output: Path, shards: Path, config: str) -> list[str]:
@@ -61,7 +61,8 @@ def test_weak_supervision_that_never_predicts_background_is_flagged(
         main(["shards", "pack", "--layout", "ave-h5", "--source", str(AVDIGITS / "ave_h5"), "--out", str(shards)]) == 0
     )
     run = ["--config", str(REPO / "configs" / "ave_weak_published.yaml"), f"data.shards={shards}", f"output={output}"]
-    run += ["train.global_batch=4", "train.epochs=10", "evaluation.every_epochs=99", f"tracking.uri={store}"]
+    run += ["train.precision=fp32", "train.global_batch=4", "train.epochs=10"]
+    run += ["evaluation.every_epochs=99", f"tracking.uri={store}"]
     prefork.start(run, 1).finish(300)
     text = "the model never predicts background: its event accuracy is the share of event segments"
     (tracked,) = find_runs(store, ["cpsp"])

@@ -30,6 +30,7 @@ CASES = {
     "ZeRO 0": ["engine.zero=0"],
     "ZeRO 2": ["engine.zero=2"],
     "ZeRO 2, bf16": ["engine.zero=2", "train.precision=bf16"],
+    "the default on a GPU": ["engine.zero=0", "train.precision=auto"],
     "CACE-Net": CHANGES,
 }
 SHORT = ("psp", "bf16", "one pool over parts")

@@ -38,7 +38,7 @@ def train(names: list[str], kinds: list[tuple[str, int]]) -> dict[tuple[str, str
                     "model": {"name": name, "supervision": supervision},
                     "objectives": objectives,
                     "engine": {"kind": kind, "zero": zero},
-                    "train": {"optimizer": "sgd", "grad_clip_norm": None, "global_batch": 12},
+                    "train": {"optimizer": "sgd", "grad_clip_norm": None, "global_batch": 12, "precision": "fp32"},
                 }
             )
             engine = build_engine(network(name, supervision), config, ranks)

@@ -49,6 +49,7 @@ VARIANTS = {
     "ZeRO 2": ["engine.zero=2"],
     "ZeRO 2, accumulation": ["engine.zero=2", "train.accumulation=2"],
     "ZeRO 2, bfloat16": ["engine.zero=2", "train.precision=bf16"],
+    "the default on a GPU": ["engine.zero=0", "train.precision=auto"],
 }
 SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
 ENGINE = SECTIONS["engine"].model_json_schema()["properties"]

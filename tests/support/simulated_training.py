@@ -153,8 +153,8 @@ def simulated_ranks() -> Iterator[collections.Counter[str]]:
 
 def _find_as_one_rank(config: Any, manifest: Any, ranks: Ranks, *more: Any) -> Any:
     """The ranks agree on a checkpoint through pickled objects, which is not of interest here."""
-    state, progress = trainer_find(config, manifest, replace(ranks, world=1), *more)
-    return state, replace(progress, world=ranks.world)
+    config, state, progress = trainer_find(config, manifest, replace(ranks, world=1), *more)
+    return config, state, replace(progress, world=ranks.world)
 
 
 trainer_find = trainer.load_latest_checkpoint

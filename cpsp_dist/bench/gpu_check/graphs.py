@@ -70,7 +70,8 @@ def _trained(settings: list[str], world: int = 1) -> dict[str, torch.Tensor]:
     """The weights after 6 micro-batches, each of other videos. world: more than 1 for DDP's wrapper."""
     weak = ["objectives.event=0", "objectives.avps=0", "objectives.psa_s=0"]
     more = weak if "model.supervision=weak" in settings else []
-    config = load_config("ave_full", ["data.shards=none", "engine.kind=ddp", "train.global_batch=16", *settings, *more])
+    common = ["data.shards=none", "engine.kind=ddp", "train.global_batch=16", "train.precision=fp32"]
+    config = load_config("ave_full", [*common, *settings, *more])
     engine = build_engine(network_of(config.model), config, Ranks(0, world, 0, GPU))
     objectives = Objectives(config.objectives, pool="gather", supervision=config.model.supervision)
     engine.module.train()

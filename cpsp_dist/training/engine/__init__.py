@@ -17,7 +17,7 @@ from cpsp_dist.training.engine.ddp import DDPEngine
 from cpsp_dist.training.engine.deepspeed import DeepSpeedEngine, deepspeed_settings
 from cpsp_dist.training.engine.deepspeed_compat import import_deepspeed
 from cpsp_dist.training.engine.launcher_settings import check_launcher_settings
-from cpsp_dist.training.engine.numerics import describe_numerics, set_numerics
+from cpsp_dist.training.engine.numerics import describe_numerics, has_bf16, set_numerics
 
 __all__ = [
     "PRECISIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "check_launcher_settings",
     "deepspeed_settings",
     "describe_numerics",
+    "has_bf16",
     "import_deepspeed",
     "set_numerics",
     "tune_cpu",
@@ -39,6 +40,7 @@ __all__ = [
 
 def check_engine_settings(config: Config, ranks: Ranks) -> None:
     """Refuse what would be ignored: settings in `engine.deepspeed` or of accelerate that the configuration contradicts.
+    `train.precision=auto`, not settled yet, contradicts neither bf16 nor fp32.
 
     Raises:
         ConfigError: a line for each setting.
@@ -49,7 +51,7 @@ def check_engine_settings(config: Config, ranks: Ranks) -> None:
 
 
 def build_engine(model: nn.Module, config: Config, ranks: Ranks, state: TrainingState | None = None) -> Engine:
-    """Wrap `model` as `config.engine` says and continue from `state`, where given.
+    """Wrap `model` as `config.engine` says and continue from `state`, where given. The precision is settled: not auto.
 
     Raises:
         ConfigError: the DeepSpeed settings file cannot be read or names a setting that this program owns.

@@ -45,7 +45,7 @@ def accelerate_conflicts(config: Config, device: str, env: Mapping[str, str]) ->
         conflicts.append(f"ZeRO stage {asked}, but engine.kind={config.engine.kind}, engine.zero={config.engine.zero}: "
                          f"set engine.kind=deepspeed engine.zero={asked}")  # fmt: skip
     precision = value("MIXED_PRECISION")
-    if precision == "bf16" and train.precision != "bf16":
+    if precision == "bf16" and train.precision not in ("auto", "bf16"):
         conflicts.append(f"mixed precision bf16, but train.precision={train.precision}: set train.precision=bf16")
     elif precision not in ("", "no", "bf16"):
         conflicts.append(f"mixed precision {precision}, which no engine has: set train.precision=bf16 instead")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,6 +12,8 @@ from cpsp_dist.config.schema import TrainSettings
 from cpsp_dist.training.engine.base import tune_cpu
 from cpsp_dist.utils.errors import ConfigError
 
+#: By `torch.cpu.get_capabilities`: of x86 (Intel, AMD) and of ARM.
+CPUS_WITH_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 #: What makes cuBLAS, and cuDNN's LSTM, repeat itself (docs.pytorch.org: use_deterministic_algorithms).
 _REPEATABLE = (":4096:8", ":16:8")
@@ -40,6 +44,15 @@ def set_numerics(train: TrainSettings, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     # It would write NaN into each new tensor, for programs that read what they never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether this GPU or CPU multiplies in bf16, and does not only emulate it. Before torch had `get_capabilities`, no
+    CPU counts as one that does."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name) for name in CPUS_WITH_BF16)
 
 
 def describe_numerics(train: TrainSettings, device: torch.device) -> str:

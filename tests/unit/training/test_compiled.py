@@ -25,7 +25,8 @@ from tests.support.simulated_gpu import simulated_gpu
 
 
 def config_of(**engine: object) -> Config:
-    return Config.model_validate({"data": {"shards": "-"}, "engine": engine})
+    described = {"data": {"shards": "-"}, "engine": engine, "train": {"precision": "fp32"}}
+    return Config.model_validate(described)
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:

@@ -79,7 +79,7 @@ def test_a_run_is_not_resumed_on_them(folder: Path, allow: bool) -> None:
 
     with pytest.raises(UserError, match=r"step-00000001 was trained on those of wall; extract them with the same"):
         resume("other")
-    _state, progress = resume("ours")  # type: ignore[misc]
+    _config, _state, progress = resume("ours")  # type: ignore[misc]
     assert progress.encoders == OURS.as_json()
 
 

@@ -78,9 +78,10 @@ def test_an_evaluation_computes_as_the_run_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_header_has_both() -> None:
-    assert describe_numerics(TrainSettings(), CUDA) == "fp32, TF32 off, deterministic"
-    assert describe_numerics(TrainSettings(tf32=True, deterministic=False), CUDA) == "fp32, TF32 on, not deterministic"
-    assert describe_numerics(TrainSettings(tf32=True), CPU) == "fp32"
+    assert describe_numerics(TrainSettings(precision="fp32"), CUDA) == "fp32, TF32 off, deterministic"
+    other = TrainSettings(precision="bf16", tf32=True, deterministic=False)
+    assert describe_numerics(other, CUDA) == "bf16, TF32 on, not deterministic"
+    assert describe_numerics(TrainSettings(precision="fp32", tf32=True), CPU) == "fp32"
 
 
 def test_deepspeed_takes_our_device_and_no_warning_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
