@@ -112,8 +112,8 @@ class TrainSettings(Section):
     grad_clip_norm: float | None = Field(0.1, gt=0, description="largest gradient norm; null for none")
     precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
         "auto",
-        description="auto: bf16 where the GPUs or CPUs of all ranks compute in it, else fp32; a run resumed from a "
-        "checkpoint keeps its own. fp64 with engine.kind=ddp only",
+        description="auto: bf16 where the GPUs or CPUs of all ranks have it in hardware, else fp32; a resumed run keeps"
+        " its checkpoint's. fp64 with engine.kind=ddp only",
     )
     deterministic: bool = Field(
         True, description="on a GPU, too, the same run on the same number and model of GPUs is the same bit for bit"

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from cpsp_dist.config import Config, flat, load_config
 from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.process_group import discover
@@ -28,10 +26,9 @@ from cpsp_dist.training.engine import (
     check_compile,
     check_launcher_settings,
     deepspeed_settings,
-    has_bf16,
     import_deepspeed,
 )
-from cpsp_dist.training.precision import with_precision
+from cpsp_dist.training.precision import settle_alone
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError
 from cpsp_dist.utils.hashing import text_sha256
@@ -39,7 +36,7 @@ from cpsp_dist.utils.shipped import find_config
 from cpsp_dist.utils.text import one_line
 
 #: Checks that a rank makes for itself, one after the other, each within the limit.
-OWN_CHECKS = 10
+OWN_CHECKS = 11
 #: Nodes that a line names; more are counted.
 NAMED = 8
 
@@ -125,14 +122,26 @@ class RankChecks:
             self._check("cache", "the cache's disk", lambda: paths.cache(config, manifests[0]))
             if self.rendezvous.ranks.first:
                 self._check("space", f"the disk of {config.output}", lambda: paths.room(config, manifests[0]))
+        settled = [config]
+        if config.train.precision == "auto":
+            self._check("precision", f"the disk of {config.output}", lambda: self._precision(config, settled))
+        config = settled[-1]
         self._check("launcher", "the files that the launcher names", lambda: self._launcher(config))
         self._check("compile", "the GPU", lambda: self._compile(config))
         if config.engine.kind == "deepspeed":
             self._check("deepspeed", "the disk of the packages", lambda: self._deepspeed(config))
 
+    def _precision(self, config: Config, settled: list[Config]) -> list[Finding]:
+        """What auto is in the run that the output holds, or in a new one on such devices."""
+        checkpoints = Checkpoints(config.output)
+        newest, _ = checkpoints.newest_valid()
+        saved = {} if newest is None else checkpoints.load(newest)[1].config
+        found, why = settle_alone(config, self.rendezvous.ranks.device, saved)
+        settled.append(found)
+        return [Finding(OK, "precision", f"train.precision=auto is {found.train.precision} in this run: {why}")]
+
     def _launcher(self, config: Config) -> list[Finding]:
-        device = self.rendezvous.ranks.device
-        check_launcher_settings(_as_started(config, device), device.type)
+        check_launcher_settings(config, self.rendezvous.ranks.device.type)
         return []
 
     def _compile(self, config: Config) -> list[Finding]:
@@ -140,10 +149,9 @@ class RankChecks:
         return []
 
     def _deepspeed(self, config: Config) -> list[Finding]:
-        ranks = self.rendezvous.ranks
-        deepspeed_settings(_as_started(config, ranks.device), ranks.world)
+        deepspeed_settings(config, self.rendezvous.ranks.world)
         try:
-            found = import_deepspeed(ranks.device).__version__
+            found = import_deepspeed(self.rendezvous.ranks.device).__version__
         except Exception as error:
             text = f"cannot be imported: {type(error).__name__}: {one_line(error)[:200]}"
             return [Finding(ERROR, "deepspeed", text, "CUDA_HOME may have to be set; or engine.kind=ddp")]
@@ -229,14 +237,6 @@ def _print(rendezvous: Rendezvous, reported: Sequence[tuple[int | None, Finding]
             echo(line)
         echo(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}")
     return EXIT_USER_ERROR if errors else 0
-
-
-def _as_started(config: Config, device: torch.device) -> Config:
-    """With the precision that auto is where all ranks have such a device; left open where there are checkpoints, of
-    which a run keeps it."""
-    if config.train.precision != "auto" or Checkpoints(config.output).steps():
-        return config
-    return with_precision(config, "bf16" if has_bf16(device) else "fp32")
 
 
 def _count(number: int, word: str) -> str:

@@ -64,7 +64,7 @@ def dry_run(config: Config, ranks: Ranks, world: int, choices: Choices | None = 
         require_startable(config.output, write=ranks.first)
         choices = choices or Choices()
         config, _, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
-        check_engine_settings(config, planned)  # once more: the precision is settled now
+        check_engine_settings(config, planned)  # now that the precision is settled
         # Checked above for the planned ranks; this process alone has another share of the batch.
         checked = config.engine.model_copy(update={"ignore_conflicts": True})
         if checked.compile == "graphs":  # whose warm-up would count among the activations

@@ -16,7 +16,7 @@ from cpsp_dist.distributed.launchers import read_place
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.tracking.store import tracking_uri
 from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
-from cpsp_dist.training.engine import describe_numerics
+from cpsp_dist.training.engine import describe_numerics, has_bf16
 from cpsp_dist.training.lr_schedule import TrainingSchedule
 from cpsp_dist.utils.errors import UserError
 from cpsp_dist.utils.redact import without_secrets
@@ -59,6 +59,9 @@ def say_start(
     logger.info(f"MLflow: {store}")
     if ranks.device.type == "cuda" and ranks.world == 1 and config.engine.compile == "none" and config.engine.zero < 3:
         logger.info("engine.compile=graphs would train to the same weights, sooner (docs/results.md)")
+    if config.train.precision == "bf16" and not has_bf16(ranks.device):
+        kind = ranks.device.type.upper()
+        logger.warning(f"train.precision=bf16: this {kind} only emulates it, several times slower than fp32")
     for line in [*without_effect(config), *warnings(config, cards)]:
         logger.warning(line)
     if progress.step:

@@ -81,12 +81,13 @@ def train(
     with ExitStack() as stack:
         stream = stack.enter_context(open_train_stream(config, manifest, ranks))
         schedule = TrainingSchedule(config.train, stream.schedule.epoch_length)
-        # Both read files that the user names; a mistake there is reported before anything is made.
+        # Both read files that the user names; a mistake there is reported before anything is made, but for a precision
+        # that contradicts them where train.precision=auto.
         check_engine_settings(config, ranks)
         model = initial_model(config, manifest)
         stack.enter_context(run_folder(config.output, write=ranks.first))
         config, state, progress = load_latest_checkpoint(config, manifest, ranks, choices, schedule.steps, model)
-        check_engine_settings(config, ranks)  # once more: the precision is settled now
+        check_engine_settings(config, ranks)  # now that the precision is settled
         about = say_start(config, manifest, ranks, model, schedule, progress)
         tracker = Tracker(
             config,

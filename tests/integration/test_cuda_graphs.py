@@ -14,6 +14,7 @@ from cpsp_dist.bench.batches import own_objectives
 from cpsp_dist.training.engine import compiled
 from cpsp_dist.utils.errors import UserError
 from tests.integration.test_simulated_gpu import BUDGET, WEAK, check
+from tests.support.runs import saved_precision
 from tests.support.simulated_training import SimulatedRun, simulate_training
 
 GRAPHS = "engine.compile=graphs"
@@ -30,7 +31,7 @@ CASES = {
     "ZeRO 0": ["engine.zero=0"],
     "ZeRO 2": ["engine.zero=2"],
     "ZeRO 2, bf16": ["engine.zero=2", "train.precision=bf16"],
-    "the default on a GPU": ["engine.zero=0", "train.precision=auto"],
+    "ZeRO 1 by default": ["engine.zero=0", "train.precision=auto"],
     "CACE-Net": CHANGES,
 }
 SHORT = ("psp", "bf16", "one pool over parts")
@@ -56,6 +57,7 @@ def test_weights_are_those_without_graphs(name: str, keypad_shards: Path, tmp_pa
     plain, expected = trained(keypad_shards, tmp_path / "plain", *CASES[name], **more)
     run, found = trained(keypad_shards, tmp_path / "graphs", *CASES[name], GRAPHS, **more)
     assert not apart(expected, found)
+    assert ("bf16" in name or "default" in name) == (saved_precision(tmp_path / "graphs") == "bf16")
     check(run, BUDGET)
     passes = plain.micro_batches * (3 if "pool.over=parts" in CASES[name] else 2)
     assert {step.record.kernels["cuda graph"] for step in run.steps} == {passes}

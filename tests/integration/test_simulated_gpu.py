@@ -14,6 +14,7 @@ from cpsp_dist.bench.batches import own_objectives
 from cpsp_dist.config import Config
 from cpsp_dist.losses import psa_v
 from cpsp_dist.models import MODELS
+from tests.support.runs import saved_precision
 from tests.support.simulated_device import CUDA
 from tests.support.simulated_gpu import simulated_gpu
 from tests.support.simulated_training import WARM_UP, SimulatedRun, SimulatedStep, simulate_training
@@ -49,7 +50,8 @@ VARIANTS = {
     "ZeRO 2": ["engine.zero=2"],
     "ZeRO 2, accumulation": ["engine.zero=2", "train.accumulation=2"],
     "ZeRO 2, bfloat16": ["engine.zero=2", "train.precision=bf16"],
-    "the default on a GPU": ["engine.zero=0", "train.precision=auto"],
+    "bf16, by default": ["train.precision=auto"],
+    "ZeRO 1 by default": ["engine.zero=0", "train.precision=auto"],
 }
 SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
 ENGINE = SECTIONS["engine"].model_json_schema()["properties"]
@@ -60,9 +62,10 @@ MININGS = SECTIONS["objectives"].model_json_schema()["properties"]["mining"]["en
 SHORT = ("psp", "bank, accumulation", "ZeRO 0")
 #: What stage 3 waits for by itself.
 STAGE_3 = re.compile(r"zero/(stage3|partition_parameters|partitioned_param_coordinator)\.py:\d+ .*synchronize\(\)")
-#: Of the gradients, of their norm from stage 1 on, of the pool (two) and of the flag. Those of DDP's own reducer, in
-#: C++, and stage 2's coalesced all-gather of the weights are counted by `cpsp-dist bench collectives`.
+#: Of the gradients, of their norm and of the weights from stage 1 on, of the pool (two) and of the flag. Those of DDP's
+#: own reducer, in C++, and stage 2's coalesced all-gather of the weights are counted by `cpsp-dist bench collectives`.
 COLLECTIVES = {
+    "ZeRO 1 by default": {"all_reduce": 3, "all_gather_into_tensor": 2, "reduce_scatter_tensor": 1},
     "ZeRO 2": {"all_reduce": 3, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
     "ZeRO 0": {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
     "psp": {"all_reduce": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
@@ -88,6 +91,8 @@ def test_host_waits_for_the_norm_and_one_flag(name: str, keypad_shards: Path, tm
     check(run)
     assert run.step.collectives == COLLECTIVES.get(name, run.step.collectives)
     assert bool(run.step.record.bf16_products) == ("bf16" in name)
+    if "default" in name:  # DeepSpeed's network is in bf16 itself, without autocast's products
+        assert saved_precision(tmp_path) == "bf16"
 
 
 #: Its other output from the first epoch on: ZeRO 3 learns the order of the parameters again where it begins.

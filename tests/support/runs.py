@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from cpsp_dist.training.checkpoint import OPTIMIZER, WEIGHTS, Checkpoints
+from cpsp_dist.training.checkpoint import OPTIMIZER, PROGRESS, WEIGHTS, Checkpoints
 from tests.support.environment import REPO
 
 
@@ -39,6 +39,13 @@ def newest_weights(output: Path) -> dict[str, torch.Tensor]:
     checkpoints = Checkpoints(output)
     weights = load_file(checkpoints.path(checkpoints.steps()[-1]) / WEIGHTS)
     return {name: tensor.clone() for name, tensor in weights.items()}  # the file itself is only mapped
+
+
+def saved_precision(output: Path) -> str:
+    """In which the run of the newest checkpoint trains."""
+    checkpoints = Checkpoints(output)
+    described = json.loads((checkpoints.path(checkpoints.steps()[-1]) / PROGRESS).read_text())
+    return str(described["config"]["train"]["precision"])
 
 
 def newest_state(output: Path) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def run(
         if not results.exists():
             command = [sys.executable, "-m", "cpsp_dist.train", "--config", str(REPO / "configs/ave_full.yaml")]
             command += [f"data.shards={shards}", f"output={output}/{name}", f"train.seed={seed}"]
-            command += ["train.global_batch=32", f"train.epochs={epochs}", "engine.kind=ddp"]
+            command += ["train.global_batch=32", f"train.epochs={epochs}", "engine.kind=ddp", "train.precision=fp32"]
             command += ["tracking.experiment=modalities", f"tracking.run_name={name}", *settings, *KINDS[kind]]
             subprocess.run(command, check=True, timeout=LIMIT_SECONDS, env=env)
         return json.loads(results.read_text())

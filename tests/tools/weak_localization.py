@@ -30,7 +30,7 @@ def run(given: argparse.Namespace, config: str, seed: int) -> Found:
     if not (output / "results.json").exists():
         settings = [f"data.shards={given.shards}", f"output={output}", f"train.seed={seed}", "engine.kind=ddp"]
         settings += ["train.global_batch=32", f"train.epochs={given.epochs}", "train.milestones=[]"]
-        settings += ["tracking.enabled=false", "tracking.every_steps=1000", "checkpoint.keep=1"]
+        settings += ["train.precision=fp32", "tracking.enabled=false", "tracking.every_steps=1000", "checkpoint.keep=1"]
         train(load_config(config, settings), discover())
     results = json.loads((output / "evaluation_test.json").read_text())
     kinds = {"trained": results, "event everywhere": results["baselines"]["always_event"]}

@@ -82,6 +82,7 @@ def engines(folder: Path) -> None:
     cases = {f"ddp, {precision}": [ddp, f"train.precision={precision}"] for precision in ("fp32", "bf16", "fp64")}
     cases |= {f"ZeRO {stage}": [f"engine.zero={stage}"] for stage in range(4)}
     cases |= {f"ZeRO {stage}, bf16": [f"engine.zero={stage}", "train.precision=bf16"] for stage in (1, 3)}
+    cases |= {"the default": ["train.precision=auto"]}
     cases |= {name: [ddp, f"model.name={name}"] for name in ("avel", "avsdn", "cmran", "cmbs")}
     cases |= {f"{name}, inductor": [*cases[name], "engine.compile=inductor"] for name in ("ddp, fp32", "ZeRO 0")}
     cases |= {"cace": [ddp, "model.name=cace", "model.enhanced_from=0", *own_objectives("cace")]}

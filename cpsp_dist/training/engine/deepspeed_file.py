@@ -175,7 +175,8 @@ def owned_settings(config: Config, world: int) -> dict[str, tuple[tuple[Any, ...
     """DeepSpeed's dotted keys that follow from the configuration: the values that agree, and what sets them."""
     train = config.train
     micro = -(-train.global_batch // (train.accumulation * world))
-    bf16 = {"auto": (True, False), "bf16": (True,)}.get(train.precision, (False,))
+    bf16 = train.precision == "bf16"
+    either = (True, False) if train.precision == "auto" else (bf16,)  # auto is settled later
     return {
         "train_batch_size": ((train.global_batch,), f"train.global_batch={train.global_batch}"),
         "train_micro_batch_size_per_gpu": (
@@ -184,10 +185,10 @@ def owned_settings(config: Config, world: int) -> dict[str, tuple[tuple[Any, ...
         ),
         "gradient_accumulation_steps": ((train.accumulation,), f"train.accumulation={train.accumulation}"),
         "gradient_clipping": ((train.grad_clip_norm or 0.0,), f"train.grad_clip_norm={train.grad_clip_norm}"),
-        "bf16.enabled": (bf16, f"train.precision={train.precision}"),
+        "bf16.enabled": (either, f"train.precision={train.precision}"),
         "fp16.enabled": ((False,), f"train.precision={train.precision}"),
         "zero_optimization.stage": (
-            (config.engine.zero, max(config.engine.zero, 1) if True in bf16 else config.engine.zero),
+            (config.engine.zero, max(config.engine.zero, 1) if True in either else config.engine.zero),
             f"engine.zero={config.engine.zero}",
         ),
     }

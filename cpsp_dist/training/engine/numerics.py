@@ -47,12 +47,12 @@ def set_numerics(train: TrainSettings, device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether this GPU or CPU multiplies in bf16, and does not only emulate it. Before torch had `get_capabilities`, no
-    CPU counts as one that does."""
+    """Whether this GPU or CPU has bf16 in hardware, and torch its matrix products for it (a CPU's are oneDNN's). Before
+    torch had `get_capabilities`, no CPU counts as one that has it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name) for name in CPUS_WITH_BF16)
+    return torch.backends.mkldnn.is_available() and any(found.get(name) for name in CPUS_WITH_BF16)
 
 
 def describe_numerics(train: TrainSettings, device: torch.device) -> str:

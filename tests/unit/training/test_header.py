@@ -13,6 +13,7 @@ from cpsp_dist.data.manifest import Manifest
 from cpsp_dist.distributed.card import Card
 from cpsp_dist.distributed.process_group import Ranks
 from cpsp_dist.models import model_for
+from cpsp_dist.training import header
 from cpsp_dist.training.checkpoint import TrainingProgress
 from cpsp_dist.training.header import describe_ranks, require_videos_for_all, say_start, warnings
 from cpsp_dist.training.lr_schedule import TrainingSchedule
@@ -93,6 +94,25 @@ def test_the_header(
     assert lines[2] == f"{keypad_shards}: 48 train, 16 val, 16 test videos; 7 steps of 32"
     assert lines[3] == f"MLflow: {store}"
     assert "geheim" not in "".join(lines)
+
+
+@pytest.mark.parametrize(("given", "has_it"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_bf16_that_is_only_emulated_is_named(
+    given: str,
+    has_it: bool,
+    keypad_shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(header, "has_bf16", lambda device: has_it)
+    settings = [f"data.shards={keypad_shards}", f"output={tmp_path}", f"train.precision={given}"]
+    config, manifest = load_config(KEYPAD, settings), Manifest.load(keypad_shards)
+    model, schedule = model_for(config.model, manifest), TrainingSchedule(config.train, 48)
+    say_start(config, manifest, Ranks(0, 1, 0, CPU), model, schedule, TrainingProgress())
+    warned = ["train.precision=bf16: this CPU only emulates it, several times slower than fp32"]
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert found == (warned if given == "bf16" and not has_it else [])
 
 
 @pytest.mark.parametrize(("timeout", "patience"), [(600, 300), (3600, 300), (100, 50), (10, 5)])

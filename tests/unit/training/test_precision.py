@@ -16,12 +16,11 @@ from cpsp_dist.config import load_config
 from cpsp_dist.distributed import process_group
 from cpsp_dist.doctor import RankChecks
 from cpsp_dist.training import precision
-from cpsp_dist.training.checkpoint import Checkpoints
-from cpsp_dist.training.engine import check_engine_settings, has_bf16
+from cpsp_dist.training.checkpoint import Checkpoints, TrainingProgress
+from cpsp_dist.training.engine import TrainingState, check_engine_settings, has_bf16
 from cpsp_dist.training.precision import settle_precision
-from cpsp_dist.utils.errors import ConfigError
 from tests.support.ranks import run_ranks
-from tests.support.runs import KEYPAD, arguments, newest_weights
+from tests.support.runs import KEYPAD, arguments, newest_weights, saved_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = process_group.Ranks(0, 1, 0, CPU)
@@ -56,10 +55,12 @@ def test_a_cpu_has_it_as_torch_finds(
 ) -> None:
     """None: a torch that has no such function."""
     if found is None:
-        monkeypatch.delattr("torch.cpu.get_capabilities")
+        monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
     else:
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found, raising=False)
     assert has_bf16(CPU) is expected
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert has_bf16(CPU) is False
 
 
 def test_it_agrees_with_what_linux_finds() -> None:
@@ -103,7 +104,7 @@ def test_what_a_checkpoint_says_comes_first(
     with caplog.at_level("INFO"):
         found = settle_precision(settings(), ALONE, {} if before is None else saved(before)).train.precision
     assert found == (before if before in ("bf16", "fp32") else by_device)
-    why = {"bf16": "every rank's CPU computes in it", "fp32": "not every rank's CPU computes in bf16"}[found]
+    why = {"bf16": "every rank's CPU has it", "fp32": "not every rank's CPU has bf16"}[found]
     why = "as in the checkpoint" if before in ("bf16", "fp32") else why
     assert caplog.messages == [f"train.precision=auto is {found} in this run: {why}"]
 
@@ -121,7 +122,9 @@ def spoil_newest(output: Path, given: str) -> None:
     file.write_text(json.dumps(described))
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["begun in bf16", "begun in fp32"])
+@pytest.mark.parametrize(
+    "first", [pytest.param(True, id="begun in bf16"), pytest.param(False, id="begun in fp32", marks=pytest.mark.long)]
+)
 def test_a_run_is_resumed_as_it_was_begun(prefork: Any, keypad_shards: Path, tmp_path: Path, first: bool) -> None:
     """On a machine of the other kind it ends with the weights of a run that was never moved, to the last bit; also
     where the checkpoint from which it resumes is not the newest, which is damaged."""
@@ -140,20 +143,22 @@ def test_a_run_is_resumed_as_it_was_begun(prefork: Any, keypad_shards: Path, tmp
         resumed = prefork.start([*run, f"output={output}"], 2, patch=patch, patch_args=[has_it]).finish()
         assert f"train.precision=auto is {name} in this run: as in the checkpoint" in resumed
         assert f"step-0000000{2 if output == stayed else 1}" in resumed
-        progress = json.loads((Checkpoints(output).path(3) / "progress.json").read_text())
-        assert progress["config"]["train"]["precision"] == name
+        assert saved_precision(output) == name
     weights = newest_weights(moved)
     assert all(torch.equal(weights[key], tensor) for key, tensor in newest_weights(stayed).items())
 
 
-def test_a_checkpoint_in_float64_is_refused(prefork: Any, keypad_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_checkpoint_in_float64_is_refused(prefork: Any, keypad_shards: Path, tmp_path: Path, has_it: bool) -> None:
     run = arguments(keypad_shards, tmp_path / "run", "engine.kind=ddp", "train.steps=1")
     prefork.start([*run, "train.precision=fp64"], 1).finish()
     for kind in ("ddp", "deepspeed"):
-        launch = prefork.start([*run, AUTO, "train.steps=2", f"engine.kind={kind}"], 2)
+        again = [*run, AUTO, "train.steps=2", f"engine.kind={kind}"]
+        launch = prefork.start(again, 2, patch=f"{__name__}:make_bf16", patch_args=[has_it])
         assert launch.wait() == [2, 2]
         text = "".join(rank.output for rank in launch.ranks)
-        assert text.count("train.precision 'fp64' -> 'fp32'; set another output=…, or pass --allow-config-change") == 1
+        changed = f"train.precision 'fp64' -> '{'bf16' if has_it else 'fp32'}'"
+        assert text.count(f"{changed}; set another output=…, or pass --allow-config-change") == 1
         assert "Traceback" not in text
 
 
@@ -171,7 +176,7 @@ def test_it_is_compared_with_what_others_ask_for_once_it_is_settled(
     """accelerate, and DeepSpeed's file; by training and by the dry run."""
     run, patch = arguments(keypad_shards, tmp_path / "run", *further), f"{__name__}:make_bf16"
     ignored = f"engine.deepspeed={KEYPAD.parent / 'deepspeed' / 'overlap.json'}"
-    why = "train.precision=auto is fp32 in this run: not every rank's CPU computes in bf16\n"
+    why = "train.precision=auto is fp32 in this run: not every rank's CPU has bf16\n"
     asked = "mixed precision bf16, but train.precision=fp32: set train.precision=bf16\n"
     for flags in (["--dry-run"], []):
         given = [*run, *flags]
@@ -188,21 +193,29 @@ def test_it_is_compared_with_what_others_ask_for_once_it_is_settled(
 
 
 def test_doctor_compares_what_a_start_would(
-    tmp_path: Path, further: list[str], monkeypatch: pytest.MonkeyPatch
+    keypad_shards: Path, tmp_path: Path, further: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = settings(*further, f"data.shards={keypad_shards}", f"output={tmp_path}")
+    check_engine_settings(config, ALONE)  # not settled: each may be right
     # Its import chooses the device of all later tests of this process.
     monkeypatch.setattr(doctor, "import_deepspeed", lambda device: SimpleNamespace(__version__="0"))
-    config = settings(*further, f"output={tmp_path}")
-    check_engine_settings(config, ALONE)  # not settled: each may be right
-    checks = RankChecks(SimpleNamespace(ranks=ALONE), 20)  # type: ignore[arg-type]
-    monkeypatch.setattr(doctor, "has_bf16", lambda device: True)
-    assert checks._launcher(config) == []
-    assert [finding.status for finding in checks._deepspeed(config)] == ["ok"]
-    monkeypatch.setattr(doctor, "has_bf16", lambda device: False)
-    with pytest.raises(ConfigError, match=r"mixed precision bf16, but train\.precision=fp32"):
-        checks._launcher(config)
-    with pytest.raises(ConfigError, match=r"bf16\.enabled=true, but train\.precision=fp32"):
-        checks._deepspeed(config)
-    Checkpoints(tmp_path).path(1).mkdir(parents=True)  # of a run, which keeps what it is: left open
-    assert checks._launcher(config) == []
+
+    def found(has_it: bool) -> list[str]:
+        monkeypatch.setattr(precision, "has_bf16", lambda device: has_it)
+        rendezvous = SimpleNamespace(ranks=ALONE, set_current_check=lambda name: None)
+        checks = RankChecks(rendezvous, 20)  # type: ignore[arg-type]
+        checks._check_paths(config)
+        lines = [each.format() for each in checks.findings if each.check in ("precision", "launcher", "deepspeed")]
+        return [" ".join(line.split()) for line in lines]
+
+    auto = "ok precision train.precision=auto is {} in this run: {}"
+    by_device = auto.format("bf16", "every rank's CPU has it"), auto.format("fp32", "not every rank's CPU has bf16")
+    assert found(True) == [by_device[0], "ok deepspeed 0 can be imported"]
+    first, launcher, deepspeed = found(False)
+    assert first == by_device[1]
+    assert launcher.endswith("mixed precision bf16, but train.precision=fp32: set train.precision=bf16")
+    assert "bf16.enabled=true, but train.precision=fp32; change one of them" in deepspeed
+    made = TrainingProgress(step=1, config=settings("train.precision=bf16").model_dump(mode="json"))
+    Checkpoints(tmp_path).save(TrainingState({"weight": torch.zeros(1)}, {}, 1), made, 1)
+    assert found(False) == [auto.format("bf16", "as in the checkpoint"), "ok deepspeed 0 can be imported"]
