@@ -63,10 +63,12 @@ SHORT = ("psp", "bank, accumulation", "ZeRO 0")
 #: What stage 3 waits for by itself.
 STAGE_3 = re.compile(r"zero/(stage3|partition_parameters|partitioned_param_coordinator)\.py:\d+ .*synchronize\(\)")
 #: Of the gradients, of their norm and of the weights from stage 1 on, of the pool (two) and of the flag. Those of DDP's
-#: own reducer, in C++, and stage 2's coalesced all-gather of the weights are counted by `cpsp-dist bench collectives`.
+#: own reducer, in C++, are counted by `cpsp-dist bench collectives`.
+SHARDED = {"all_reduce": 3, "all_gather_into_tensor": 2, "reduce_scatter_tensor": 1}
 COLLECTIVES = {
-    "ZeRO 1 by default": {"all_reduce": 3, "all_gather_into_tensor": 2, "reduce_scatter_tensor": 1},
-    "ZeRO 2": {"all_reduce": 3, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
+    "ZeRO 1 by default": SHARDED,
+    "ZeRO 2": SHARDED,
+    "ZeRO 2, bfloat16": SHARDED,
     "ZeRO 0": {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
     "psp": {"all_reduce": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1},
 }

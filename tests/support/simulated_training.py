@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,12 +137,21 @@ class _Wrapper(torch.nn.Module):
         return contextlib.nullcontext()
 
 
+def _forget_backend() -> None:
+    """DeepSpeed's, which keeps some of torch's functions as it found them when it was made: those of an earlier
+    simulation, whose counts they would go to, or of none."""
+    if "deepspeed.comm.comm" in sys.modules:
+        sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def simulated_ranks() -> Iterator[collections.Counter[str]]:
     """This process is rank 0 of 2, by torch's own stand-in for a group of ranks, which DeepSpeed can make further
     groups of. Counts Python's collectives by name."""
     collectives = _Collectives()
     with contextlib.ExitStack() as stack:
+        _forget_backend()
+        stack.callback(_forget_backend)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(mock.patch.dict("os.environ", LOCAL_RANK="0", RANK="0", WORLD_SIZE=str(WORLD), **ADDRESS))
