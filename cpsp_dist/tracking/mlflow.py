@@ -75,6 +75,7 @@ class Tracker:
         self.sender: threading.Thread | None = None
         self._wake, self._ended = threading.Event(), ""
         self._warned: set[str] = set()
+        self._left = False  # nobody waits for the thread any more
         # Of the thread:
         self._sent_bytes = 0  # of the file, whose lines up to there the server has
         self._steps_on_server: dict[str, set[int]] | None = {}  # by metric, as asked; None: a new run
@@ -109,6 +110,7 @@ class Tracker:
         if self.sender.is_alive():
             self._warn("send", f"MLflow has not taken all points; they are in {self.file}, and are sent when the same "
                        "command is given again")  # fmt: skip
+            self._left = True
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics after optimizer step `step` (counted from 1). Values that are not finite go to the file only."""
@@ -279,8 +281,9 @@ class Tracker:
         return [what for what, _ in missing]
 
     def _warn(self, about: str, text: str) -> None:
-        """Once for each kind of trouble; nothing where there is none."""
-        if text and about not in self._warned:
+        """Once for each kind of trouble; nothing where there is none, or where the process ends without the thread: it
+        has printed its last line, and removes the thread's temporary files."""
+        if text and not self._left and about not in self._warned:
             self._warned.add(about)
             logger.warning(text)
 

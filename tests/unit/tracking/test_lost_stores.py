@@ -270,6 +270,41 @@ def test_the_library_is_imported_before_training_begins(
         assert seen == [threading.main_thread()]
 
 
+def test_nothing_is_printed_after_the_last_line(
+    keypad_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that has waited long enough removes temporary files of the thread that still sends."""
+    reached, ended = threading.Event(), threading.Event()
+
+    def log_config(*_: object) -> None:
+        reached.set()
+        assert ended.wait(60)
+        raise FileNotFoundError(2, "No such file or directory", "config.json")
+
+    monkeypatch.setattr(tracking.pages, "log_config", log_config)
+    settings = [f"data.shards={keypad_shards}", f"output={tmp_path / 'out'}", "tracking.flush_timeout=0"]
+    settings += [f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    tracker = tracking.Tracker(
+        load_config(CONFIG, settings),
+        Manifest.load(keypad_shards),
+        1,
+        run_id=None,
+        step=0,
+        finished=False,
+        enabled=True,
+    )
+    with tracker:
+        tracker.send()
+        assert reached.wait(60)
+    printed = caplog.messages[-1]
+    assert "MLflow has not taken all points" in printed
+    ended.set()
+    assert tracker.sender is not None
+    tracker.sender.join(60)
+    assert not tracker.sender.is_alive()
+    assert caplog.messages[-1] == printed
+
+
 @pytest.mark.long
 def test_the_sender_imports_nothing_large(tmp_path: Path) -> None:
     """What SQLite needs of MLflow, too: it slowed the steps down that followed the first 15 s."""
