@@ -22,12 +22,7 @@ from cpsp_dist.doctor.finding import ERROR, OK, WARNING, Finding, examine
 from cpsp_dist.doctor.network import all_reduce, clocks, network_fix
 from cpsp_dist.doctor.rendezvous import Rendezvous, check_all_ranks_present
 from cpsp_dist.training.checkpoint import Checkpoints
-from cpsp_dist.training.engine import (
-    check_compile,
-    check_launcher_settings,
-    deepspeed_settings,
-    import_deepspeed,
-)
+from cpsp_dist.training.engine import check_compile, check_launcher_settings, deepspeed_settings, import_deepspeed
 from cpsp_dist.training.precision import settle_alone
 from cpsp_dist.utils.console import echo
 from cpsp_dist.utils.errors import EXIT_USER_ERROR, UserError

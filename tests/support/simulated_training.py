@@ -140,8 +140,9 @@ class _Wrapper(torch.nn.Module):
 def _forget_backend() -> None:
     """DeepSpeed's, which keeps some of torch's functions as it found them when it was made: those of an earlier
     simulation, whose counts they would go to, or of none."""
-    if "deepspeed.comm.comm" in sys.modules:
-        sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+    if (module := sys.modules.get("deepspeed.comm.comm")) is not None:
+        assert hasattr(module, "cdb"), "DeepSpeed keeps its backend elsewhere"
+        vars(module).update(cdb=None)
 
 
 @contextlib.contextmanager

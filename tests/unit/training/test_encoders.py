@@ -73,13 +73,13 @@ def test_export_and_its_card(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("allow", [False, True], ids=["", "allow-config-change"])
 def test_a_run_is_not_resumed_on_them(folder: Path, allow: bool) -> None:
-    def resume(name: str) -> object:
+    def resume(name: str) -> Any:
         config = load_config(str(KEYPAD), overrides(folder / name, folder / "run"))
         return resumed(config, allow)
 
     with pytest.raises(UserError, match=r"step-00000001 was trained on those of wall; extract them with the same"):
         resume("other")
-    _config, _state, progress = resume("ours")  # type: ignore[misc]
+    _config, _state, progress = resume("ours")
     assert progress.encoders == OURS.as_json()
 
 

@@ -76,11 +76,16 @@ def test_what_a_gpu_emulates_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None
     assert has_bf16(CUDA) is True
 
 
+def make_bf16(rank: int, has_it: bool) -> None:
+    """In a rank's process: its device has bf16, or not."""
+    precision.has_bf16 = lambda device: has_it
+
+
 def settled_in_every_way() -> dict[str, str]:
     """As rank 0 and rank 1 find it, together, by what the two devices have and what is asked for."""
     ranks, found = process_group.discover(), {}
     for name, with_it in {"both": (1, 1), "none": (0, 0), "first": (1, 0), "second": (0, 1)}.items():
-        precision.has_bf16 = lambda device, with_it=with_it: bool(with_it[ranks.rank])  # type: ignore[misc]
+        make_bf16(ranks.rank, bool(with_it[ranks.rank]))
         for given in ("auto", "fp32", "bf16"):
             config = settle_precision(settings(f"train.precision={given}"), ranks, {})
             found[f"{given}, {name}"] = config.train.precision
@@ -107,10 +112,6 @@ def test_what_a_checkpoint_says_comes_first(
     why = {"bf16": "every rank's CPU has it", "fp32": "not every rank's CPU has bf16"}[found]
     why = "as in the checkpoint" if before in ("bf16", "fp32") else why
     assert caplog.messages == [f"train.precision=auto is {found} in this run: {why}"]
-
-
-def make_bf16(rank: int, has_it: bool) -> None:
-    precision.has_bf16 = lambda device: has_it
 
 
 def spoil_newest(output: Path, given: str) -> None:
@@ -203,8 +204,8 @@ def test_doctor_compares_what_a_start_would(
 
     def found(has_it: bool) -> list[str]:
         monkeypatch.setattr(precision, "has_bf16", lambda device: has_it)
-        rendezvous = SimpleNamespace(ranks=ALONE, set_current_check=lambda name: None)
-        checks = RankChecks(rendezvous, 20)  # type: ignore[arg-type]
+        rendezvous: Any = SimpleNamespace(ranks=ALONE, set_current_check=lambda name: None)
+        checks = RankChecks(rendezvous, 20)
         checks._check_paths(config)
         lines = [each.format() for each in checks.findings if each.check in ("precision", "launcher", "deepspeed")]
         return [" ".join(line.split()) for line in lines]
